@@ -1,0 +1,182 @@
+"""The feed-forward layers: clustered experts, and the baselines behind the same interface.
+
+Each maps x_TD to y_TD and keeps `load`, the integer counts that balancing needs. A layer holds the
+weights of the groups that its dispatcher says are here, stacked; `logical()` names every slice by a key
+that does not depend on where it is held.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from raymoe.config import ModelSection
+from raymoe.model.dispatch import Dispatch
+from raymoe.model.fused import RESIDUALS, ClusteredFFN, FlatFFN, Pairs, compute_dtype, spans
+from raymoe.model.router import Choice, Router, auxiliary_loss, move_bias, route
+
+
+class Slice(NamedTuple):
+    """Where a logical tensor lives: parameter or buffer `name` of a module, at `index` (None: all of it)."""
+
+    key: str
+    name: str
+    index: int | None
+    fan_in: int
+    """Inputs that one output sums over; 0: starts as zeros."""
+
+
+class ClusteredExperts(nn.Module):
+    """Clusters of experts with two-stage routing (paper sections 3.1 and 3.2).
+
+    assignment [E]: the cluster of each expert. The clusters in `dispatch.held` are in this process,
+    with their experts, router rows and biases. A cluster that has fewer than K experts uses them all;
+    one that has none answers with zeros and should not be chosen.
+    """
+
+    def __init__(self, model: ModelSection, assignment: Sequence[int], dispatch: Dispatch) -> None:
+        super().__init__()
+        d, f, w = model.d_model, model.d_expert, model.residual_width
+        self.model = model
+        self.dispatch = dispatch
+        self.router = Router(d, model.n_clusters, model.clusters_per_token, over_selected=False)
+        self.members = [[e for e, owner in enumerate(assignment) if owner == c] for c in dispatch.held]
+        """The experts of each held cluster."""
+        self.held_experts = [e for experts in self.members for e in experts]
+        c, e = len(dispatch.held), len(self.held_experts)
+        self.base_gate = nn.Parameter(torch.empty(c, d, f))
+        self.base_up = nn.Parameter(torch.empty(c, d, f))
+        self.base_down = nn.Parameter(torch.empty(c, f, d))
+        if w:
+            self.gate_in, self.gate_out = nn.Parameter(torch.empty(e, d, w)), nn.Parameter(torch.empty(e, w, f))
+            self.up_in, self.up_out = nn.Parameter(torch.empty(e, d, w)), nn.Parameter(torch.empty(e, w, f))
+            self.down_in, self.down_out = nn.Parameter(torch.empty(e, f, w)), nn.Parameter(torch.empty(e, w, d))
+            self.expert_router = nn.Parameter(torch.empty(e, d))
+            self.register_buffer("expert_bias", torch.zeros(e))
+        self.expert_parts = spans([len(experts) for experts in self.members])
+        self.register_buffer("cluster_load", torch.zeros(model.n_clusters, dtype=torch.int64), persistent=False)
+        self.register_buffer("expert_load", torch.zeros(model.n_experts, dtype=torch.int64), persistent=False)
+        self.auxiliary: Tensor | None = None
+
+    def forward(self, x_TD: Tensor, *, auxiliary: bool = False) -> Tensor:
+        rows = x_TD.to(compute_dtype(x_TD))
+        choice = self.router(rows)
+        self.auxiliary = auxiliary_loss(choice, self.model.n_clusters) if auxiliary else None
+        self.cluster_load += torch.bincount(choice.index.flatten(), minlength=self.model.n_clusters)
+        answers = self.dispatch(rows, choice.index, self.answer)
+        return torch.einsum("tp,tpd->td", choice.weight * self.model.gate_scale, answers.to(choice.weight.dtype))
+
+    def answer(self, rows: Tensor, counts: list[int]) -> Tensor:
+        """Rows sorted by held cluster, `counts` each -> what those clusters say. Rows in, rows out."""
+        parts = spans(counts)
+        weights = [self.base_gate, self.base_up, self.base_down]
+        if not self.model.residual_width:
+            return ClusteredFFN.apply(rows, parts, [None] * len(parts), self.expert_parts, *weights)
+        choices = [self._choose(rows[slice(*part)], c) for c, part in enumerate(parts)]
+        pairs = [Pairs(choice.index, len(experts)) for choice, experts in zip(choices, self.members, strict=True)]
+        for p, experts in zip(pairs, self.members, strict=True):
+            self.expert_load[experts] += torch.tensor(p.counts, dtype=torch.int64, device=self.expert_load.device)
+        weights += [getattr(self, name) for name in RESIDUALS]
+        return ClusteredFFN.apply(rows, parts, pairs, self.expert_parts, *[c.weight for c in choices], *weights)
+
+    def _choose(self, rows: Tensor, c: int) -> Choice:
+        """Stage 2, at the owner: the top K of the cluster's experts."""
+        part = slice(*self.expert_parts[c])
+        k = min(self.model.experts_per_token, len(self.members[c]))
+        return route(rows, self.expert_router[part], self.expert_bias[part], k, over_selected=True)
+
+    def logical(self) -> Iterator[Slice]:
+        d, f, w = self.model.d_model, self.model.d_expert, self.model.residual_width
+        yield Slice("router.weight", "router.weight", None, d)
+        yield Slice("router.bias", "router.bias", None, 0)
+        for i, c in enumerate(self.dispatch.held):
+            yield Slice(f"clusters.{c}.base_gate", "base_gate", i, d)
+            yield Slice(f"clusters.{c}.base_up", "base_up", i, d)
+            yield Slice(f"clusters.{c}.base_down", "base_down", i, f)
+        if not w:
+            return
+        fan_in = dict(zip(RESIDUALS, (d, w, d, w, f, w), strict=True))
+        for i, e in enumerate(self.held_experts):
+            for name in RESIDUALS:
+                yield Slice(f"experts.{e}.{name}", name, i, fan_in[name])
+            yield Slice(f"experts.{e}.router", "expert_router", i, d)
+            yield Slice(f"experts.{e}.bias", "expert_bias", i, 0)
+
+    def balance(self, cluster_load: Tensor, expert_load: Tensor, rate: float) -> None:
+        """Move the selection biases of both levels by this step's global counts [C], [E]."""
+        move_bias(self.router.bias, cluster_load, rate)
+        if self.model.residual_width:
+            for part, experts in zip(self.expert_parts, self.members, strict=True):
+                move_bias(self.expert_bias[slice(*part)], expert_load[experts], rate)
+
+
+class FlatExperts(nn.Module):
+    """E independent experts, softmax top-K over all of them, grouped products: the standard MoE layer."""
+
+    def __init__(self, model: ModelSection, dispatch: Dispatch) -> None:
+        super().__init__()
+        d, f, e = model.d_model, model.d_expert, len(dispatch.held)
+        self.model = model
+        self.dispatch = dispatch
+        self.router = Router(d, model.n_experts, model.experts_per_token, over_selected=True)
+        self.gate = nn.Parameter(torch.empty(e, d, f))
+        self.up = nn.Parameter(torch.empty(e, d, f))
+        self.down = nn.Parameter(torch.empty(e, f, d))
+        self.register_buffer("expert_load", torch.zeros(model.n_experts, dtype=torch.int64), persistent=False)
+        self.auxiliary: Tensor | None = None
+
+    def forward(self, x_TD: Tensor, *, auxiliary: bool = False) -> Tensor:
+        rows = x_TD.to(compute_dtype(x_TD))
+        choice = self.router(rows)
+        self.auxiliary = auxiliary_loss(choice, self.model.n_experts) if auxiliary else None
+        self.expert_load += torch.bincount(choice.index.flatten(), minlength=self.model.n_experts)
+        answers = self.dispatch(rows, choice.index, self.answer)
+        return torch.einsum("tk,tkd->td", choice.weight, answers.to(choice.weight.dtype))
+
+    def answer(self, rows: Tensor, counts: list[int]) -> Tensor:
+        return FlatFFN.apply(rows, spans(counts), self.gate, self.up, self.down)
+
+    def logical(self) -> Iterator[Slice]:
+        d, f = self.model.d_model, self.model.d_expert
+        yield Slice("router.weight", "router.weight", None, d)
+        yield Slice("router.bias", "router.bias", None, 0)
+        for i, e in enumerate(self.dispatch.held):
+            yield Slice(f"experts.{e}.gate", "gate", i, d)
+            yield Slice(f"experts.{e}.up", "up", i, d)
+            yield Slice(f"experts.{e}.down", "down", i, f)
+
+    def balance(self, cluster_load: Tensor, expert_load: Tensor, rate: float) -> None:
+        move_bias(self.router.bias, expert_load, rate)
+
+
+class DenseFFN(nn.Module):
+    """One SwiGLU of the same active width as K experts."""
+
+    auxiliary: Tensor | None = None
+
+    def __init__(self, model: ModelSection) -> None:
+        super().__init__()
+        d, f = model.d_model, model.d_expert * model.experts_per_token
+        self.d_model, self.hidden = d, f
+        self.gate = nn.Parameter(torch.empty(d, f))
+        self.up = nn.Parameter(torch.empty(d, f))
+        self.down = nn.Parameter(torch.empty(f, d))
+
+    def forward(self, x_TD: Tensor, *, auxiliary: bool = False) -> Tensor:
+        return (F.silu(x_TD @ self.gate) * (x_TD @ self.up)) @ self.down
+
+    def logical(self) -> Iterator[Slice]:
+        yield Slice("ffn.gate", "gate", None, self.d_model)
+        yield Slice("ffn.up", "up", None, self.d_model)
+        yield Slice("ffn.down", "down", None, self.hidden)
+
+    def balance(self, cluster_load: Tensor, expert_load: Tensor, rate: float) -> None:
+        """Nothing to balance."""
+
+
+FFN = ClusteredExperts | FlatExperts | DenseFFN
+

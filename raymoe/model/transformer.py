@@ -1,0 +1,223 @@
+"""The decoder-only language model: RMSNorm, RoPE, grouped-query attention, and the FFN that the config names."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from raymoe.config import ModelSection
+from raymoe.model.dispatch import Dispatch, LocalDispatch
+from raymoe.model.experts import FFN, ClusteredExperts, DenseFFN, FlatExperts
+from raymoe.model.fused import RESIDUALS
+
+Assignment = Sequence[Sequence[int]]
+"""[layers][E]: the cluster of each expert."""
+
+
+def rope(length: int, head_dim: int, theta: float, device: torch.device, start: int = 0) -> tuple[Tensor, Tensor]:
+    """Cosine and sine [length, head_dim/2] of the rotary angles of positions start…start+length−1, float32."""
+    frequency = theta ** (-torch.arange(0, head_dim, 2, device=device, dtype=torch.float64) / head_dim)
+    angle = torch.arange(start, start + length, device=device, dtype=torch.float64)[:, None] * frequency
+    return angle.cos().float(), angle.sin().float()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate pairs (i, i + head_dim/2) of x [B, heads, S, head_dim] by the angles of their position."""
+    first, second = x.chunk(2, dim=-1)
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+class KVCache:
+    """Keys and values of the tokens so far, preallocated: two [layers, B, kv_heads, capacity, head_dim]."""
+
+    def __init__(self, model: ModelSection, batch: int, capacity: int, dtype: torch.dtype = torch.float32) -> None:
+        shape = (model.layers, batch, model.kv_heads, capacity, model.d_model // model.heads)
+        self.keys, self.values = torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype)
+        self.length = 0
+
+    def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Store the new tokens of a layer; returns all of its keys and values so far."""
+        stop = self.length + key.shape[2]
+        if stop > self.keys.shape[3]:
+            raise ValueError(f"the KV cache holds {self.keys.shape[3]} tokens and {stop} were asked for")
+        self.keys[layer, :, :, self.length : stop] = key
+        self.values[layer, :, :, self.length : stop] = value
+        return self.keys[layer, :, :, :stop].to(key.dtype), self.values[layer, :, :, :stop].to(value.dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, model: ModelSection) -> None:
+        super().__init__()
+        self.heads, self.kv_heads = model.heads, model.kv_heads
+        self.head_dim = model.d_model // model.heads
+        self.query = nn.Parameter(torch.empty(model.d_model, self.heads * self.head_dim))
+        self.key = nn.Parameter(torch.empty(model.d_model, self.kv_heads * self.head_dim))
+        self.value = nn.Parameter(torch.empty(model.d_model, self.kv_heads * self.head_dim))
+        self.output = nn.Parameter(torch.empty(self.heads * self.head_dim, model.d_model))
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None, layer: int) -> Tensor:
+        batch, length, _ = x.shape
+        query = (x @ self.query).view(batch, length, self.heads, self.head_dim).transpose(1, 2)
+        key = (x @ self.key).view(batch, length, self.kv_heads, self.head_dim).transpose(1, 2)
+        value = (x @ self.value).view(batch, length, self.kv_heads, self.head_dim).transpose(1, 2)
+        query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+        mask = None
+        if cache is not None:
+            key, value = cache.extend(layer, key, value)
+            if cache.length:
+                past = torch.ones(length, key.shape[2], dtype=torch.bool, device=x.device)
+                mask = past.tril(cache.length)
+        mixed = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=self.heads != self.kv_heads
+        )
+        return mixed.transpose(1, 2).flatten(2) @ self.output
+
+
+class Block(nn.Module):
+    def __init__(self, model: ModelSection, ffn: FFN) -> None:
+        super().__init__()
+        self.attention_norm = nn.Parameter(torch.empty(model.d_model))
+        self.attention = Attention(model)
+        self.ffn_norm = nn.Parameter(torch.empty(model.d_model))
+        self.ffn = ffn
+
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None, layer: int, auxiliary: bool
+    ) -> Tensor:
+        x = x + self.attention(norm(x, self.attention_norm), cos, sin, cache, layer)
+        rows = norm(x, self.ffn_norm).flatten(0, 1)
+        return x + self.ffn(rows, auxiliary=auxiliary).view_as(x)
+
+
+def norm(x: Tensor, weight: Tensor) -> Tensor:
+    """RMSNorm."""
+    return F.rms_norm(x, weight.shape, weight, eps=1e-6)
+
+
+class Transformer(nn.Module):
+    """tokens [B, S] -> logits [B, S, V].
+
+    `dispatch`: one per layer, says which groups live here and how rows reach the others (all local by
+    default). `assignment` [layers][E] is the clusters' membership (contiguous by default). Weights are
+    uninitialised until `initialise` or `load_logical`.
+    """
+
+    def __init__(
+        self, model: ModelSection, assignment: Assignment | None = None, dispatch: Sequence[Dispatch] | None = None
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.assignment = tuple(map(tuple, assignment or model.default_assignment()))
+        groups = model.n_clusters if model.experts == "clustered" else model.n_experts
+        dispatch = dispatch or [LocalDispatch(groups) for _ in range(model.layers)]
+        self.embedding = nn.Parameter(torch.empty(model.vocabulary, model.d_model))
+        if not model.tied_head:
+            self.head = nn.Parameter(torch.empty(model.vocabulary, model.d_model))
+        self.final_norm = nn.Parameter(torch.empty(model.d_model))
+        layers: list[Block] = []
+        for row, layer_dispatch in zip(self.assignment, dispatch, strict=True):
+            if model.experts == "clustered":
+                ffn: FFN = ClusteredExperts(model, row, layer_dispatch)
+            elif model.experts == "flat":
+                ffn = FlatExperts(model, layer_dispatch)
+            else:
+                ffn = DenseFFN(model)
+            layers.append(Block(model, ffn))
+        self.layers = nn.ModuleList(layers)
+
+    @property
+    def ffns(self) -> list[FFN]:
+        return [block.ffn for block in self.layers]  # type: ignore[misc]
+
+    def hidden(self, tokens_BS: Tensor, cache: KVCache | None = None, *, auxiliary: bool = False) -> Tensor:
+        """The last normalised hidden states [B, S, D]; `cache` holds the tokens before these."""
+        start = cache.length if cache else 0
+        head_dim = self.model.d_model // self.model.heads
+        cos, sin = rope(tokens_BS.shape[1], head_dim, self.model.rope_theta, tokens_BS.device, start)
+        x = F.embedding(tokens_BS, self.embedding)
+        for i, block in enumerate(self.layers):
+            x = block(x, cos, sin, cache, i, auxiliary)
+        if cache:
+            cache.length += tokens_BS.shape[1]
+        return norm(x, self.final_norm)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """[V, D]"""
+        return self.embedding if self.model.tied_head else self.head
+
+    def forward(self, tokens_BS: Tensor, cache: KVCache | None = None) -> Tensor:
+        return self.hidden(tokens_BS, cache) @ self.head_weight.t()
+
+    # Logical names: the same whatever process holds a tensor.
+
+    def slices(self) -> Iterator[tuple[str, str, int | None, int]]:
+        """(logical key, parameter or buffer name, index or None, fan-in) of everything held here."""
+        d = self.model.d_model
+        yield "embedding", "embedding", None, d
+        if not self.model.tied_head:
+            yield "head", "head", None, d
+        yield "final_norm", "final_norm", None, 0
+        for i, block in enumerate(self.layers):
+            prefix = f"layers.{i}."
+            yield prefix + "attention_norm", prefix + "attention_norm", None, 0
+            yield prefix + "ffn_norm", prefix + "ffn_norm", None, 0
+            for name in ("query", "key", "value", "output"):
+                yield prefix + f"attention.{name}", prefix + f"attention.{name}", None, d
+            for item in block.ffn.logical():  # type: ignore[operator]
+                yield prefix + item.key, prefix + "ffn." + item.name, item.index, item.fan_in
+
+    def logical(self, tensors: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """Logical key -> view into `tensors` (by parameter name; by default the weights and biases themselves)."""
+        tensors = tensors if tensors is not None else self.stacked()
+        return {
+            key: tensors[name] if index is None else tensors[name][index]
+            for key, name, index, _ in self.slices()
+            if name in tensors
+        }
+
+    def stacked(self) -> dict[str, Tensor]:
+        """Parameters and selection biases by name, as held."""
+        return {name: t.detach() for name, t in self.named_parameters()} | dict(self.named_buffers())
+
+    def load_logical(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy logical tensors into place. Raises ValueError on a missing key or a wrong shape."""
+        for key, view in self.logical().items():
+            if key not in tensors:
+                raise ValueError(f"the weights lack {key!r}")
+            if tensors[key].shape != view.shape:
+                raise ValueError(f"{key!r} has shape {list(tensors[key].shape)}, the model needs {list(view.shape)}")
+            view.copy_(tensors[key])
+
+    @torch.no_grad()
+    def initialise(self, seed: int) -> None:
+        """Draw each logical tensor from its own stream, so that the result depends on seed and key alone.
+
+        Matrices: normal with std 1/√fan-in; those that write to the residual stream 1/√(2·layers) of that;
+        norms one, biases zero, embeddings and routers std 0.02.
+        """
+        quieter = (2 * self.model.layers) ** -0.5
+        views = self.logical()
+        for key, _, _, fan_in in self.slices():
+            leaf = key.rsplit(".", 1)[-1]
+            if fan_in == 0:
+                views[key].fill_(1.0 if leaf.endswith("norm") else 0.0)
+                continue
+            std = 0.02 if key in ("embedding", "head") or "router" in key else fan_in**-0.5
+            if leaf in ("output", "base_down", "down", "down_out"):
+                std *= quieter
+            if leaf in RESIDUALS and leaf.endswith("out"):
+                std *= RESIDUAL_START
+            digest = hashlib.sha256(f"{seed}/{key}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+            values = torch.empty(views[key].shape).normal_(0.0, std, generator=generator)
+            views[key].copy_(values)
+
+
+RESIDUAL_START = 0.3
+"""Size of a residual's product beside its base at the start: experts differ from the first step on."""

@@ -1,0 +1,1 @@
+"""Expert parallelism over torch.distributed: who holds what, how rows get there, how gradients come together."""

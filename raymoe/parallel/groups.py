@@ -1,0 +1,58 @@
+"""Placement: which ranks hold which groups (clusters, or experts of the flat baseline). Pure integers.
+
+Any world size works: fewer ranks than groups, more, or a number that divides nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from raymoe.config import ModelSection
+
+
+@dataclass(frozen=True)
+class Placement:
+    """owners[g]: the ranks that hold group g, the primary first. Every rank holds at least one group."""
+
+    owners: tuple[tuple[int, ...], ...]
+    world: int
+
+    def held(self, rank: int) -> tuple[int, ...]:
+        """The groups that `rank` holds, ascending."""
+        return tuple(g for g, ranks in enumerate(self.owners) if rank in ranks)
+
+    def serving(self, source: int) -> tuple[int, ...]:
+        """For each group the rank that serves rows of rank `source`: itself where it can, else replicas in turn."""
+        return tuple(source if source in ranks else ranks[source % len(ranks)] for ranks in self.owners)
+
+
+def place(loads: Sequence[float], world: int) -> Placement:
+    """Spread groups over ranks so that each holds as many as the others (within one) and carries similar load.
+
+    loads: expected load of each group. With more ranks than groups, rank r is a replica for group
+    slot r mod G; the heaviest groups take the slots with most replicas. Deterministic.
+    """
+    if world < 1 or not loads:
+        raise ValueError(f"cannot place {len(loads)} groups on {world} ranks")
+    heaviest = sorted(range(len(loads)), key=lambda g: (-loads[g], g))
+    owners: list[tuple[int, ...]] = [()] * len(loads)
+    if world >= len(loads):
+        for slot, g in enumerate(heaviest):
+            owners[g] = tuple(range(slot, world, len(loads)))
+        return Placement(tuple(owners), world)
+    room = [len(loads) // world + (rank < len(loads) % world) for rank in range(world)]
+    carried = [0.0] * world
+    for g in heaviest:
+        rank = min((r for r in range(world) if room[r]), key=lambda r: (carried[r], r))
+        owners[g] = (rank,)
+        room[rank] -= 1
+        carried[rank] += loads[g]
+    return Placement(tuple(owners), world)
+
+
+def placements(model: ModelSection, assignment: Sequence[Sequence[int]], world: int) -> list[Placement]:
+    """One placement per layer: clusters by how many experts they have, flat experts evenly."""
+    if model.experts != "clustered":
+        return [place([1.0] * model.n_experts, world)] * model.layers
+    return [place([float(row.count(c)) for c in range(model.n_clusters)], world) for row in map(list, assignment)]

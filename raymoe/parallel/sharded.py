@@ -1,0 +1,56 @@
+"""One rank's share of a model: the whole trunk, and the groups that its placement names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch.distributed as dist
+
+from raymoe.config import ModelSection
+from raymoe.model.transformer import Transformer
+from raymoe.parallel.all_to_all import AllToAllDispatch, Meter
+from raymoe.parallel.groups import Placement, placements
+
+
+@dataclass
+class Sharded:
+    transformer: Transformer
+    rank: int
+    world: int
+    meter: Meter
+    placements: list[Placement]
+    """One per layer; empty for a dense model."""
+    replicas: dist.ProcessGroup | None
+    """The ranks that hold the same groups as this one, where there are others."""
+
+    @property
+    def primary(self) -> bool:
+        """Whether this rank speaks for the groups it holds: one replica of each does."""
+        return all(p.owners[g][0] == self.rank for p in self.placements for g in p.held(self.rank))
+
+    def owned(self) -> list[str]:
+        """The logical keys that this rank writes: its groups if it is their primary, and its part of the trunk."""
+        keys = [(key, index) for key, _, index, _ in self.transformer.slices()]
+        trunk = [key for key, index in keys if index is None]
+        groups = [key for key, index in keys if index is not None]
+        return trunk[self.rank :: self.world] + (groups if self.primary else [])
+
+
+def shard(model: ModelSection, assignment: Sequence[Sequence[int]]) -> Sharded:
+    """This rank's share of a model, uninitialised. A collective where groups have replicas."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    meter = Meter()
+    if world == 1 or model.experts == "dense":
+        return Sharded(Transformer(model, assignment), rank, world, meter, [], None)
+    placed = placements(model, assignment, world)
+    transformer = Transformer(model, assignment, [AllToAllDispatch(p, rank, meter) for p in placed])
+    n_groups = len(placed[0].owners)
+    replicas = None
+    if world > n_groups:
+        for slot in range(n_groups):  # every rank must take part in making every process group
+            ranks = list(range(slot, world, n_groups))
+            group = dist.new_group(ranks)
+            if rank in ranks and len(ranks) > 1:
+                replicas = group
+    return Sharded(transformer, rank, world, meter, placed, replicas)

@@ -1,0 +1,72 @@
+"""The simplest right computations, to compare the fast ones with: loops over tokens and experts."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from raymoe.model.experts import ClusteredExperts, FlatExperts
+
+
+def clustered(layer: ClusteredExperts, x_TD: Tensor, cluster_TP: Tensor, experts: dict[tuple[int, int], list[int]]) -> Tensor:
+    """Section 3's definition token by token, selection given: experts[(token, cluster)] lists logical experts."""
+    out = []
+    p_TC = (x_TD @ layer.router.weight.t()).softmax(-1)
+    place = {e: i for i, e in enumerate(layer.held_experts)}
+    for t in range(x_TD.shape[0]):
+        total = torch.zeros_like(x_TD[t])
+        for c in cluster_TP[t].tolist():
+            x = x_TD[t]
+            if not layer.model.residual_width:
+                y = (F.silu(x @ layer.base_gate[c]) * (x @ layer.base_up[c])) @ layer.base_down[c]
+                total = total + p_TC[t, c] * y
+                continue
+            chosen = experts[(t, c)]
+            if not chosen:
+                continue
+            rows = [place[e] for e in chosen]
+            if len(rows) == 1:
+                members = [place[e] for e in layer.members[layer.dispatch.held.index(c)]]
+                every = torch.stack([layer.expert_router[i] @ x for i in members]).softmax(0)
+                weights = every[members.index(rows[0])][None]
+            else:
+                weights = torch.stack([layer.expert_router[i] @ x for i in rows]).softmax(0)
+            y = torch.zeros_like(x)
+            for g, i in zip(weights, rows, strict=True):
+                gate = layer.base_gate[c] + layer.gate_in[i] @ layer.gate_out[i]
+                up = layer.base_up[c] + layer.up_in[i] @ layer.up_out[i]
+                down = layer.base_down[c] + layer.down_in[i] @ layer.down_out[i]
+                y = y + g * ((F.silu(x @ gate) * (x @ up)) @ down)
+            total = total + p_TC[t, c] * y
+        out.append(layer.model.gate_scale * total)
+    return torch.stack(out) if out else x_TD * 0
+
+
+def clustered_selection(layer: ClusteredExperts, x_TD: Tensor) -> tuple[Tensor, dict[tuple[int, int], list[int]]]:
+    """What the layer's two stages choose, by sorting scores token by token."""
+    scores = x_TD @ layer.router.weight.t() + layer.router.bias
+    cluster_TP = scores.argsort(dim=-1, descending=True, stable=True)[:, : layer.model.clusters_per_token]
+    experts: dict[tuple[int, int], list[int]] = {}
+    if layer.model.residual_width:
+        place = {e: i for i, e in enumerate(layer.held_experts)}
+        for t, row in enumerate(cluster_TP.tolist()):
+            for c in row:
+                members = layer.members[layer.dispatch.held.index(c)]
+                score = {e: (layer.expert_router[place[e]] @ x_TD[t] + layer.expert_bias[place[e]]).item() for e in members}
+                experts[(t, c)] = sorted(members, key=lambda e: -score[e])[: layer.model.experts_per_token]
+    return cluster_TP, experts
+
+
+def flat(layer: FlatExperts, x_TD: Tensor) -> Tensor:
+    """Softmax top-K over independent experts, token by token."""
+    out = []
+    k = layer.model.experts_per_token
+    for x in x_TD:
+        logits = layer.router.weight @ x
+        chosen = (logits + layer.router.bias).argsort(descending=True)[:k]
+        weights = logits[chosen].softmax(0) if k > 1 else logits.softmax(0)[chosen]
+        out.append(
+            sum(g * ((F.silu(x @ layer.gate[e]) * (x @ layer.up[e])) @ layer.down[e]) for g, e in zip(weights, chosen))
+        )
+    return torch.stack(out) if out else x_TD * 0

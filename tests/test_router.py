@@ -1,0 +1,78 @@
+"""Both routers' gradients and the balancing of their loads."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from raymoe.config import ModelSection
+from raymoe.model.dispatch import LocalDispatch
+from raymoe.model.experts import ClusteredExperts
+from raymoe.model.router import auxiliary_loss, move_bias, route
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_gradcheck_of_both_routers_with_the_selection_held(k: int) -> None:
+    """u (stage 1) and v (stage 2) through the whole layer; biases make the choice firm under perturbation."""
+    model = ModelSection(
+        layers=1, d_model=6, heads=1, kv_heads=1, d_expert=4, n_experts=8, n_clusters=2, experts_per_token=k,
+        residual_width=2,
+    )  # fmt: skip
+    layer = ClusteredExperts(model, model.default_assignment()[0], LocalDispatch(2)).double()
+    generator = torch.Generator().manual_seed(k)
+    for p in layer.parameters():
+        p.data.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float64) * 0.5)
+    x = torch.randn(5, 6, generator=generator, dtype=torch.float64)
+    layer.router.bias[1] = 50.0
+    layer.expert_bias[:] = torch.arange(8.0).double() * 50
+
+    def loss(u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(layer, {"router.weight": u, "expert_router": v}, (x,))
+
+    u, v = layer.router.weight, layer.expert_router
+    assert torch.autograd.gradcheck(loss, (u, v))
+    du, dv = torch.autograd.grad(loss(u, v).sum(), (u, v))
+    assert du.abs().max() > 1e-6 and dv.abs().max() > 1e-6
+
+
+def test_bias_changes_the_choice_but_not_the_weights() -> None:
+    x, weight = torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0, 0.0], [0.5, 0.0], [0.0, 1.0]])
+    plain = route(x, weight, torch.zeros(3), 1, over_selected=False)
+    pushed = route(x, weight, torch.tensor([0.0, 0.6, 0.0]), 1, over_selected=False)
+    assert (plain.index.item(), pushed.index.item()) == (0, 1)
+    assert torch.equal(plain.probability, pushed.probability)
+    assert pushed.weight.item() == pytest.approx(plain.probability[0, 1].item())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scores_are_float32_even_under_autocast(dtype: torch.dtype) -> None:
+    x, weight = torch.randn(4, 16).to(dtype), torch.randn(3, 16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        choice = route(x, weight, torch.zeros(3), 2, over_selected=True)
+    expected = (x.float() @ weight.t()).softmax(-1)
+    assert choice.weight.dtype == torch.float32
+    torch.testing.assert_close(choice.probability, expected)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(2, 8), st.integers(0, 2**30))
+def test_moving_the_bias_balances_a_skewed_router(groups: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randn(4000, groups, generator=generator) + torch.randn(groups, generator=generator)
+    bias = torch.zeros(groups)
+    for step in range(400):
+        counts = torch.bincount((scores + bias).argmax(1), minlength=groups)
+        move_bias(bias, counts, 0.1 if step < 200 else 0.02)
+    assert counts.float().std(correction=0) / counts.float().mean() < 0.1
+    assert bias.mean().abs() < 1e-5
+
+
+def test_auxiliary_loss_is_least_when_balanced() -> None:
+    def value(logits: torch.Tensor) -> float:
+        return auxiliary_loss(route(logits, torch.eye(4), torch.zeros(4), 1, over_selected=False), 4).item()
+
+    balanced = torch.eye(4).repeat(3, 1) * 5
+    assert value(balanced) == pytest.approx(12.0)  # rows · 1
+    assert value(torch.eye(4)[:1].repeat(12, 1) * 5) > 40

@@ -1,0 +1,90 @@
+"""The whole model: the cache, the mask, logical names, and initial weights."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from raymoe.config import ModelSection, preset
+from raymoe.model.transformer import KVCache, Transformer
+
+MODEL = ModelSection(
+    layers=2, d_model=32, d_expert=24, n_experts=8, n_clusters=2, experts_per_token=2, residual_width=4,
+    heads=4, kv_heads=2, vocabulary=50, context=16,
+)  # fmt: skip
+KINDS = [MODEL, replace(MODEL, experts="flat"), replace(MODEL, experts="dense"), replace(MODEL, tied_head=False)]
+
+
+def build(model: ModelSection, seed: int = 0) -> Transformer:
+    transformer = Transformer(model)
+    transformer.initialise(seed)
+    return transformer
+
+
+@pytest.mark.parametrize("model", KINDS)
+def test_cached_decoding_equals_one_pass(model: ModelSection) -> None:
+    transformer = build(model)
+    tokens = torch.randint(50, (3, 12))
+    with torch.no_grad():
+        whole = transformer(tokens)
+        cache = KVCache(model, batch=3, capacity=12)
+        pieces = [transformer(part, cache) for part in (tokens[:, :5], tokens[:, 5:6], tokens[:, 6:10], tokens[:, 10:])]
+    torch.testing.assert_close(torch.cat(pieces, 1), whole, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="holds 12 tokens"):
+        transformer(tokens[:, :1], cache)
+
+
+@pytest.mark.parametrize("model", KINDS)
+def test_no_token_sees_the_future(model: ModelSection) -> None:
+    transformer = build(model)
+    tokens = torch.randint(50, (1, 10))
+    changed = tokens.clone()
+    changed[0, 6:] = (changed[0, 6:] + 1) % 50
+    with torch.no_grad():
+        before, after = transformer(tokens), transformer(changed)
+    torch.testing.assert_close(before[:, :6], after[:, :6], rtol=1e-4, atol=1e-5)
+    assert (before[:, 6:] - after[:, 6:]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("model", KINDS)
+def test_every_weight_has_one_logical_name(model: ModelSection) -> None:
+    transformer = build(model)
+    logical = transformer.logical()
+    weights = sum(p.numel() for p in transformer.parameters())
+    biases = sum(b.numel() for name, b in transformer.named_buffers() if name.endswith("bias"))
+    assert sum(v.numel() for v in logical.values()) == weights + biases
+    other = Transformer(model)
+    other.load_logical({k: v.clone() for k, v in logical.items()})
+    for (name, a), (_, b) in zip(transformer.named_parameters(), other.named_parameters(), strict=True):
+        assert torch.equal(a, b), name
+    missing = dict(logical)
+    del missing["final_norm"]
+    with pytest.raises(ValueError, match="final_norm"):
+        other.load_logical(missing)
+    with pytest.raises(ValueError, match="shape"):
+        other.load_logical({**logical, "final_norm": torch.ones(3)})
+
+
+def test_experts_keep_their_name_whatever_their_cluster() -> None:
+    uneven = ((1, 0, 1, 1, 0, 1, 1, 1), (0, 0, 0, 1, 0, 0, 0, 1))
+    model, moved = build(MODEL), Transformer(MODEL, uneven)
+    moved.initialise(0)
+    a, b = model.logical(), moved.logical()
+    assert set(a) == set(b)
+    for key in a:
+        assert torch.equal(a[key], b[key]), key
+
+
+def test_initial_weights_are_sane() -> None:
+    transformer = build(preset("tiny").model)
+    tokens = torch.randint(2048, (2, 64))
+    with torch.no_grad():
+        hidden = transformer.hidden(tokens)
+        logits = transformer(tokens)
+    assert 0.5 < hidden.std() < 2
+    loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+    assert abs(loss.item() - torch.tensor(2048.0).log().item()) < 0.3
+    experts = transformer.logical()
+    assert not torch.equal(experts["layers.0.experts.0.gate_in"], experts["layers.0.experts.1.gate_in"])
