@@ -75,9 +75,7 @@ class DataSection:
 
     def __post_init__(self) -> None:
         _require(bool(self.path), "data.path", self.path, "must name a data set, file, folder or builtin")
-        _require(
-            0 < self.validation_share < 0.5, "data.validation_share", self.validation_share, "between 0 and 0.5"
-        )
+        _require(0 < self.validation_share < 0.5, "data.validation_share", self.validation_share, "between 0 and 0.5")
 
 
 @dataclass(frozen=True)
@@ -121,9 +119,7 @@ class ModelSection:
             self.heads,
             f"model.d_model={self.d_model} must be a multiple of 2 x heads (RoPE rotates pairs)",
         )
-        _require(
-            self.heads % self.kv_heads == 0, "model.kv_heads", self.kv_heads, f"must divide heads={self.heads}"
-        )
+        _require(self.heads % self.kv_heads == 0, "model.kv_heads", self.kv_heads, f"must divide heads={self.heads}")
         if self.experts == "clustered":
             _require(
                 self.n_clusters <= self.n_experts,
@@ -374,9 +370,7 @@ def from_dict(data: Any) -> Config:
             if kind is None:
                 raise ValueError(f"unknown key {section + '.' + name!r}")
             if typing.get_origin(kind) is Literal:
-                _require(
-                    value in typing.get_args(kind), f"{section}.{name}", value, f"one of {typing.get_args(kind)}"
-                )
+                _require(value in typing.get_args(kind), f"{section}.{name}", value, f"one of {typing.get_args(kind)}")
             elif kind is float:
                 _require(type(value) in (int, float), f"{section}.{name}", value, "expected float")
             else:

@@ -9,7 +9,9 @@ from torch import Tensor
 from raymoe.model.experts import ClusteredExperts, FlatExperts
 
 
-def clustered(layer: ClusteredExperts, x_TD: Tensor, cluster_TP: Tensor, experts: dict[tuple[int, int], list[int]]) -> Tensor:
+def clustered(
+    layer: ClusteredExperts, x_TD: Tensor, cluster_TP: Tensor, experts: dict[tuple[int, int], list[int]]
+) -> Tensor:
     """Section 3's definition token by token, selection given: experts[(token, cluster)] lists logical experts."""
     out = []
     p_TC = (x_TD @ layer.router.weight.t()).softmax(-1)
@@ -53,7 +55,9 @@ def clustered_selection(layer: ClusteredExperts, x_TD: Tensor) -> tuple[Tensor, 
         for t, row in enumerate(cluster_TP.tolist()):
             for c in row:
                 members = layer.members[layer.dispatch.held.index(c)]
-                score = {e: (layer.expert_router[place[e]] @ x_TD[t] + layer.expert_bias[place[e]]).item() for e in members}
+                score = {
+                    e: (layer.expert_router[place[e]] @ x_TD[t] + layer.expert_bias[place[e]]).item() for e in members
+                }
                 experts[(t, c)] = sorted(members, key=lambda e: -score[e])[: layer.model.experts_per_token]
     return cluster_TP, experts
 
@@ -67,6 +71,6 @@ def flat(layer: FlatExperts, x_TD: Tensor) -> Tensor:
         chosen = (logits + layer.router.bias).argsort(descending=True)[:k]
         weights = logits[chosen].softmax(0) if k > 1 else logits.softmax(0)[chosen]
         out.append(
-            sum(g * ((F.silu(x @ layer.gate[e]) * (x @ layer.up[e])) @ layer.down[e]) for g, e in zip(weights, chosen))
+            sum(g * ((F.silu(x @ layer.gate[e]) * (x @ layer.up[e])) @ layer.down[e]) for g, e in zip(weights, chosen, strict=False))
         )
     return torch.stack(out) if out else x_TD * 0

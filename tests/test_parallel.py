@@ -81,7 +81,9 @@ def test_many_processes_equal_one(name: str, world: int, tmp_path: Path) -> None
         assert result["norm"] == pytest.approx(expected["norm"], rel=1e-10)
         for stage in ("before", "after"):
             for key, grad in result[stage].items():
-                torch.testing.assert_close(grad, expected[stage][key], rtol=1e-9, atol=1e-12, msg=lambda m, k=key: f"{k}: {m}")
+                torch.testing.assert_close(
+                    grad, expected[stage][key], rtol=1e-9, atol=1e-12, msg=lambda m, k=key: f"{k}: {m}"
+                )
         seen |= set(result["before"])
     assert seen == set(expected["before"])
     for layer, (clusters, experts) in enumerate(expected["load"]):

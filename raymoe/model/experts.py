@@ -1,6 +1,7 @@
 """The feed-forward layers: clustered experts, and the baselines behind the same interface.
 
-Each maps x_TD to y_TD and keeps `load`, the integer counts that balancing needs. A layer holds the
+Each maps x_TD to y_TD and keeps integer loads for balancing: `cluster_load` and `expert_load` count
+choices, `served` the rows computed in this process; `choice_TP` is the last choice of the trunk's router. A layer holds the
 weights of the groups that its dispatcher says are here, stacked; `logical()` names every slice by a key
 that does not depend on where it is held.
 """
@@ -60,11 +61,14 @@ class ClusteredExperts(nn.Module):
         self.expert_parts = spans([len(experts) for experts in self.members])
         self.register_buffer("cluster_load", torch.zeros(model.n_clusters, dtype=torch.int64), persistent=False)
         self.register_buffer("expert_load", torch.zeros(model.n_experts, dtype=torch.int64), persistent=False)
+        self.served = 0
+        self.choice_TP = torch.empty(0, dtype=torch.int64)
         self.auxiliary: Tensor | None = None
 
     def forward(self, x_TD: Tensor, *, auxiliary: bool = False) -> Tensor:
         rows = x_TD.to(compute_dtype(x_TD))
         choice = self.router(rows)
+        self.choice_TP = choice.index
         self.auxiliary = auxiliary_loss(choice, self.model.n_clusters) if auxiliary else None
         self.cluster_load += torch.bincount(choice.index.flatten(), minlength=self.model.n_clusters)
         answers = self.dispatch(rows, choice.index, self.answer)
@@ -72,6 +76,7 @@ class ClusteredExperts(nn.Module):
 
     def answer(self, rows: Tensor, counts: list[int]) -> Tensor:
         """Rows sorted by held cluster, `counts` each -> what those clusters say. Rows in, rows out."""
+        self.served += rows.shape[0]
         parts = spans(counts)
         weights = [self.base_gate, self.base_up, self.base_down]
         if not self.model.residual_width:
@@ -127,17 +132,21 @@ class FlatExperts(nn.Module):
         self.up = nn.Parameter(torch.empty(e, d, f))
         self.down = nn.Parameter(torch.empty(e, f, d))
         self.register_buffer("expert_load", torch.zeros(model.n_experts, dtype=torch.int64), persistent=False)
+        self.served = 0
+        self.choice_TP = torch.empty(0, dtype=torch.int64)
         self.auxiliary: Tensor | None = None
 
     def forward(self, x_TD: Tensor, *, auxiliary: bool = False) -> Tensor:
         rows = x_TD.to(compute_dtype(x_TD))
         choice = self.router(rows)
+        self.choice_TP = choice.index
         self.auxiliary = auxiliary_loss(choice, self.model.n_experts) if auxiliary else None
         self.expert_load += torch.bincount(choice.index.flatten(), minlength=self.model.n_experts)
         answers = self.dispatch(rows, choice.index, self.answer)
         return torch.einsum("tk,tkd->td", choice.weight, answers.to(choice.weight.dtype))
 
     def answer(self, rows: Tensor, counts: list[int]) -> Tensor:
+        self.served += rows.shape[0]
         return FlatFFN.apply(rows, spans(counts), self.gate, self.up, self.down)
 
     def logical(self) -> Iterator[Slice]:
@@ -179,4 +188,3 @@ class DenseFFN(nn.Module):
 
 
 FFN = ClusteredExperts | FlatExperts | DenseFFN
-

@@ -36,9 +36,9 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
-def _times(rows: Tensor, weights: Tensor, parts: list[Span], out_width: int, *, transpose: bool = False) -> Tensor:
+def _times(rows: Tensor, weights: Tensor, parts: list[Span], *, transpose: bool = False) -> Tensor:
     """Each part of `rows` times its own matrix: rows [n, I], weights [e, I, J] (or [e, J, I] transposed) -> [n, J]."""
-    out = rows.new_empty(rows.shape[0], out_width)
+    out = rows.new_empty(rows.shape[0], weights.shape[1 if transpose else 2])
     for e, (start, stop) in enumerate(parts):
         if stop > start:
             torch.mm(rows[start:stop], weights[e].t() if transpose else weights[e], out=out[start:stop])
@@ -97,11 +97,17 @@ class ClusteredFFN(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, row_parts: list[Span], pairs: list[Pairs | None], expert_parts: list[Span], *tensors: Tensor
+        ctx: Any,
+        x: Tensor,
+        row_parts: list[Span],
+        pairs: list[Pairs | None],
+        expert_parts: list[Span],
+        *tensors: Tensor,
     ) -> Tensor:
         n_gates = sum(p is not None for p in pairs)
         gates, weights = tensors[:n_gates], tensors[n_gates:]
-        base_gate, base_up, base_down, *residuals = (w.to(x.dtype) for w in weights)
+        base_gate, base_up, base_down = (w.to(x.dtype) for w in weights[:3])
+        residuals = _joined(*weights[3:], dtype=x.dtype) if n_gates else []
         y = torch.empty_like(x)
         saved: list[Tensor] = []
         for c, (start, stop) in enumerate(row_parts):
@@ -109,100 +115,117 @@ class ClusteredFFN(torch.autograd.Function):
             if stop == start or (p is not None and p.k == 0):
                 y[start:stop] = 0
                 continue
-            a, b = rows @ base_gate[c], rows @ base_up[c]
+            wide = x.new_empty(2, stop - start, base_gate.shape[2])  # gate and up
+            torch.mm(rows, base_gate[c], out=wide[0])
+            torch.mm(rows, base_up[c], out=wide[1])
             if p is None:  # no experts beyond the base
-                hidden = F.silu(a) * b
-                torch.mm(hidden, base_down[c], out=y[start:stop])
-                saved += [a, b]
+                torch.mm(F.silu(wide[0]).mul_(wide[1]), base_down[c], out=y[start:stop])
+                saved.append(wide)
                 continue
-            first, last = expert_parts[c]
-            gate_in, gate_out, up_in, up_out, down_in, down_out = (r[first:last] for r in residuals)
-            width = gate_in.shape[2]
+            narrow_in, wide_out, down_in, down_out = (r[slice(*expert_parts[c])] for r in residuals)
             gate = gates[c].to(x.dtype)
-            pair_rows = rows.index_select(0, p.row)
-            narrow_gate = _times(pair_rows, gate_in, p.parts, width)
-            narrow_up = _times(pair_rows, up_in, p.parts, width)
-            a, b = a.index_select(0, p.row), b.index_select(0, p.row)
-            _add_times(a, narrow_gate, gate_out, p.parts)
-            _add_times(b, narrow_up, up_out, p.parts)
-            h = F.silu(a).mul_(b)
+            narrow = _times(rows.index_select(0, p.row), narrow_in, p.parts)
+            wide = wide.index_select(1, p.row)
+            both = _split(narrow)
+            for e, (first, last) in enumerate(p.parts):
+                if last > first:
+                    wide[:, first:last].baddbmm_(both[:, first:last], wide_out[e])
+            h = F.silu(wide[0]).mul_(wide[1])
             hidden = _sum_pairs(h, p.position, gate)
-            narrow_down = _times(h, down_in, p.parts, width)
-            answer = _times(narrow_down, down_out, p.parts, x.shape[1])
-            torch.addmm(_sum_pairs(answer, p.position, gate), hidden, base_down[c], out=y[start:stop])
-            saved += [a, b, hidden, narrow_gate, narrow_up, narrow_down, gate]
-        ctx.layout = (row_parts, pairs, expert_parts, [w.dtype for w in weights], [g.dtype for g in gates])
+            narrow_down = _times(h, down_in, p.parts)
+            answer = _sum_pairs(_times(narrow_down, down_out, p.parts), p.position, gate)
+            torch.addmm(answer, hidden, base_down[c], out=y[start:stop])
+            saved += [wide, hidden, narrow, narrow_down, gate]
+        ctx.layout = (row_parts, pairs, expert_parts, weights[0].dtype, [g.dtype for g in gates])
         ctx.save_for_backward(x, base_gate, base_up, base_down, *residuals, *saved)
-        ctx.n_residuals = len(residuals)
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         dy = grads[0].contiguous()
-        row_parts, pairs, expert_parts, weight_types, gate_types = ctx.layout
+        row_parts, pairs, expert_parts, weight_dtype, gate_dtypes = ctx.layout
         x, base_gate, base_up, base_down, *rest = ctx.saved_tensors
-        residuals, rest = rest[: ctx.n_residuals], iter(rest[ctx.n_residuals :])
-        weights = (base_gate, base_up, base_down, *residuals)
-        d_weights = [torch.zeros_like(w, dtype=t) for w, t in zip(weights, weight_types, strict=True)]
-        d_base_gate, d_base_up, d_base_down, *d_residuals = d_weights
+        residuals = rest[: 4 if gate_dtypes else 0]
+        saved = iter(rest[len(residuals) :])
+        wider = torch.promote_types(x.dtype, torch.float32)
+        d_bases = [torch.zeros_like(w, dtype=weight_dtype) for w in (base_gate, base_up, base_down)]
+        d_residuals = [torch.zeros_like(w, dtype=weight_dtype) for w in residuals]
         d_gates: list[Tensor] = []
-        wide = torch.promote_types(x.dtype, torch.float32)
         dx = torch.empty_like(x)
         for c, (start, stop) in enumerate(row_parts):
-            p = pairs[c]
+            rows, dy_rows, p = x[start:stop], dy[start:stop], pairs[c]
             if stop == start or (p is not None and p.k == 0):
                 dx[start:stop] = 0
                 if p is not None:
-                    d_gates.append(x.new_zeros(p.position.shape, dtype=gate_types[c]))
+                    d_gates.append(x.new_zeros(p.position.shape, dtype=gate_dtypes[c]))
                 continue
-            rows, dy_rows = x[start:stop], dy[start:stop]
+            wide = next(saved)
+            active = F.silu(wide[0])
+            h = active * wide[1]
             if p is None:
-                a, b = next(rest), next(rest)
-                active = F.silu(a)
-                d_base_down[c] = (active * b).t() @ dy_rows
+                d_bases[2][c] = h.t() @ dy_rows
                 dh = dy_rows @ base_down[c].t()
-                db = dh * active
-                da = torch.ops.aten.silu_backward(dh.mul_(b), a)
-                dx_rows = torch.mm(da, base_gate[c].t(), out=dx[start:stop])
+                d_gate, d_up = torch.ops.aten.silu_backward(dh * wide[1], wide[0]), active.mul_(dh)
+                dx_rows = torch.mm(d_gate, base_gate[c].t(), out=dx[start:stop])
             else:
-                a, b, hidden, narrow_gate, narrow_up, narrow_down, gate = (next(rest) for _ in range(7))
-                first, last = expert_parts[c]
-                gate_in, gate_out, up_in, up_out, down_in, down_out = (r[first:last] for r in residuals)
-                dg_in, dg_out, du_in, du_out, dd_in, dd_out = (d[first:last] for d in d_residuals)
-                width = gate_in.shape[2]
+                hidden, narrow, narrow_down, gate = (next(saved) for _ in range(4))
+                narrow_in, wide_out, down_in, down_out = (r[slice(*expert_parts[c])] for r in residuals)
+                d_narrow_in, d_wide_out, d_down_in, d_down_out = (d[slice(*expert_parts[c])] for d in d_residuals)
                 pair_gate = gate.flatten().index_select(0, p.order).unsqueeze(1)
-                active = F.silu(a)
-                h = active * b
                 # Down: through the base once per row, through the residual once per pair.
-                d_base_down[c] = hidden.t() @ dy_rows
-                d_hidden = (dy_rows @ base_down[c].t()).index_select(0, p.row)
+                d_bases[2][c] = hidden.t() @ dy_rows
+                dh = (dy_rows @ base_down[c].t()).index_select(0, p.row)
                 dy_pairs = dy_rows.index_select(0, p.row)
-                d_narrow = _times(dy_pairs, down_out, p.parts, width, transpose=True)
-                d_pair_gate = (d_hidden * h).sum(1, dtype=wide) + (d_narrow * narrow_down).sum(1, dtype=wide)
-                _weight_gradient(dd_out, narrow_down * pair_gate, dy_pairs, p.parts)
-                d_narrow *= pair_gate
-                _weight_gradient(dd_in, h, d_narrow, p.parts)
-                dh = d_hidden.mul_(pair_gate)
-                _add_times(dh, d_narrow, down_in, p.parts, transpose=True)
-                # Gate and up.
-                db_pairs = active.mul_(dh)
-                da_pairs = torch.ops.aten.silu_backward(dh.mul_(b), a)
-                _weight_gradient(dg_out, narrow_gate, da_pairs, p.parts)
-                _weight_gradient(du_out, narrow_up, db_pairs, p.parts)
-                d_narrow_gate = _times(da_pairs, gate_out, p.parts, width, transpose=True)
-                d_narrow_up = _times(db_pairs, up_out, p.parts, width, transpose=True)
-                pair_rows = rows.index_select(0, p.row)
-                _weight_gradient(dg_in, pair_rows, d_narrow_gate, p.parts)
-                _weight_gradient(du_in, pair_rows, d_narrow_up, p.parts)
-                dx_pairs = _times(d_narrow_gate, gate_in, p.parts, x.shape[1], transpose=True)
-                _add_times(dx_pairs, d_narrow_up, up_in, p.parts, transpose=True)
-                da, db = _sum_pairs(da_pairs, p.position), _sum_pairs(db_pairs, p.position)
-                d_gates.append(d_pair_gate.index_select(0, p.position.flatten()).view_as(p.position).to(gate_types[c]))
-                dx_rows = torch.addmm(_sum_pairs(dx_pairs, p.position), da, base_gate[c].t(), out=dx[start:stop])
-            dx_rows.addmm_(db, base_up[c].t())
-            d_base_gate[c] = rows.t() @ da
-            d_base_up[c] = rows.t() @ db
-        return (dx, None, None, None, *d_gates, *d_weights)
+                d_narrow_down = _times(dy_pairs, down_out, p.parts, transpose=True)
+                d_pair_gate = (dh * h).sum(1, dtype=wider) + (d_narrow_down * narrow_down).sum(1, dtype=wider)
+                d_gates.append(d_pair_gate[p.position].to(gate_dtypes[c]))
+                _weight_gradient(d_down_out, narrow_down * pair_gate, dy_pairs, p.parts)
+                d_narrow_down *= pair_gate
+                _weight_gradient(d_down_in, h, d_narrow_down, p.parts)
+                dh *= pair_gate
+                _add_times(dh, d_narrow_down, down_in, p.parts, transpose=True)
+                # Gate and up together: [2, N, ·].
+                d_wide = torch.empty_like(wide)
+                torch.mul(active, dh, out=d_wide[1])
+                d_wide[0] = torch.ops.aten.silu_backward(dh.mul_(wide[1]), wide[0])
+                both, d_both = _split(narrow), torch.empty_like(_split(narrow))
+                for e, (first, last) in enumerate(p.parts):
+                    if last > first:
+                        d_wide_out[e] = both[:, first:last].transpose(1, 2) @ d_wide[:, first:last]
+                        d_both[:, first:last] = d_wide[:, first:last] @ wide_out[e].transpose(1, 2)
+                d_narrow = d_both.transpose(0, 1).reshape(narrow.shape)
+                _weight_gradient(d_narrow_in, rows.index_select(0, p.row), d_narrow, p.parts)
+                dx_rows = _sum_pairs(_times(d_narrow, narrow_in, p.parts, transpose=True), p.position)
+                d_gate, d_up = (_sum_pairs(d, p.position) for d in d_wide)
+                dx_rows = torch.addmm(dx_rows, d_gate, base_gate[c].t(), out=dx[start:stop])
+            dx_rows.addmm_(d_up, base_up[c].t())
+            d_bases[0][c] = rows.t() @ d_gate
+            d_bases[1][c] = rows.t() @ d_up
+        return (dx, None, None, None, *d_gates, *d_bases, *_parted(*d_residuals))
+
+
+def _joined(
+    gate_in: Tensor, gate_out: Tensor, up_in: Tensor, up_out: Tensor, down_in: Tensor, down_out: Tensor, dtype: torch.dtype
+) -> list[Tensor]:
+    """The residual factors as the products use them: gate and up side by side, so that one product does both."""
+    narrow_in = torch.cat((gate_in.to(dtype), up_in.to(dtype)), 2)  # [e, D, 2W]
+    wide_out = torch.stack((gate_out.to(dtype), up_out.to(dtype)), 1)  # [e, 2, W, F]
+    return [narrow_in, wide_out, down_in.to(dtype), down_out.to(dtype)]
+
+
+def _parted(*joined: Tensor) -> list[Tensor]:
+    """The inverse of `_joined`, in the order of `RESIDUALS`."""
+    if not joined:
+        return []
+    narrow_in, wide_out, down_in, down_out = joined
+    gate_in, up_in = narrow_in.chunk(2, 2)
+    gate_out, up_out = wide_out.unbind(1)
+    return [gate_in, gate_out, up_in, up_out, down_in, down_out]
+
+
+def _split(narrow: Tensor) -> Tensor:
+    """[N, 2W] -> [2, N, W] as a view: the gate's part and the up's."""
+    return narrow.view(narrow.shape[0], 2, -1).transpose(0, 1)
 
 
 class FlatFFN(torch.autograd.Function):
@@ -211,9 +234,9 @@ class FlatFFN(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, parts: list[Span], *weights: Tensor) -> Tensor:
         gate, up, down = (w.to(x.dtype) for w in weights)
-        a = _times(x, gate, parts, gate.shape[2])
-        b = _times(x, up, parts, up.shape[2])
-        y = _times(F.silu(a).mul_(b), down, parts, x.shape[1])
+        a = _times(x, gate, parts)
+        b = _times(x, up, parts)
+        y = _times(F.silu(a).mul_(b), down, parts)
         ctx.layout = (parts, [w.dtype for w in weights])
         ctx.save_for_backward(x, gate, up, down, a, b)
         return y
@@ -226,11 +249,11 @@ class FlatFFN(torch.autograd.Function):
         d_gate, d_up, d_down = (torch.zeros_like(w, dtype=t) for w, t in zip((gate, up, down), types, strict=True))
         active = F.silu(a)
         _weight_gradient(d_down, active * b, dy, parts)
-        dh = _times(dy, down, parts, a.shape[1], transpose=True)
+        dh = _times(dy, down, parts, transpose=True)
         db = active.mul_(dh)
         da = torch.ops.aten.silu_backward(dh.mul_(b), a)
         _weight_gradient(d_gate, x, da, parts)
         _weight_gradient(d_up, x, db, parts)
-        dx = _times(da, gate, parts, x.shape[1], transpose=True)
+        dx = _times(da, gate, parts, transpose=True)
         _add_times(dx, db, up, parts, transpose=True)
         return dx, None, d_gate, d_up, d_down

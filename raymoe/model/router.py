@@ -42,10 +42,7 @@ def route(x: Tensor, weight: Tensor, bias: Tensor, k: int, *, over_selected: boo
         logits = x.to(weight.dtype) @ weight.t()
     index = select(logits, bias, k)
     probability = logits.softmax(-1)
-    if over_selected and k > 1:
-        chosen = logits.gather(-1, index).softmax(-1)
-    else:
-        chosen = probability.gather(-1, index)
+    chosen = logits.gather(-1, index).softmax(-1) if over_selected and k > 1 else probability.gather(-1, index)
     return Choice(index, chosen, probability)
 
 

@@ -154,6 +154,40 @@ class Transformer(nn.Module):
     def forward(self, tokens_BS: Tensor, cache: KVCache | None = None) -> Tensor:
         return self.hidden(tokens_BS, cache) @ self.head_weight.t()
 
+    # Loads.
+
+    def take_load(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Choices by cluster [L, C] and by expert [L, E], and rows computed here [L], since the last call.
+
+        Levels that the model does not have are empty.
+        """
+        if self.model.experts == "dense":
+            return torch.zeros(0, 0), torch.zeros(0, 0), torch.zeros(0)
+        clustered = self.model.experts == "clustered"
+        clusters = torch.stack([f.cluster_load.clone() for f in self.ffns]) if clustered else torch.zeros(0, 0)
+        if clustered and not self.model.residual_width:
+            experts = torch.zeros(0, 0)
+        else:
+            experts = torch.stack([f.expert_load.clone() for f in self.ffns])
+        served = torch.tensor([f.served for f in self.ffns])
+        for ffn in self.ffns:
+            ffn.expert_load.zero_()
+            ffn.served = 0
+            if clustered:
+                ffn.cluster_load.zero_()
+        return clusters.cpu(), experts.cpu(), served
+
+    def count_by_domain(self, domain_B: Tensor, mask_BS: Tensor, into_LGC: Tensor) -> None:
+        """Add the clusters that the last batch's tokens chose to counts by layer, domain and cluster."""
+        if self.model.experts != "clustered":
+            return
+        per_token = domain_B[:, None].expand(mask_BS.shape)[mask_BS.cpu()]
+        for layer, ffn in enumerate(self.ffns):
+            chosen = ffn.choice_TP.cpu().view(*mask_BS.shape, -1)[mask_BS.cpu()]
+            flat = per_token[:, None] * self.model.n_clusters + chosen
+            counts = torch.bincount(flat.flatten(), minlength=into_LGC[layer].numel())
+            into_LGC[layer] += counts.view_as(into_LGC[layer])
+
     # Logical names: the same whatever process holds a tensor.
 
     def slices(self) -> Iterator[tuple[str, str, int | None, int]]:

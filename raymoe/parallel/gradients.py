@@ -75,5 +75,3 @@ class Gradients:
         if limit < norm < float("inf"):
             torch._foreach_mul_([self.buffer, *grads], limit / norm)
         return norm
-
-

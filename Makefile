@@ -1,0 +1,54 @@
+# Everything is set up by `make demo` or `make test` on a machine with Python 3.11+ and make.
+# A CPU-only torch: make setup TORCH=cpu (takes torch from PyTorch's own CPU index instead of the ordinary one).
+
+PYTHON ?= python3
+TORCH ?= lock
+UV_VERSION := 0.13.9
+BIN := .venv/bin
+export RAY_AUTH_MODE ?= disabled
+export RAY_USAGE_STATS_ENABLED ?= 0
+export UV_PROJECT_ENVIRONMENT := .venv
+unexport PYTHONDONTWRITEBYTECODE
+
+.PHONY: setup demo test check soak bench head
+
+setup: .venv/.ready
+
+.tools/bin/uv:
+	$(PYTHON) -c 'import sys; sys.exit("raymoe needs Python 3.11 or newer, this is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv .tools
+	.tools/bin/python -m pip install --quiet uv==$(UV_VERSION)
+
+# Bytecode is compiled once here: it halves the start of every Ray process.
+.venv/.ready: pyproject.toml uv.lock .tools/bin/uv
+ifeq ($(TORCH),cpu)
+	.tools/bin/uv sync --quiet --frozen --extra dev --python $(PYTHON) --no-install-package torch --no-install-package triton $(foreach p,$(shell sed -n 's/^name = "\(nvidia-[a-z0-9-]*\|cuda-[a-z0-9-]*\)"/\1/p' uv.lock),--no-install-package $(p))
+	.tools/bin/uv pip install --quiet --python $(BIN)/python --torch-backend cpu "torch==$$(sed -n '/^name = "torch"/{n;s/version = "\(.*\)"/\1/p}' uv.lock)"
+else
+	.tools/bin/uv sync --quiet --frozen --extra dev --python $(PYTHON)
+endif
+	$(BIN)/python -m compileall -q -j 0 $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])') >/dev/null || true
+	touch $@
+
+demo: setup
+	$(BIN)/python jobs/demo.py
+
+test: setup
+	$(BIN)/python -m pytest -m "not soak"
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+soak: setup
+	$(BIN)/python -m pytest -m soak
+
+bench: setup
+	$(BIN)/python jobs/benchmark.py layer
+	$(BIN)/python jobs/benchmark.py step
+	$(BIN)/python jobs/benchmark.py memory
+
+# A Ray head for `ray job submit`; `ray job stop` then waits for the last checkpoint.
+head: setup
+	RAY_JOB_STOP_WAIT_TIME_S=120 RAY_TRAIN_HEALTH_CHECK_INTERVAL_S=0.5 PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/ray start --head --block

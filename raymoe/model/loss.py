@@ -1,0 +1,53 @@
+"""Cross-entropy of a linear head without the whole [T, V] logits: chunk by chunk, gradients made on the way."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from raymoe.model.fused import compute_dtype
+
+CHUNK = 512
+"""Rows at a time: a chunk's float32 logits stay in cache for vocabularies of some ten thousand."""
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, target: Tensor, dtype: torch.dtype) -> Tensor:
+        narrow_hidden, narrow_weight = hidden.to(dtype), weight.to(dtype)
+        wide = torch.promote_types(dtype, torch.float32)
+        total = torch.zeros((), dtype=torch.float64, device=hidden.device)
+        needs_grad = hidden.requires_grad or weight.requires_grad
+        d_hidden = torch.empty_like(narrow_hidden) if needs_grad else None
+        d_weight = torch.zeros_like(weight) if needs_grad else None
+        for start in range(0, hidden.shape[0], CHUNK):
+            part = slice(start, start + CHUNK)
+            rows, goal = narrow_hidden[part], target[part, None]
+            logits = (rows @ narrow_weight.t()).to(wide)
+            log_p = logits.log_softmax(-1)
+            total -= log_p.gather(1, goal).sum(dtype=torch.float64)
+            if d_hidden is not None and d_weight is not None:
+                d_logits = log_p.exp_()
+                d_logits.scatter_add_(1, goal, d_logits.new_full(goal.shape, -1.0))
+                narrow = d_logits.to(dtype)
+                torch.mm(narrow, narrow_weight, out=d_hidden[part])
+                d_weight += narrow.t() @ rows
+        if d_hidden is not None:
+            ctx.save_for_backward(d_hidden, d_weight)
+            ctx.hidden_dtype = hidden.dtype
+        return total.to(wide)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        d_hidden, d_weight = ctx.saved_tensors
+        return (d_hidden * grads[0]).to(ctx.hidden_dtype), (d_weight * grads[0]).to(d_weight.dtype), None, None
+
+
+def linear_cross_entropy(hidden_TD: Tensor, weight_VD: Tensor, target_T: Tensor) -> Tensor:
+    """Σ_t −log softmax(hidden_t · weightᵀ)[target_t], a scalar in float32 (float64 for float64 inputs).
+
+    The products run in the autocast type, the softmax in float32, the sum in float64.
+    """
+    return _LinearCrossEntropy.apply(hidden_TD, weight_VD, target_T, compute_dtype(hidden_TD))

@@ -1,0 +1,1 @@
+"""Where weights rest: checkpoints of a run, and the artifact that it exports. Never pickle."""

@@ -1,0 +1,204 @@
+"""Checkpoints: one safetensors file per rank under logical keys, and a manifest that makes them one.
+
+    <checkpoints>/step_00000200/rank_0000_of_0002.safetensors   a rank's tensors
+                                rank_0000_of_0002.json          what it holds, until the manifest says so
+                                manifest.json                   written last; without it there is no checkpoint
+
+Any world size reads what any other wrote, since keys are logical and a reader names those it needs.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import time
+from collections.abc import Iterable, KeysView, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from raymoe.storage.manifest import MANIFEST, Corrupt, Manifest, header, read_json, write_json, write_tensors
+
+FORMAT_VERSION = 1
+
+
+class CorruptCheckpoint(Corrupt):
+    """A checkpoint that is incomplete, damaged or not ours: `file` and `reason` say what was found."""
+
+
+def step_folder(checkpoints: Path, step: int) -> Path:
+    """Where the checkpoint of `step` lives."""
+    return checkpoints / f"step_{step:08d}"
+
+
+def _shard(folder: Path, rank: int, world: int) -> Path:
+    return folder / f"rank_{rank:04d}_of_{world:04d}.safetensors"
+
+
+def write_shard(folder: Path, rank: int, world: int, tensors: Mapping[str, Tensor]) -> None:
+    """Write this rank's tensors, then the sidecar that tells `write_manifest` about them.
+
+    Raises OSError (a full disk, say) with nothing half-written under a final name.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = _shard(folder, rank, world)
+    sidecar = path.with_suffix(".json")
+    sidecar.unlink(missing_ok=True)  # one left by an earlier attempt would describe another file
+    claim = write_tensors(path, tensors)
+    write_json(sidecar, {"file": path.name, **claim, "tensors": header(path)})
+
+
+def write_manifest(folder: Path, *, step: int, world: int, meta: dict[str, Any]) -> Path:
+    """Complete the checkpoint: join the sidecars of all ranks, once every one has written its shard.
+
+    `meta` is any JSON object. What earlier attempts left in the folder is removed, and so are the sidecars.
+    Raises FileNotFoundError when a rank's shard is missing and ValueError when two ranks wrote the same key.
+    """
+    files: dict[str, Any] = {}
+    tensors: dict[str, Any] = {}
+    for rank in range(world):
+        path = _shard(folder, rank, world)
+        sidecar = path.with_suffix(".json")
+        if not (sidecar.is_file() and path.is_file()):
+            raise FileNotFoundError(
+                f"{path} is missing: rank {rank} of {world} has not written its part of step {step}"
+            )
+        claim = read_json(sidecar, CorruptCheckpoint)
+        files[path.name] = {"bytes": claim["bytes"], "sha256": claim["sha256"]}
+        for key, (dtype, shape) in claim["tensors"].items():
+            if key in tensors:
+                raise ValueError(
+                    f"{folder}: {key!r} is in {tensors[key]['file']} and in {path.name}: one rank owns a key"
+                )
+            tensors[key] = {"file": path.name, "dtype": dtype, "shape": shape}
+    manifest = folder / MANIFEST
+    content = {"format_version": FORMAT_VERSION, "step": step, "world": world, "meta": meta}
+    write_json(manifest, content | {"files": files, "tensors": tensors})
+    for leftover in (*folder.glob("rank_*"), *folder.glob(".rank_*")):
+        if leftover.name not in files:
+            with suppress(OSError):  # the checkpoint is complete whether or not it is tidy
+                leftover.unlink()
+    return manifest
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose manifest was checked against its files."""
+
+    folder: Path
+    step: int
+    world: int
+    """Ranks that wrote it; any number may read it."""
+    meta: dict[str, Any]
+    manifest: Manifest
+
+    @classmethod
+    def open(cls, folder: Path, verify: bool = True) -> Checkpoint:
+        """Raises CorruptCheckpoint. `verify=False` trusts the checksums, and still checks sizes, keys and shapes."""
+        manifest = Manifest.open(folder, version=FORMAT_VERSION, error=CorruptCheckpoint, verify=verify)
+        step, world = manifest.get("step", int), manifest.get("world", int)
+        if step < 0 or world < 1:
+            raise CorruptCheckpoint(folder / MANIFEST, f"has step {step} and world {world}: below 0 and below 1")
+        return cls(folder, step, world, manifest.get("meta", dict), manifest)
+
+    @property
+    def keys(self) -> KeysView[str]:
+        return self.manifest.tensors.keys()
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        return self.manifest.tensors[key].shape
+
+    def read(self, keys: Iterable[str]) -> dict[str, Tensor]:
+        """These tensors and no others, on the CPU. Raises ValueError for a key that the checkpoint lacks."""
+        return self.manifest.read(keys)
+
+
+def _folders(checkpoints: Path) -> list[tuple[int, Path]]:
+    """Steps and their folders, newest first."""
+    names = ((re.fullmatch(r"step_(\d{8,})", path.name), path) for path in checkpoints.glob("step_*"))
+    return sorted(((int(name[1]), path) for name, path in names if name and path.is_dir()), reverse=True)
+
+
+def newest(checkpoints: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint whose checksums hold, and what was skipped on the way to it, each with its reason."""
+    skipped: list[str] = []
+    for _, folder in _folders(checkpoints):
+        if not (folder / MANIFEST).exists():
+            skipped.append(f"{folder}: has no {MANIFEST}, so it was never completed")
+            continue
+        try:
+            return Checkpoint.open(folder), skipped
+        except CorruptCheckpoint as error:
+            skipped.append(str(error))
+    return None, skipped
+
+
+def prune(checkpoints: Path, keep: int, best_step: int | None) -> list[Path]:
+    """Remove all but the newest `keep` complete checkpoints and the best; returns what was removed.
+
+    Incomplete folders go too when they are older than the newest complete checkpoint: a newer one may
+    still be being written. Raises ValueError when `keep` is less than 1.
+    """
+    if keep < 1:
+        raise ValueError(f"keep={keep} is not allowed: the newest checkpoint always stays")
+    kept = 0
+    removed: list[Path] = []
+    for step, folder in _folders(checkpoints):
+        try:
+            Checkpoint.open(folder, verify=False)
+        except CorruptCheckpoint:
+            surplus = kept > 0
+        else:
+            surplus = kept >= keep
+            kept += 1
+        if surplus and step != best_step:
+            (folder / MANIFEST).unlink(missing_ok=True)  # first, so that what an interruption leaves is incomplete
+            shutil.rmtree(folder)
+            removed.append(folder)
+    return removed
+
+
+class BackgroundWriter:
+    """Writes a rank's shards on one thread, so that a training step pays for a copy in memory only."""
+
+    def __init__(self) -> None:
+        self.error: Exception | None = None
+        """What stopped the last write (a full disk is an OSError); set before `done` turns true."""
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._write: Future[None] | None = None
+
+    def submit(self, folder: Path, rank: int, world: int, tensors: Mapping[str, Tensor]) -> float:
+        """Copy the tensors now and write them later (`write_shard`); an earlier error is forgotten.
+
+        Waits first for a write in flight, so that one copy is alive at most; returns the seconds waited.
+        """
+        start = time.perf_counter()
+        self.wait()
+        waited = time.perf_counter() - start
+        self.error = None
+        copies = {key: tensor.detach().to("cpu", copy=True) for key, tensor in tensors.items()}
+        self._write = self._pool.submit(self._run, folder, rank, world, copies)
+        return waited
+
+    def _run(self, folder: Path, rank: int, world: int, tensors: dict[str, Tensor]) -> None:
+        try:
+            write_shard(folder, rank, world, tensors)
+        except Exception as error:
+            self.error = error
+
+    def done(self) -> bool:
+        """Whether no write is in flight."""
+        return self._write is None or self._write.done()
+
+    def wait(self) -> None:
+        """Return when no write is in flight. Raises nothing: see `error`."""
+        if self._write is not None:
+            self._write.result()
+
+    def close(self) -> None:
+        """Finish the write in flight and end the thread."""
+        self._pool.shutdown()

@@ -1,0 +1,97 @@
+"""A Ray head of our own on this machine: free ports, its own folder, waited for, and ended by pid."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+ENVIRONMENT = {
+    "RAY_AUTH_MODE": "disabled",
+    "RAY_JOB_STOP_WAIT_TIME_S": "120",  # `ray job stop` waits this long for the last checkpoint
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+"""What a head for raymoe sets. Values that the caller has set win."""
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that are free now, outside of the range that Ray gives to its workers (10002 to 19999)."""
+    sockets, ports = [], []
+    while len(ports) < count:
+        held = socket.create_server(("127.0.0.1", 0))
+        sockets.append(held)
+        if not 10000 <= held.getsockname()[1] <= 20000:
+            ports.append(held.getsockname()[1])
+    for held in sockets:
+        held.close()
+    return ports
+
+
+@dataclass(frozen=True)
+class Head:
+    """A running head: where jobs are submitted, and the environment for commands that use it."""
+
+    dashboard: str
+    environment: dict[str, str]
+    folder: Path
+
+    def submit(self, *command: str, working_dir: Path, submission_id: str = "") -> list[str]:
+        """The command line that submits `command` as a job and follows its log."""
+        name = ["--submission-id", submission_id] if submission_id else []
+        address = ["--address", self.dashboard]
+        ray = str(Path(sys.executable).with_name("ray"))
+        return [ray, "job", "submit", *address, *name, "--working-dir", str(working_dir), "--", *command]
+
+
+@contextmanager
+def head(cpus: int, environment: dict[str, str] | None = None) -> Iterator[Head]:
+    """Start a head with `cpus` CPUs; yields when its dashboard answers. Raises RuntimeError with its log if it does not."""
+    gcs, dashboard, agent, listen, metrics, scaler, board = free_ports(7)
+    folder = Path(tempfile.mkdtemp(prefix="raymoe-ray-"))
+    Path("/tmp/ray").mkdir(exist_ok=True)
+    variables = ENVIRONMENT | {"AUTOSCALER_METRIC_PORT": str(scaler), "DASHBOARD_METRIC_PORT": str(board)}
+    variables = variables | {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | (environment or {})
+    variables["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), variables.get("PATH", "")])
+    log = folder / "head.log"
+    command = [
+        str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--node-ip-address=127.0.0.1",
+        f"--port={gcs}", f"--dashboard-port={dashboard}", f"--dashboard-agent-grpc-port={agent}",
+        f"--dashboard-agent-listen-port={listen}", f"--metrics-export-port={metrics}", f"--num-cpus={cpus}",
+        f"--temp-dir={folder / 'ray'}", "--object-store-memory=300000000", "--include-dashboard=true",
+    ]  # fmt: skip
+    with log.open("w") as output:
+        process = subprocess.Popen(command, env=variables, stdout=output, stderr=output, start_new_session=True)
+    address = f"http://127.0.0.1:{dashboard}"
+    try:
+        deadline = time.monotonic() + 120
+        while not _answers(f"{address}/api/jobs/"):
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"the Ray head did not start:\n{log.read_text()[-2000:]}")
+            time.sleep(0.2)
+        yield Head(address, variables | {"RAY_ADDRESS": f"127.0.0.1:{gcs}"}, folder)
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=2) as answer:
+            return answer.status == 200
+    except (urllib.error.URLError, OSError):
+        return False

@@ -1,0 +1,52 @@
+"""A run's own record: `metrics.jsonl`, one JSON object a line, and where its folder keeps what."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def finite(value: Any) -> Any:
+    """`value` with numbers that JSON cannot hold as null."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(v) for v in value]
+    return value
+
+
+class Journal:
+    """Appends records; on a restart cuts back to the restored step, so that each step stands there once."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        kept: list[str] = []
+        if path.exists():
+            for line in path.read_text().splitlines():
+                try:
+                    record = json.loads(line)
+                except json.JSONDecodeError:
+                    break  # the line that a killed worker left behind
+                if record.get("step", 0) <= step:
+                    kept.append(line)
+        temporary = path.with_suffix(".partial")
+        temporary.write_text("".join(line + "\n" for line in kept))
+        os.replace(temporary, path)
+        self._path = path
+        self._backlog = ""
+
+    def write(self, kind: str, step: int, **fields: Any) -> None:
+        """Append one record. On a full disk it is kept and written with a later one; training goes on."""
+        self._backlog += json.dumps({"kind": kind, "step": step, **finite(fields)}) + "\n"
+        try:
+            with self._path.open("a") as file:
+                file.write(self._backlog)
+        except OSError as error:
+            print(f"{self._path}: cannot write ({error.strerror}); keeping records in memory", file=sys.stderr)
+            return
+        self._backlog = ""

@@ -1,0 +1,253 @@
+"""The driver: from a config to a finished run. It prepares the data, starts Ray Train, follows and stops it."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import torch
+from prometheus_client import CollectorRegistry
+from ray.train.torch import TorchConfig, TorchTrainer
+from tqdm import tqdm
+
+import raymoe
+from raymoe.config import Config, from_dict, override
+from raymoe.data import Corpus, prepare
+from raymoe.metrics import TrainingMetrics, serve, write_targets
+from raymoe.storage.runs import run_folder
+from raymoe.training.loop import Trainer, threads
+from raymoe.training.report import write_report
+
+
+def worker(job: dict[str, Any]) -> None:
+    """What each Ray Train worker runs, again from the top after every restart."""
+    context = ray.train.get_context()
+    config, run = from_dict(job["config"]), Path(job["run"])
+    torch.set_num_threads(threads(config, context.get_local_world_size()))
+    device = ray.train.torch.get_device()
+    registry = CollectorRegistry()
+    metrics = TrainingMetrics(registry, run=config.run.name, worker=str(context.get_world_rank()))
+    address = (
+        ray.util.get_node_ip_address(),
+        serve(registry),
+        {"run": config.run.name, "worker": str(context.get_world_rank())},
+    )
+    targets: list[Any] = [None] * context.get_world_size()
+    if context.get_world_size() > 1:
+        torch.distributed.all_gather_object(targets, address)
+    else:
+        targets = [address]
+    if context.get_world_rank() == 0:
+        write_targets(run / "prometheus_targets.json", targets)
+    outcome = Trainer(config, Corpus.open(job["corpus"]), run, metrics, device).train()
+    ray.train.report(outcome)
+
+
+def resolve(config: Config, assignments: list[str]) -> Config:
+    """The config of this launch, all decided: name, root, and what a resumed run brings along.
+
+    With `train.resume=NAME` the run's own config is the base and the overrides apply on top; the model
+    and the data cannot change. Otherwise an existing run of the same name is refused.
+    Raises FileNotFoundError, FileExistsError or ValueError.
+    """
+    config = override(config, assignments)
+    name = config.train.resume
+    if not name:
+        if not config.run.name:
+            stamp = time.strftime("%Y%m%d-%H%M%S")
+            config = override(config, [f"run.name={config.preset}-{stamp}"])
+        folder = run_folder(config.run.root, config.run.name)
+        if folder.exists():
+            raise FileExistsError(
+                f"{folder} exists: choose another run.name, or continue it with train.resume={config.run.name}"
+            )
+        return config
+    folder = run_folder(config.run.root, name)
+    saved = folder / "config.json"
+    if not saved.is_file():
+        raise FileNotFoundError(f"there is no run to resume at {folder}: it has no config.json")
+    base = from_dict(json.loads(saved.read_text())["config"])
+    resumed = override(base, [*assignments, f"run.name={name}"])
+    for section in ("model", "data"):
+        if getattr(resumed, section) != getattr(base, section):
+            raise ValueError(f"a resumed run keeps its {section}: drop the {section}.* overrides, or start a new run")
+    if resumed.run.seed != base.run.seed or resumed.train.global_batch != base.train.global_batch:
+        raise ValueError("a resumed run keeps run.seed and train.global_batch: they say which tokens each step reads")
+    return resumed
+
+
+def connect(config: Config) -> None:
+    """Join the Ray that RAY_ADDRESS or this machine offers, else start a local one.
+
+    A local Ray gets at least as many CPUs as there are workers, so that a run made for two cores works on one.
+    """
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # how soon a dead worker is seen
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    try:
+        ray.init(address="auto", **quiet)
+    except ConnectionError:
+        ray.init(num_cpus=max(os.cpu_count() or 1, config.train.workers), include_dashboard=False, **quiet)
+
+
+def launch(config: Config) -> tuple[Path, int]:
+    """Train `config` to its end or to an orderly stop; returns the run's folder and the signal that stopped it, or 0.
+
+    Needs Ray to be initialised. SIGINT and SIGTERM ask the workers to checkpoint at the next step and leave.
+    Raises what a worker raised once `train.max_failures` restarts are used up.
+    """
+    run = run_folder(config.run.root, config.run.name)
+    gpus = wants_gpus(config)
+    check_capacity(config, gpus)
+    run.mkdir(parents=True, exist_ok=True)
+    corpus = prepare(config)
+    config_file = run / "config.json"
+    config_file.write_text(
+        json.dumps({"config": config.to_dict(), "corpus": str(corpus), "versions": versions()}, indent=1)
+    )
+    (run / "stop").unlink(missing_ok=True)
+    attempt = f"attempt-{time.time_ns()}"  # Ray Train resumes a run of the same name by itself: ours never is
+    trainer = TorchTrainer(
+        worker,
+        train_loop_config={"config": config.to_dict(), "run": str(run), "corpus": str(corpus)},
+        torch_config=TorchConfig(backend="nccl" if gpus else "gloo", timeout_s=int(config.train.collective_timeout_s)),
+        scaling_config=ray.train.ScalingConfig(num_workers=config.train.workers, use_gpu=gpus),
+        run_config=ray.train.RunConfig(
+            name=attempt,
+            storage_path=str(run / "ray"),
+            failure_config=ray.train.FailureConfig(max_failures=config.train.max_failures),
+        ),
+    )
+    outcome: list[BaseException | None] = []
+
+    def fit() -> None:
+        try:
+            trainer.fit()
+            outcome.append(None)
+        except BaseException as error:
+            outcome.append(error)
+
+    thread = threading.Thread(target=fit, name="ray-train", daemon=True)
+    progress = Progress(run / "metrics.jsonl", config.train.steps)
+    with stop_on_signal(run / "stop") as received:
+        thread.start()
+        while thread.is_alive():
+            thread.join(timeout=0.5)
+            progress.update()
+    progress.close()
+    write_report(run)
+    shutil.rmtree(run / "ray", ignore_errors=True)
+    if outcome[0] is not None:
+        raise outcome[0]
+    return run, received[0] if received else 0
+
+
+def wants_gpus(config: Config) -> bool:
+    if config.train.gpu == "auto":
+        return ray.cluster_resources().get("GPU", 0) >= config.train.workers
+    return config.train.gpu == "yes"
+
+
+def check_capacity(config: Config, gpus: bool) -> None:
+    """Ray Train would wait for ever for workers that cannot be placed: say so instead."""
+    kind = "GPU" if gpus else "CPU"
+    have = ray.cluster_resources().get(kind, 0)
+    if have < config.train.workers:
+        raise ValueError(
+            f"train.workers={config.train.workers} needs {config.train.workers} {kind}s and the Ray cluster has {have:g}: "
+            f"lower train.workers, add nodes, or start Ray with more (ray start --num-{kind.lower()}s)"
+        )
+
+
+def versions() -> dict[str, str]:
+    return {
+        "raymoe": raymoe.__version__,
+        "ray": ray.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+@contextmanager
+def stop_on_signal(flag: Path) -> Iterator[list[int]]:
+    """The first SIGINT or SIGTERM sets the stop flag and is listed; a second one is not held back."""
+    received: list[int] = []
+
+    def handler(number: int, frame: Any) -> None:
+        received.append(number)
+        flag.touch()
+        print("\nstopping: the workers checkpoint at the next step and leave", file=sys.stderr, flush=True)
+        for n, previous in before.items():
+            signal.signal(n, previous)
+
+    before = {n: signal.signal(n, handler) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for n, previous in before.items():
+            signal.signal(n, previous)
+
+
+class Progress:
+    """Follows a run's metrics.jsonl: a bar on a terminal, a line a record elsewhere."""
+
+    def __init__(self, path: Path, steps: int) -> None:
+        self.path, self.steps = path, steps
+        self.position = path.stat().st_size if path.exists() else 0
+        self.bar = tqdm(total=steps, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
+
+    def update(self) -> None:
+        if not self.path.exists():
+            return
+        with self.path.open() as file:
+            if self.path.stat().st_size < self.position:
+                self.position = 0  # a restart has cut the file back
+            file.seek(self.position)
+            for line in iter(file.readline, ""):
+                if not line.endswith("\n"):
+                    break
+                self.position += len(line.encode())
+                self.show(json.loads(line))
+
+    def show(self, record: dict[str, Any]) -> None:
+        text = describe(record)
+        if record["kind"] == "train" and not self.bar.disable:
+            self.bar.n = record["step"]
+            self.bar.set_postfix_str(text)
+        elif text:
+            tqdm.write(
+                f"step {record['step']}/{self.steps}  {text}", file=sys.stderr if not self.bar.disable else sys.stdout
+            )
+            sys.stdout.flush()
+
+    def close(self) -> None:
+        self.update()
+        self.bar.close()
+
+
+def describe(record: dict[str, Any]) -> str:
+    """One line for a record of metrics.jsonl."""
+    number = lambda value, form: "-" if value is None else format(value, form)  # noqa: E731
+    if record["kind"] == "train":
+        cv = record["load_cv"]
+        return (
+            f"loss {number(record['loss'], '.3f')}  {record['tokens_per_s']:,.0f} tokens/s  "
+            f"load CV experts {number(cv['experts'], '.2f')} clusters {number(cv['clusters'], '.2f')}"
+        )
+    if record["kind"] == "validation":
+        return f"validation loss {number(record['loss'], '.4f')}  perplexity {number(record['perplexity'], '.2f')}"
+    if record["kind"] == "event":
+        return " ".join(str(v) for k, v in record.items() if k not in ("kind", "step", "seconds"))
+    return ""

@@ -1,0 +1,339 @@
+"""The training loop of one worker. Every rank runs it alike; agreement rides on one collective a step.
+
+A step: gradients of this rank's grains; one small sum over ranks (loss, loads, flags); the trunk's
+gradients; the clipped update; the routers' biases. Validation, checkpoints and stopping happen at
+step boundaries, on all ranks or on none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from raymoe.config import Config
+from raymoe.data import Batch, Corpus
+from raymoe.evaluation import load_cv, load_max_vio
+from raymoe.metrics import TrainingMetrics
+from raymoe.model.loss import linear_cross_entropy
+from raymoe.parallel.gradients import Gradients
+from raymoe.parallel.sharded import shard
+from raymoe.training.journal import Journal
+from raymoe.training.optimizer import Optimizer, learning_rate
+from raymoe.training.state import Checkpointer, Position, find, restore
+
+SKIPS_IN_A_ROW = 20
+"""Steps without a finite loss after which a run gives up."""
+
+FLAGS = ("loss", "stop", "sent_bytes", "pending", "failed")
+"""What each rank says of itself at a step, beside the loads: summed over ranks in one collective."""
+
+
+@dataclass
+class Load:
+    """Rows by cluster [L, C], by expert [L, E] and by worker [L, ranks] since the last reading, over all ranks."""
+
+    clusters: Tensor
+    experts: Tensor
+    workers: Tensor
+
+    def __add__(self, other: Load) -> Load:
+        return Load(self.clusters + other.clusters, self.experts + other.experts, self.workers + other.workers)
+
+    def measures(self, of: Any) -> dict[str, float | None]:
+        levels = {"experts": self.experts, "clusters": self.clusters, "workers": self.workers}
+        return {name: of(counts.numpy()) if counts.numel() else None for name, counts in levels.items()}
+
+    @staticmethod
+    def shares(counts: Tensor) -> list[list[float]]:
+        return (counts / counts.sum(-1, keepdim=True).clamp(min=1)).tolist() if counts.numel() else []
+
+
+class Trainer:
+    """A worker's run. `run` is the run's folder, `stop` a file whose presence asks for an orderly stop."""
+
+    def __init__(
+        self, config: Config, corpus: Corpus, run: Path, metrics: TrainingMetrics, device: torch.device
+    ) -> None:
+        self.config, self.corpus, self.run, self.metrics, self.device = config, corpus, run, metrics, device
+        checkpoint, passed_over = find(run / "checkpoints")
+        self.position = (
+            Position.of(checkpoint) if checkpoint else Position(assignment=config.model.default_assignment())
+        )
+        self.sharded = shard(config.model, self.position.assignment)
+        self.rank, self.world = self.sharded.rank, self.sharded.world
+        self.model = self.sharded.transformer.to(device)
+        self.gradients = Gradients(self.sharded)
+        self.optimizer = Optimizer(self.model, config.train)
+        if checkpoint:
+            restore(checkpoint, self.sharded, self.optimizer)
+        else:
+            self.model.initialise(config.run.seed)
+        self.checkpoints = Checkpointer(run / "checkpoints", config, self.sharded, self.optimizer)
+        self.journal = Journal(run / "metrics.jsonl", self.position.step) if self.rank == 0 else None
+        for reason in passed_over:
+            self.log("event", what="checkpoint passed over", reason=reason)
+        if checkpoint:
+            self.log("event", what="resumed", workers=self.world, checkpoint=str(checkpoint.folder))
+        else:
+            self.log("assignment", version=self.position.version, assignment=self.position.assignment)
+
+    def log(self, kind: str, **fields: Any) -> None:
+        if self.journal:
+            self.journal.write(kind, self.position.step, **fields)
+
+    def train(self) -> dict[str, Any]:
+        """Run to the last step or to an orderly stop. Returns where it stands."""
+        train, position = self.config.train, self.position
+        window = Window()
+        stopped = False
+        in_a_row = 0
+        while position.step < train.steps and not stopped:
+            started = time.perf_counter()
+            loss, norm, load, said = self.step(position.step)
+            position.step += 1
+            finite = math.isfinite(loss) and math.isfinite(norm)
+            if finite:
+                self.optimizer.step(rate := learning_rate(train, position.step - 1))
+                self.balance(load, train.bias_rate * rate / train.lr)
+                position.updates += 1
+                in_a_row = 0
+            else:
+                position.skipped += 1
+                in_a_row += 1
+                self.log("event", what="skipped", loss=loss, grad_norm=norm)
+                if in_a_row == SKIPS_IN_A_ROW:
+                    raise FloatingPointError(
+                        f"the loss was not finite for {in_a_row} steps in a row, up to step {position.step}: "
+                        "lower train.lr, or resume from an earlier checkpoint"
+                    )
+            tokens = train.global_batch * self.config.model.context
+            position.tokens += tokens
+            window.add(loss if finite else None, norm, load, said["sent_bytes"], tokens, time.perf_counter() - started)
+            last = position.step == train.steps
+            stopped = said["stop"] > 0
+            if position.step % train.log_every == 0 or last or stopped:
+                self.report(window)
+                window = Window()
+            if self.checkpoints.unsealed and not said["pending"]:
+                self.settle(said["failed"] > 0)
+            if (position.step % train.validate_every == 0 or last) and not stopped:
+                self.validate(whole=last)
+            if position.step % self.config.checkpoint.every == 0 or last or stopped:
+                self.checkpoint()
+        self.finish()
+        if stopped:
+            self.log("event", what="stopped")
+        return {"step": position.step, "stopped": stopped, "skipped": position.skipped}
+
+    # One step.
+
+    def step(self, step: int) -> tuple[float, float, Load, dict[str, float]]:
+        """Gradients of step `step` over the global batch, reduced and clipped: (loss, norm, load, flags)."""
+        train = self.config.train
+        tokens = train.global_batch * self.config.model.context
+        self.gradients.zero()
+        loss = torch.zeros((), device=self.device)
+        for batch in self.grains(train.global_batch // train.grain, lambda rows: self.corpus.batch(
+            seed=self.config.run.seed, step=step, global_batch=train.global_batch, context=self.config.model.context,
+            rows=rows,
+        )):  # fmt: skip
+            inputs, targets = self.tensors(batch)
+            with self.autocast():
+                hidden = self.model.hidden(inputs, auxiliary=self.config.aux_loss > 0)
+                part = linear_cross_entropy(hidden.flatten(0, 1), self.model.head_weight, targets.flatten()) / tokens
+            objective = part
+            for ffn in self.model.ffns:
+                if ffn.auxiliary is not None:
+                    objective = objective + self.config.aux_loss * ffn.auxiliary / tokens
+            objective.backward()
+            loss += part.detach()
+        stop = self.rank == 0 and (self.run / "stop").exists()
+        pending, failed = self.checkpoints.pending, bool(self.checkpoints.failure)
+        load, said = self.agree([loss.item(), stop, self.sharded.meter.take(), pending, failed])
+        self.gradients.reduce()
+        norm = self.gradients.clip(train.clip)
+        return said["loss"], norm, load, said
+
+    def grains(self, count: int, read: Any) -> Any:
+        """This rank's grains of `count`; ranks with fewer join the others' collectives with zero rows."""
+        size = self.config.train.grain
+        for turn in range(-(-count // self.world)):
+            index = turn * self.world + self.rank
+            rows = range(index * size, (index + 1) * size) if index < count else range(0)
+            yield read(rows)
+
+    def tensors(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        tokens = torch.from_numpy(batch.tokens).to(self.device)
+        return tokens[:, :-1], tokens[:, 1:]
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        narrow = self.config.train.precision == "bfloat16"
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=narrow)
+
+    def agree(self, flags: list[float]) -> tuple[Load, dict[str, float]]:
+        """Sum flags and loads over ranks (integers below 2^53 are exact in float64). A collective."""
+        clusters, experts, rows = self.model.take_load()
+        workers = torch.zeros(len(rows), self.world, dtype=torch.float64)
+        workers[:, self.rank] = rows
+        parts = [torch.tensor([float(f) for f in flags], dtype=torch.float64), clusters, experts, workers]
+        vector = torch.cat([p.double().flatten() for p in parts]).to(self.device)
+        if self.world > 1:
+            dist.all_reduce(vector)
+        summed = vector.cpu().split([p.numel() for p in parts])
+        said, clusters, experts, workers = (s.view(p.shape) for s, p in zip(summed, parts, strict=True))
+        return Load(clusters, experts, workers), dict(zip(FLAGS, said.tolist(), strict=True))
+
+    def balance(self, load: Load, rate: float) -> None:
+        for i, ffn in enumerate(self.model.ffns):
+            clusters, experts = (counts[i] if counts.numel() else counts for counts in (load.clusters, load.experts))
+            ffn.balance(clusters, experts, rate)
+
+    # Between steps.
+
+    def report(self, window: Window) -> None:
+        """One train record: the means since the last one, and the loads."""
+        load = window.load
+        rss = torch.zeros(self.world, dtype=torch.float64)
+        rss[self.rank] = psutil.Process().memory_info().rss
+        if self.world > 1:
+            rss = rss.to(self.device)
+            dist.all_reduce(rss)
+        record = dict(
+            loss=window.mean_loss,
+            lr=learning_rate(self.config.train, self.position.step - 1),
+            grad_norm=window.norm,
+            tokens=self.position.tokens,
+            tokens_per_s=window.tokens / window.seconds,
+            step_ms=1000 * window.seconds / window.steps,
+            load_cv=load.measures(load_cv),
+            load_max_vio=load.measures(load_max_vio),
+            a2a_bytes_per_token=window.sent_bytes / window.tokens,
+            version=self.position.version,
+            rss_mb=[round(b / 2**20, 1) for b in rss.tolist()],
+            skipped_steps=self.position.skipped,
+            load_experts=Load.shares(load.experts),
+            load_clusters=Load.shares(load.clusters),
+        )
+        self.log("train", **record)
+        self.metrics.observe({"kind": "train", "step": self.position.step, **record})
+
+    @torch.no_grad()
+    def validate(self, *, whole: bool) -> None:
+        """Loss over held-out windows, per domain, and which cluster serves which domain."""
+        train, model = self.config.train, self.config.model
+        limit = None if whole else train.validate_windows
+        total = self.corpus.validation_windows(model.context, limit)
+        domains = len(self.corpus.domains)
+        sums = torch.zeros(domains, 2, dtype=torch.float64)
+        serving = torch.zeros(model.layers, domains, model.n_clusters, dtype=torch.float64)
+        self.model.take_load()
+        for batch in self.grains(-(-total // train.grain), lambda rows: self.corpus.validation(
+            context=model.context, limit=limit, rows=range(min(rows.start, total), min(rows.stop, total))
+        )):  # fmt: skip
+            inputs, targets = self.tensors(batch)
+            mask = torch.from_numpy(batch.mask).to(self.device)
+            with self.autocast():
+                hidden = self.model.hidden(inputs)
+                weight = self.model.head_weight
+                for i, domain in enumerate(batch.domain.tolist()):
+                    counts = mask[i]
+                    nll = linear_cross_entropy(hidden[i][counts], weight, targets[i][counts])
+                    sums[domain] += torch.tensor([nll.item(), counts.sum().item()], dtype=torch.float64)
+            self.model.count_by_domain(torch.from_numpy(batch.domain), mask, serving)
+        load, _ = self.agree([0.0] * len(FLAGS))
+        if self.world > 1:
+            both = torch.cat([sums.flatten(), serving.flatten()]).to(self.device)
+            dist.all_reduce(both)
+            a, b = both.cpu().split([sums.numel(), serving.numel()])
+            sums, serving = a.view_as(sums), b.view_as(serving)
+        loss = (sums[:, 0].sum() / sums[:, 1].sum()).item()
+        self.position.validation[self.position.step] = loss
+        per_domain = (sums[:, 0] / sums[:, 1].clamp(min=1)).tolist()
+        record = dict(
+            loss=loss,
+            perplexity=math.exp(min(loss, 700.0)),
+            domains=dict(zip(self.corpus.domains, per_domain, strict=True)),
+            load_cv=load.measures(load_cv),
+            load_max_vio=load.measures(load_max_vio),
+            cluster_by_domain=serving.tolist() if model.experts == "clustered" else [],
+            windows=total,
+            whole=whole,
+        )
+        self.log("validation", **record)
+        self.metrics.observe({"kind": "validation", "step": self.position.step, **record})
+
+    def checkpoint(self) -> None:
+        if self.checkpoints.unsealed:  # the last one is still being written: training is faster than the disk
+            self.drain()
+        self.checkpoints.begin(self.position)
+
+    def settle(self, failed: bool) -> None:
+        """Seal the checkpoint whose files are all written, or say why there is none."""
+        reasons: list[Any] = [self.checkpoints.failure]
+        if failed and self.world > 1:
+            reasons = [None] * self.world
+            dist.all_gather_object(reasons, self.checkpoints.failure)
+        event = self.checkpoints.settle(failed)
+        if failed:
+            event["reason"] = "; ".join(r for r in reasons if r)
+        self.log("event", **event)
+        self.metrics.observe({"kind": "event", "step": self.position.step, **event})
+
+    def drain(self) -> None:
+        """Wait for the checkpoint being written and seal it. A collective."""
+        if not self.checkpoints.unsealed:
+            return
+        self.checkpoints.finish()
+        _, said = self.agree([0.0, 0.0, 0.0, 0.0, bool(self.checkpoints.failure)])
+        self.settle(said["failed"] > 0)
+
+    def finish(self) -> None:
+        """The last checkpoint must be there: a run that cannot save it has failed."""
+        self.drain()
+        if self.checkpoints.last_sealed != self.position.step:
+            raise OSError(
+                f"the checkpoint of step {self.position.step} could not be written under {self.checkpoints.folder}: "
+                "see the last events in metrics.jsonl; free disk space and resume"
+            )
+
+
+class Window:
+    """What happened since the last train record."""
+
+    def __init__(self) -> None:
+        self.steps = self.tokens = 0
+        self.seconds = 0.0
+        self.losses: list[float] = []
+        self.norm = 0.0
+        self.sent_bytes = 0.0
+        self.load = Load(torch.zeros(0), torch.zeros(0), torch.zeros(0))
+
+    def add(self, loss: float | None, norm: float, load: Load, sent_bytes: float, tokens: int, seconds: float) -> None:
+        self.steps += 1
+        self.seconds += seconds
+        self.tokens += tokens
+        self.norm = norm
+        self.sent_bytes += sent_bytes
+        if loss is not None:
+            self.losses.append(loss)
+        first = self.steps == 1
+        self.load = load if first else self.load + load
+
+    @property
+    def mean_loss(self) -> float:
+        return sum(self.losses) / len(self.losses) if self.losses else float("nan")
+
+
+def threads(config: Config, local_workers: int) -> int:
+    """Compute threads of a worker: its share of the machine's cores."""
+    return config.train.threads or max(1, (os.cpu_count() or 1) // local_workers)

@@ -1,0 +1,74 @@
+"""AdamW, its schedule, and its moments under logical names."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from raymoe.config import TrainSection
+from raymoe.model.fused import RESIDUALS
+from raymoe.model.transformer import Transformer
+
+MOMENTS = {"m": "exp_avg", "v": "exp_avg_sq"}
+
+
+def learning_rate(train: TrainSection, step: int) -> float:
+    """The rate of step `step` (0-based): linear warm-up, then a cosine to `final_lr` of the peak."""
+    if step < train.warmup:
+        return train.lr * (step + 1) / train.warmup
+    progress = (step - train.warmup) / max(1, train.steps - train.warmup)
+    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    return train.lr * (train.final_lr + (1 - train.final_lr) * cosine)
+
+
+def decays(name: str, parameter: Tensor) -> bool:
+    """Whether AdamW decays a parameter: matrices yes; norms, biases and residual factors no."""
+    leaf = name.rsplit(".", 1)[-1]
+    return parameter.dim() > 1 and not leaf.endswith("norm") and leaf not in RESIDUALS
+
+
+class Optimizer:
+    """AdamW over what this rank holds. Moments are named like the weights, as `moments.m.KEY` and `moments.v.KEY`."""
+
+    def __init__(self, transformer: Transformer, train: TrainSection) -> None:
+        self.transformer = transformer
+        self.train = train
+        self.updates = 0
+        """Updates applied so far: steps less those skipped."""
+        self.parameters = dict(transformer.named_parameters())
+        decayed = [p for name, p in self.parameters.items() if decays(name, p)]
+        plain = [p for name, p in self.parameters.items() if not decays(name, p)]
+        self.adam = torch.optim.AdamW(
+            [{"params": decayed, "weight_decay": train.weight_decay}, {"params": plain, "weight_decay": 0.0}],
+            lr=train.lr,
+            betas=(0.9, train.beta2),
+            fused=True,
+        )
+        for p in self.parameters.values():
+            self.adam.state[p] = {
+                "step": torch.zeros((), device=p.device),
+                "exp_avg": torch.zeros_like(p),
+                "exp_avg_sq": torch.zeros_like(p),
+            }
+
+    def step(self, rate: float) -> None:
+        for group in self.adam.param_groups:
+            group["lr"] = rate
+        self.adam.step()
+        self.updates += 1
+
+    def logical(self) -> dict[str, Tensor]:
+        """Views of the moments by logical key."""
+        views: dict[str, Tensor] = {}
+        for short, name in MOMENTS.items():
+            stacked = {n: self.adam.state[p][name] for n, p in self.parameters.items()}
+            views |= {f"moments.{short}.{key}": view for key, view in self.transformer.logical(stacked).items()}
+        return views
+
+    def restore(self, updates: int) -> None:
+        """Continue after `updates` updates; the moments are written through `logical()`."""
+        self.updates = updates
+        for p in self.parameters.values():
+            self.adam.state[p]["step"].fill_(updates)

@@ -1,0 +1,136 @@
+"""What a run must not lose: captured into checkpoints off the critical path, restored on any world size."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from raymoe.config import Config
+from raymoe.parallel.sharded import Sharded
+from raymoe.storage.checkpoint import BackgroundWriter, Checkpoint, newest, prune, write_manifest
+from raymoe.training.optimizer import Optimizer
+
+
+@dataclass
+class Position:
+    """Where a run stands. `step` counts optimizer steps done, skipped ones included."""
+
+    step: int = 0
+    updates: int = 0
+    tokens: int = 0
+    skipped: int = 0
+    version: int = 0
+    assignment: tuple[tuple[int, ...], ...] = ()
+    validation: dict[int, float] = field(default_factory=dict)
+    """Validation loss by step."""
+
+    def meta(self, config: Config) -> dict[str, Any]:
+        return {
+            "updates": self.updates,
+            "tokens": self.tokens,
+            "skipped": self.skipped,
+            "version": self.version,
+            "assignment": self.assignment,
+            "validation": {str(step): loss for step, loss in self.validation.items()},
+            "config": config.to_dict(),
+        }
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> Position:
+        meta = checkpoint.meta
+        return cls(
+            checkpoint.step, meta["updates"], meta["tokens"], meta["skipped"], meta["version"],
+            tuple(map(tuple, meta["assignment"])), {int(step): loss for step, loss in meta["validation"].items()},
+        )  # fmt: skip
+
+
+def find(folder: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint whose checksums hold, the same on all ranks, and what was passed over. A collective."""
+    if not dist.is_initialized():
+        return newest(folder)
+    answer: list[Any] = [None]
+    if dist.get_rank() == 0:
+        checkpoint, skipped = newest(folder)
+        answer = [(checkpoint and str(checkpoint.folder), skipped)]
+    dist.broadcast_object_list(answer)
+    path, skipped = answer[0]
+    return (Checkpoint.open(Path(path), verify=False) if path else None), skipped
+
+
+def restore(checkpoint: Checkpoint, sharded: Sharded, optimizer: Optimizer) -> None:
+    """Read exactly what this rank holds: weights, biases and moments, by logical key."""
+    views = sharded.transformer.logical() | optimizer.logical()
+    tensors = checkpoint.read(views)
+    for key, view in views.items():
+        if tensors[key].shape != view.shape:
+            raise ValueError(
+                f"{checkpoint.folder}: {key!r} has shape {list(tensors[key].shape)}, this config needs {list(view.shape)}"
+            )
+        view.copy_(tensors[key])
+    optimizer.restore(checkpoint.meta["updates"])
+
+
+class Checkpointer:
+    """Writes checkpoints in the background; agreement rides on the step's own collective.
+
+    At a checkpoint each rank copies what it owns and goes on. `pending` is 1 while its file is being
+    written; once the sum over ranks is 0, rank 0 seals the checkpoint with its manifest and prunes.
+    """
+
+    def __init__(self, folder: Path, config: Config, sharded: Sharded, optimizer: Optimizer) -> None:
+        self.folder, self.config = folder, config
+        self.sharded, self.optimizer = sharded, optimizer
+        self.writer = BackgroundWriter()
+        self._unsealed: tuple[Path, int, dict[str, Any], float] | None = None
+        self.last_sealed = -1
+
+    def begin(self, position: Position) -> float:
+        """Start writing a checkpoint of this position; returns the seconds it held up training."""
+        started = time.perf_counter()
+        views = self.sharded.transformer.logical()
+        owned = {key: views[key] for key in self.sharded.owned()}
+        moments = self.optimizer.logical()
+        owned |= {key: view for key, view in moments.items() if key.split(".", 2)[2] in owned}
+        folder = self.folder / f"step_{position.step:08d}"
+        self.writer.submit(folder, self.sharded.rank, self.sharded.world, owned)
+        self._unsealed = (folder, position.step, position.meta(self.config), started)
+        return time.perf_counter() - started
+
+    @property
+    def pending(self) -> bool:
+        return self._unsealed is not None and not self.writer.done()
+
+    @property
+    def unsealed(self) -> bool:
+        """Whether a checkpoint was begun that has no manifest yet. The same on all ranks."""
+        return self._unsealed is not None
+
+    @property
+    def failure(self) -> str:
+        """Why this rank's file could not be written, or nothing."""
+        return str(self.writer.error) if self.writer.error else ""
+
+    def settle(self, failed: bool) -> dict[str, Any]:
+        """Called on all ranks once none is pending: rank 0 seals the checkpoint, unless a rank failed."""
+        assert self._unsealed is not None
+        folder, step, meta, started = self._unsealed
+        self._unsealed = None
+        self.writer.error = None
+        event: dict[str, Any] = {"what": "checkpoint failed" if failed else "checkpoint", "checkpoint": step}
+        if not failed:
+            if self.sharded.rank == 0:
+                write_manifest(folder, step=step, world=self.sharded.world, meta=meta)
+                losses = {int(s): loss for s, loss in meta["validation"].items()}
+                kept = {s: loss for s, loss in losses.items() if (self.folder / f"step_{s:08d}").is_dir()}
+                prune(self.folder, self.config.checkpoint.keep, min(kept, key=kept.__getitem__) if kept else None)
+            self.last_sealed = step
+        event["seconds"] = time.perf_counter() - started
+        return event
+
+    def finish(self) -> None:
+        """Wait for this rank's file."""
+        self.writer.wait()
