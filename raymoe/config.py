@@ -192,6 +192,8 @@ class TrainSection:
     """Windows of a periodic validation (the last one of a run reads the whole validation set)."""
     max_failures: int = 3
     """Worker failures that the run survives by restarting from the newest checkpoint."""
+    metrics_host: str = "127.0.0.1"
+    """Address on which each worker answers Prometheus. `0.0.0.0` for a server on another node."""
     collective_timeout_s: float = 300.0
     """A collective that takes longer fails the worker group."""
 

@@ -67,6 +67,13 @@ def test_the_whole_range_of_float16_fits() -> None:
     assert (dequantize(quantize(x, 1)) - x).abs().max() <= 131008 / 30 + 131008 * 2 * EPS
 
 
+def test_codes_make_up_for_the_rounded_minimum() -> None:
+    generator = torch.Generator().manual_seed(0)
+    low = 1000 + 20 * torch.rand(500, 1, generator=generator)  # float16 steps by 0.5 here, the grid by 1
+    x = low + 15 * torch.rand(500, GROUP, generator=generator)
+    assert (dequantize(quantize(x, 1)) - x).square().mean() < 0.065  # 0.077 when codes count from the exact minimum
+
+
 def test_groups_do_not_touch_each_other() -> None:
     x = torch.randn(2, 3 * GROUP)
     louder = x.clone()
@@ -150,9 +157,9 @@ def test_balanced_factors_have_the_same_product(
     assert off.abs().max() <= 1e-5 * scale
 
 
-def test_balancing_makes_lopsided_factors_survive_int4() -> None:
+def test_balancing_rescues_factors_that_nearly_cancel() -> None:
     generator = torch.Generator().manual_seed(0)
-    mix = torch.randn(4, 4, generator=generator) * torch.tensor([100.0, 10.0, 1.0, 0.1])  # badly conditioned factors
+    mix = 1 + 0.1 * torch.randn(4, 4, generator=generator)  # the columns of the first factor are nearly the same
     first = torch.randn(64, 4, generator=generator) @ mix
     second = torch.linalg.inv(mix) @ torch.randn(4, 96, generator=generator)
     want = first @ second
@@ -160,5 +167,5 @@ def test_balancing_makes_lopsided_factors_survive_int4() -> None:
     def error(a: torch.Tensor, b: torch.Tensor) -> float:
         return float((dequantize(quantize(a, 0)) @ dequantize(quantize(b, 1)) - want).norm() / want.norm())
 
-    assert error(*balance(first, second)) < 0.12
+    assert error(*balance(first, second)) < 0.15
     assert error(first, second) > 3 * error(*balance(first, second))

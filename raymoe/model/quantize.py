@@ -1,7 +1,7 @@
 """Four-bit residuals: balance the two factors of a product, then store them two values to a byte.
 
 A residual is first @ second, [m, W] and [W, n]. Both are quantised along their long axis (D or F),
-never along W: columns of different weight must not share a scale. Paper section 3.3.
+never along W: columns of different weight must not share a scale (the paper's heterogeneous precision).
 """
 
 from __future__ import annotations

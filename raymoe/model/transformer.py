@@ -183,7 +183,7 @@ class Transformer(nn.Module):
             return
         per_token = domain_B[:, None].expand(mask_BS.shape)[mask_BS.cpu()]
         for layer, ffn in enumerate(self.ffns):
-            chosen = ffn.choice_TP.cpu().view(*mask_BS.shape, -1)[mask_BS.cpu()]
+            chosen = ffn.choice_TP.cpu()[mask_BS.cpu().flatten()]
             flat = per_token[:, None] * self.model.n_clusters + chosen
             counts = torch.bincount(flat.flatten(), minlength=into_LGC[layer].numel())
             into_LGC[layer] += counts.view_as(into_LGC[layer])

@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterable, KeysView, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +94,7 @@ class Checkpoint:
     world: int
     """Ranks that wrote it; any number may read it."""
     meta: dict[str, Any]
-    manifest: Manifest
+    manifest: Manifest = field(repr=False)
 
     @classmethod
     def open(cls, folder: Path, verify: bool = True) -> Checkpoint:

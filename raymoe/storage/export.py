@@ -6,17 +6,16 @@
                                         (`KEY.packed`, `.scale`, `.minimum`), its experts' router rows in float32
     tokenizer.json
 
-A flat model's experts rest in cluster_000 in float16, a dense model has a trunk only. Paper section 3.3.
+A flat model's experts rest in cluster_000 in float16, a dense model has a trunk only. This is the paper's heterogeneous precision.
 """
 
 from __future__ import annotations
 
 import math
-import re
 import shutil
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,14 +25,12 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from raymoe.config import ModelSection, from_dict
-from raymoe.model.fused import RESIDUALS
-from raymoe.model.quantize import GROUP, Int4, balance, dequantize, packed_shapes, quantize
-from raymoe.model.transformer import Transformer
+from raymoe.model.quantize import GROUP, Int4, balance, dequantize, quantize
+from raymoe.storage.layout import ENCODING, TRUNK, Encoding, Part, Place, cluster_file, layout
 from raymoe.storage.manifest import (
     MANIFEST,
     Corrupt,
     Manifest,
-    Stored,
     claim,
     durable,
     require_same,
@@ -43,78 +40,11 @@ from raymoe.storage.manifest import (
 )
 
 FORMAT_VERSION = 1
-TRUNK = "trunk.safetensors"
 TOKENIZER = "tokenizer.json"
-
-Encoding = Literal["float32", "float16", "int4"]
-Part = Literal["trunk", "bases", "residuals", "routers"]
-_BYTES = {"F32": 4, "F16": 2, "U8": 1}
-_NAMES = {"float32": "F32", "float16": "F16"}
-_ENCODING: dict[Part, Encoding] = {"trunk": "float16", "bases": "float16", "residuals": "int4", "routers": "float32"}
 
 
 class CorruptArtifact(Corrupt):
     """An artifact that is incomplete, damaged or not ours: `file` and `reason` say what was found."""
-
-
-# What rests where
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where and how a logical tensor rests."""
-
-    key: str
-    shape: tuple[int, ...]
-    file: str
-    part: Part
-    encoding: Encoding
-
-    @property
-    def axis(self) -> int:
-        """The long axis of a residual factor: its input's, or its output's."""
-        return 0 if self.key.endswith("_in") else 1
-
-    def stored(self) -> dict[str, Stored]:
-        """The tensors that the file holds for it."""
-        if self.encoding != "int4":
-            return {self.key: Stored(self.file, _NAMES[self.encoding], self.shape)}
-        packed, grid = packed_shapes(self.shape, self.axis)
-        return {
-            f"{self.key}.packed": Stored(self.file, "U8", packed),
-            f"{self.key}.scale": Stored(self.file, "F16", grid),
-            f"{self.key}.minimum": Stored(self.file, "F16", grid),
-        }
-
-    @property
-    def bytes(self) -> int:
-        return sum(_BYTES[stored.dtype] * math.prod(stored.shape) for stored in self.stored().values())
-
-
-def cluster_file(c: int) -> str:
-    return f"clusters/cluster_{c:03d}.safetensors"
-
-
-def layout(model: ModelSection, assignment: Sequence[Sequence[int]]) -> list[Place]:
-    """Where every logical tensor of `model` rests, from shapes alone."""
-    with torch.device("meta"):
-        shapes = {key: tuple(tensor.shape) for key, tensor in Transformer(model, assignment).logical().items()}
-    places: list[Place] = []
-    for key, shape in shapes.items():
-        file, part, leaf = TRUNK, "trunk", key.rsplit(".", 1)[-1]
-        group = re.match(r"layers\.(\d+)\.(clusters|experts)\.(\d+)\.", key)
-        if group:
-            layer, index = int(group[1]), int(group[3])
-            if group[2] == "experts":
-                index = assignment[layer][index] if model.experts == "clustered" else 0
-            file, part = cluster_file(index), "bases"
-        if leaf in RESIDUALS:
-            part = "residuals"
-        elif leaf in ("router", "bias") or key.endswith("router.weight"):
-            part = "routers"
-        encoding: Encoding = "float32" if leaf.endswith("norm") else _ENCODING[part]
-        places.append(Place(key, shape, file, part, encoding))
-    return places
 
 
 def sizes(model: ModelSection) -> dict[str, dict[str, int]]:
@@ -209,17 +139,18 @@ def write_artifact(
     """
     model = from_dict(config).model
     _check_assignment(model, assignment)
+    places = layout(model, assignment)
+    _check_tensors(places, tensors)
     if relabel is not None:
         _check_relabel(model, relabel)
         tensors, assignment = _relabelled(tensors, assignment, relabel)
-    places = layout(model, assignment)
-    _check_tensors(places, tensors)
+        places = layout(model, assignment)
     if target.exists() or target.is_symlink():
         raise FileExistsError(f"{target} exists: remove it, or export under another name")
     if not tokenizer.is_file():
         raise FileNotFoundError(f"{tokenizer} is missing: an artifact needs the tokenizer that the model learnt with")
     target.parent.mkdir(parents=True, exist_ok=True)
-    _check_space(target.parent, sum(place.bytes + 512 for place in places) + 2 * tokenizer.stat().st_size)
+    _check_space(target.parent, sum(place.bytes + 1024 for place in places) + tokenizer.stat().st_size)
 
     partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}.partial")
     try:
@@ -256,24 +187,24 @@ def _encode(places: list[Place], tensors: Mapping[str, Tensor]) -> dict[str, Ten
     stored: dict[str, Tensor] = {}
     balanced: dict[str, Tensor] = {}
     for place in places:
-        tensor = tensors[place.key].detach().float()
-        if not tensor.isfinite().all():
-            raise ValueError(f"{place.key!r} has values that are not finite: export an earlier checkpoint")
         if place.encoding == "int4":
             if place.key not in balanced:
-                first = place.key.removesuffix("_out").removesuffix("_in") + "_in"
-                second = first.removesuffix("_in") + "_out"
+                stem = place.key.rpartition("_")[0]
+                first, second = f"{stem}_in", f"{stem}_out"
                 balanced[first], balanced[second] = balance(tensors[first].float(), tensors[second].float())
-            q = quantize(balanced[place.key], place.axis)
+            try:
+                q = quantize(balanced[place.key], place.axis)
+            except ValueError as error:
+                raise ValueError(f"{place.key!r} cannot be exported: {error}") from error
             stored |= {f"{place.key}.{name}": getattr(q, name) for name in ("packed", "scale", "minimum")}
         else:
-            stored[place.key] = tensor.to(getattr(torch, place.encoding))
+            stored[place.key] = tensors[place.key].detach().to(getattr(torch, place.encoding))
             if not stored[place.key].isfinite().all():
                 raise ValueError(f"{place.key!r} has values beyond float16's ±65504: it cannot be exported")
     return stored
 
 
-def _int4_entries(places: Iterable[Place]) -> dict[str, Any]:
+def _int4_entries(places: list[Place]) -> dict[str, Any]:
     """How to read each quantised tensor back."""
     return {
         place.key: {"shape": list(place.shape), "axis": place.axis, "group": GROUP}
@@ -283,9 +214,7 @@ def _int4_entries(places: Iterable[Place]) -> dict[str, Any]:
 
 
 def _check_assignment(model: ModelSection, assignment: Any) -> None:
-    """[layers][E] cluster ids; nothing is asked of a model without clusters."""
-    if model.experts != "clustered":
-        return
+    """Raises ValueError unless it is [layers][E] cluster ids."""
     whole = isinstance(assignment, Sequence) and len(assignment) == model.layers
     if not whole or not all(
         isinstance(row, Sequence)
@@ -308,7 +237,7 @@ def _check_relabel(model: ModelSection, relabel: Sequence[Sequence[int]]) -> Non
 
 
 def _check_tensors(places: list[Place], tensors: Mapping[str, Tensor]) -> None:
-    """Raises ValueError unless `tensors` are the model's: all of them, with their shapes, and no other."""
+    """Raises ValueError unless `tensors` are the model's: all of them, in their shapes, finite, and no other."""
     for place in places:
         if place.key not in tensors:
             raise ValueError(f"the weights lack {place.key!r}, which the config asks for")
@@ -316,6 +245,8 @@ def _check_tensors(places: list[Place], tensors: Mapping[str, Tensor]) -> None:
             raise ValueError(
                 f"{place.key!r} has shape {list(tensors[place.key].shape)}; the config asks for {list(place.shape)}"
             )
+        if not tensors[place.key].isfinite().all():
+            raise ValueError(f"{place.key!r} has values that are not finite: export an earlier checkpoint")
     unknown = tensors.keys() - {place.key for place in places}
     if unknown:
         raise ValueError(f"{min(unknown)!r} is not a tensor of the model that the config describes")
@@ -342,8 +273,8 @@ class Artifact:
     assignment: list[list[int]]
     version: int
     metrics: dict[str, Any]
-    manifest: Manifest
-    places: list[Place]
+    manifest: Manifest = field(repr=False)
+    places: list[Place] = field(repr=False)
 
     @classmethod
     def open(cls, folder: Path, verify: bool = True) -> Artifact:
@@ -382,19 +313,20 @@ class Artifact:
 
     def bytes_by_part(self) -> dict[Part, int]:
         """Bytes at rest of the trunk, the bases (or flat experts), the residuals, and the routers with their biases."""
-        total: dict[Part, int] = dict.fromkeys(_ENCODING, 0)
+        total: dict[Part, int] = dict.fromkeys(ENCODING, 0)
         for place in self.places:
             total[place.part] += place.bytes
         return total
 
     def _decode(self, places: list[Place], residuals: Literal["int4", "zero"]) -> dict[str, Tensor]:
         """Float32 tensors, reading only what is asked for."""
-        zeroed = [place for place in places if place.encoding == "int4" and residuals == "zero"]
-        read = [place for place in places if place not in zeroed]
-        stored = self.manifest.read(key for place in read for key in place.stored())
-        tensors = {place.key: torch.zeros(place.shape) for place in zeroed}
-        for place in read:
-            if place.encoding == "int4":
+        zeroed = {place.key for place in places if place.encoding == "int4" and residuals == "zero"}
+        stored = self.manifest.read(key for place in places if place.key not in zeroed for key in place.stored())
+        tensors: dict[str, Tensor] = {}
+        for place in places:
+            if place.key in zeroed:
+                tensors[place.key] = torch.zeros(place.shape)
+            elif place.encoding == "int4":
                 packed, scale, minimum = (stored[f"{place.key}.{name}"] for name in ("packed", "scale", "minimum"))
                 tensors[place.key] = dequantize(Int4(packed, scale, minimum, place.shape, place.axis))
             else:

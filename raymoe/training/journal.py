@@ -40,9 +40,9 @@ class Journal:
         self._path = path
         self._backlog = ""
 
-    def write(self, kind: str, step: int, **fields: Any) -> None:
+    def write(self, record: dict[str, Any]) -> None:
         """Append one record. On a full disk it is kept and written with a later one; training goes on."""
-        self._backlog += json.dumps({"kind": kind, "step": step, **finite(fields)}) + "\n"
+        self._backlog += json.dumps(finite(record)) + "\n"
         try:
             with self._path.open("a") as file:
                 file.write(self._backlog)

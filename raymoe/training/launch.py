@@ -37,20 +37,18 @@ def worker(job: dict[str, Any]) -> None:
     config, run = from_dict(job["config"]), Path(job["run"])
     torch.set_num_threads(threads(config, context.get_local_world_size()))
     device = ray.train.torch.get_device()
+    rank, world = context.get_world_rank(), context.get_world_size()
     registry = CollectorRegistry()
-    metrics = TrainingMetrics(registry, run=config.run.name, worker=str(context.get_world_rank()))
-    address = (
-        ray.util.get_node_ip_address(),
-        serve(registry),
-        {"run": config.run.name, "worker": str(context.get_world_rank())},
-    )
-    targets: list[Any] = [None] * context.get_world_size()
-    if context.get_world_size() > 1:
-        torch.distributed.all_gather_object(targets, address)
-    else:
-        targets = [address]
-    if context.get_world_rank() == 0:
-        write_targets(run / "prometheus_targets.json", targets)
+    labels = {"run": config.run.name, "worker": str(rank)}
+    metrics = TrainingMetrics(registry, **labels)
+    host = config.train.metrics_host
+    reachable = ray.util.get_node_ip_address() if host == "0.0.0.0" else host
+    targets: list[Any] = [None] * world
+    target = (reachable, serve(registry, host), labels)
+    if world > 1:
+        torch.distributed.all_gather_object(targets, target)
+    if rank == 0:
+        write_targets(run / "prometheus_targets.json", targets if world > 1 else [target])
     outcome = Trainer(config, Corpus.open(job["corpus"]), run, metrics, device).train()
     ray.train.report(outcome)
 

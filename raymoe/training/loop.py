@@ -83,13 +83,16 @@ class Trainer:
         for reason in passed_over:
             self.log("event", what="checkpoint passed over", reason=reason)
         if checkpoint:
-            self.log("event", what="resumed", workers=self.world, checkpoint=str(checkpoint.folder))
+            self.log("event", what="resumed", workers=self.world, skipped_steps=self.position.skipped, checkpoint=str(checkpoint.folder))
         else:
             self.log("assignment", version=self.position.version, assignment=self.position.assignment)
 
     def log(self, kind: str, **fields: Any) -> None:
+        """One record: to this worker's metrics, and from rank 0 to the run's journal."""
+        record = {"kind": kind, "step": self.position.step, **fields}
+        self.metrics.observe(record)
         if self.journal:
-            self.journal.write(kind, self.position.step, **fields)
+            self.journal.write(record)
 
     def train(self) -> dict[str, Any]:
         """Run to the last step or to an orderly stop. Returns where it stands."""
@@ -225,7 +228,6 @@ class Trainer:
             load_clusters=Load.shares(load.clusters),
         )
         self.log("train", **record)
-        self.metrics.observe({"kind": "train", "step": self.position.step, **record})
 
     @torch.no_grad()
     def validate(self, *, whole: bool) -> None:
@@ -270,7 +272,6 @@ class Trainer:
             whole=whole,
         )
         self.log("validation", **record)
-        self.metrics.observe({"kind": "validation", "step": self.position.step, **record})
 
     def checkpoint(self) -> None:
         if self.checkpoints.unsealed:  # the last one is still being written: training is faster than the disk
@@ -287,7 +288,6 @@ class Trainer:
         if failed:
             event["reason"] = "; ".join(r for r in reasons if r)
         self.log("event", **event)
-        self.metrics.observe({"kind": "event", "step": self.position.step, **event})
 
     def drain(self) -> None:
         """Wait for the checkpoint being written and seal it. A collective."""

@@ -1,0 +1,167 @@
+"""The built-in corpus: real text in labelled domains from what is already installed, so that nothing is downloaded.
+
+Files are read as text and parsed, never imported or run. The same lock gives the same corpus.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib.metadata
+import sys
+import sysconfig
+import warnings
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+VERSION = 1
+"""Raised when what is gathered changes."""
+
+PACKAGES = ("torch", "ray", "numpy", "pyarrow", "datasets", "scipy", "matplotlib", "fsspec", "pandas", "huggingface_hub")
+"""Distributions that the lock brings on every machine; their docstrings and source are read."""
+
+CAPS = {"reference": 1_500_000, "docstrings": 3_500_000, "source": 3_500_000, "packages": 3_000_000, "licences": 1_500_000}
+"""Most bytes of each domain."""
+
+LEAST = 8_000_000
+"""Bytes below which the corpus would be too small to learn from."""
+
+
+def fingerprint() -> str:
+    """What the corpus depends on: Python, the packages' versions and this file's rules."""
+    versions = [f"{name}={_version(name)}" for name in PACKAGES]
+    return f"builtin-{VERSION} python={sys.version_info[:3]} " + " ".join(versions)
+
+
+def documents() -> Iterator[tuple[str, str]]:
+    """(domain, text), without repeats, capped by domain. Raises ValueError if too little is installed."""
+    sources = {
+        "reference": _reference(),
+        "docstrings": _docstrings(),
+        "source": _source(),
+        "packages": _packages(),
+        "licences": _licences(),
+    }
+    seen: set[bytes] = set()
+    found = dict.fromkeys(sources, 0)
+    for domain, texts in sources.items():
+        for text in texts:
+            text = text.strip()
+            digest = hashlib.sha256(" ".join(text.split()).encode()).digest()
+            if len(text) < 80 or digest in seen:
+                continue
+            if found[domain] + len(text) > CAPS[domain]:
+                break
+            seen.add(digest)
+            found[domain] += len(text)
+            yield domain, text
+    if sum(found.values()) < LEAST:
+        raise ValueError(
+            f"the built-in corpus has only {sum(found.values()) / 1e6:.1f} MB ({found}): this Python lacks its standard "
+            "library's sources or the locked packages; name a file or folder with data.path"
+        )
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "absent"
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return ""
+
+
+@cache
+def _standard_library() -> tuple[Path, ...]:
+    root = Path(sysconfig.get_paths()["stdlib"])
+    skipped = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "lib2to3", "pydoc_data"}
+    files = (p for p in root.rglob("*.py") if not skipped & set(p.relative_to(root).parts))
+    return tuple(sorted(files, key=lambda p: p.relative_to(root).as_posix()))
+
+
+def _installed(name: str, suffixes: tuple[str, ...]) -> Iterator[Path]:
+    """Files of a distribution, in order."""
+    try:
+        files = importlib.metadata.files(name) or []
+    except importlib.metadata.PackageNotFoundError:
+        return
+    for file in sorted(files, key=str):
+        if file.name.endswith(suffixes) and not {"test", "tests", "testing"} & set(file.parts):
+            yield Path(str(file.locate()))
+
+
+def _parse(path: Path) -> ast.Module | None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return ast.parse(_read(path))
+        except (SyntaxError, ValueError):
+            return None
+
+
+def _docstrings_of(path: Path) -> str:
+    """The docstrings of a module, each under the name it documents."""
+    module = _parse(path)
+    parts: list[str] = []
+    for node in ast.walk(module) if module else ():
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            text = ast.get_docstring(node)
+            if text and len(text) > 40:
+                parts.append(f"{getattr(node, 'name', path.stem)}\n{text}")
+    return "\n\n".join(parts)
+
+
+def _reference() -> Iterator[str]:
+    """The language reference that `help()` shows, and the modules' own introductions."""
+    topics = Path(sysconfig.get_paths()["stdlib"]) / "pydoc_data" / "topics.py"
+    module = _parse(topics)
+    for node in ast.walk(module) if module else ():
+        if isinstance(node, ast.Dict):
+            for value in node.values:
+                if isinstance(value, ast.Constant) and isinstance(value.value, str):
+                    yield value.value
+
+
+def _docstrings() -> Iterator[str]:
+    for name in PACKAGES:
+        budget = CAPS["docstrings"] // len(PACKAGES)
+        for path in _installed(name, (".py", ".pyi")):
+            text = _docstrings_of(path)
+            if len(text) > budget:
+                break
+            budget -= len(text)
+            yield text
+    yield from map(_docstrings_of, _standard_library())
+
+
+def _source() -> Iterator[str]:
+    yield from map(_read, _standard_library())
+
+
+def _packages() -> Iterator[str]:
+    for name in PACKAGES:
+        budget = CAPS["packages"] // len(PACKAGES)
+        for path in _installed(name, (".py",)):
+            text = _read(path)
+            if len(text) > budget:
+                break
+            budget -= len(text)
+            yield text
+
+
+def _licences() -> Iterator[str]:
+    """Licence and notice files of everything installed."""
+    words = ("licen", "notice", "copying", "authors", "copyright")
+    plain = ("", ".txt", ".md", ".rst", ".apache", ".bsd")
+    found: dict[str, Path] = {}
+    for distribution in importlib.metadata.distributions():
+        for file in distribution.files or []:
+            if any(word in file.name.lower() for word in words) and file.suffix.lower() in plain:
+                found[file.as_posix()] = Path(str(file.locate()))
+    yield from (_read(found[name]) for name in sorted(found))

@@ -1,0 +1,379 @@
+"""Text in any form -> packed token batches, a pure function of the step.
+
+`prepare` reads `data.path`, trains or loads the tokenizer and writes token shards once, into a cached
+folder; `Corpus` maps them into memory. Packing: a domain's documents are joined by `<|endoftext|>` and cut
+into windows of context+1 tokens that overlap by one, so that each token is a target once. Attention
+crosses document borders inside a window and never domain borders.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import sys
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from functools import cached_property, lru_cache
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tqdm import tqdm
+
+from raymoe.config import Config, DataSection
+from raymoe.sources import Document, digest, documents
+
+END_OF_TEXT = "<|endoftext|>"
+FORMAT = 1
+"""Raised when what `prepare` writes changes."""
+
+PACKING = (
+    "documents of a domain joined by <|endoftext|>, windows of context+1 tokens overlapping by one; "
+    "attention crosses documents, never domains"
+)
+TOKENIZER_SAMPLE = 20_000_000
+"""Bytes of training text that the tokenizer is trained on."""
+
+
+class Batch(NamedTuple):
+    tokens: np.ndarray
+    """[B, S+1] int64: inputs are all but the last, targets all but the first."""
+    domain: np.ndarray
+    """[B] int64"""
+    mask: np.ndarray
+    """[B, S] bool: the targets that count."""
+
+
+class Text(NamedTuple):
+    """A text to evaluate."""
+
+    tokens: np.ndarray
+    """[N] unsigned integers."""
+    words: int
+    """Whitespace-separated words and line ends, as WikiText counts them."""
+
+
+def count_words(text: str) -> int:
+    return len(text.split()) + text.count("\n")
+
+
+def prepare(config: Config, progress: bool = True) -> Path:
+    """The corpus folder of a config: made once, then found again by its fingerprint.
+
+    The fingerprint covers the text itself, how it is read and split, and the tokenizer.
+    Raises ValueError or FileNotFoundError with the remedy when the text cannot be used.
+    """
+    data, model = config.data, config.model
+    cache = Path(data.cache or Path(config.run.root) / "cache").expanduser()
+    own = Path(data.tokenizer).read_bytes() if data.tokenizer and Path(data.tokenizer).is_file() else b""
+    if data.tokenizer and not own:
+        raise FileNotFoundError(f"data.tokenizer={data.tokenizer}: there is no such file; leave it empty to train one")
+    parts = [
+        str(FORMAT), digest(data), data.text_field, data.domain_field, str(data.validation_share),
+        hashlib.sha256(own).hexdigest(), str(model.vocabulary), str(config.run.seed),
+    ]  # fmt: skip
+    fingerprint = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+    folder = cache / fingerprint
+    if not _complete(folder):
+        if folder.exists():
+            print(f"{folder} is damaged: preparing it again", file=sys.stderr)
+            shutil.rmtree(folder)
+        cache.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=".preparing-", dir=cache))
+        try:
+            _write(config, partial, fingerprint, own, progress)
+            try:
+                partial.rename(folder)
+            except OSError:
+                if not _complete(folder):  # another process was faster: its corpus is the same
+                    raise
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    corpus = Corpus.open(folder)
+    for split in ("train", "validation"):
+        tokens = sum(len(corpus.stream(split, d)) for d in corpus.domains)
+        if (corpus.windows(model.context) if split == "train" else tokens) < 1:
+            raise ValueError(
+                f"data.path={data.path}: {tokens} {split} tokens make no window of model.context={model.context}: "
+                "give more text, a smaller model.context or another data.validation_share"
+            )
+    return folder
+
+
+def _complete(folder: Path) -> bool:
+    try:
+        about = json.loads((folder / "corpus.json").read_text())
+        return all((folder / name).stat().st_size == size for name, size in about["files"].items())
+    except (OSError, ValueError, KeyError, AttributeError):
+        return False
+
+
+def _write(config: Config, folder: Path, fingerprint: str, own_tokenizer: bytes, progress: bool) -> None:
+    data, vocabulary = config.data, config.model.vocabulary
+    splits = _split(data, documents(data), config.run.seed)
+    if own_tokenizer:
+        tokenizer = load_tokenizer(own_tokenizer, data.tokenizer, vocabulary)
+    else:
+        tokenizer = train_tokenizer((d.text for d in splits["train"]), vocabulary)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    domains = sorted({d.domain for d in splits["train"]})
+    kind = np.uint16 if vocabulary <= 2**16 else np.uint32
+    about: dict[str, Any] = {
+        "format": FORMAT, "fingerprint": fingerprint, "source": data.path, "packing": PACKING, "domains": domains,
+        "vocabulary": tokenizer.get_vocab_size(), "end_of_text": tokenizer.token_to_id(END_OF_TEXT), "splits": {},
+    }  # fmt: skip
+    total = sum(len(d.text) for part in splits.values() for d in part)
+    hidden = None if progress else True  # None: shown where stderr is a terminal
+    with tqdm(total=total, unit="B", unit_scale=True, desc="tokenising", disable=hidden, leave=False) as bar:
+        for split, part in splits.items():
+            about["splits"][split] = {}
+            for i, domain in enumerate(domains):
+                chosen = [d for d in part if d.domain == domain]
+                tokens = encode(tokenizer, chosen, kind, bar.update)
+                file = f"{split}-{i:03d}.arrow"
+                with pa.OSFile(str(folder / file), "wb") as sink:
+                    table = pa.table({"tokens": pa.array(tokens)})
+                    with pa.ipc.new_file(sink, table.schema) as writer:
+                        writer.write_table(table)
+                about["splits"][split][domain] = {
+                    "file": file,
+                    "tokens": len(tokens),
+                    "words": sum(count_words(d.text) for d in chosen),
+                    "bytes": sum(len(d.text.encode()) for d in chosen),
+                }
+    about["files"] = {p.name: p.stat().st_size for p in sorted(folder.iterdir())}
+    (folder / "corpus.json").write_text(json.dumps(about, indent=1))
+
+
+def _split(data: DataSection, found: Iterable[Document], seed: int) -> dict[str, list[Document]]:
+    """Training and validation documents. Splits that the source names are kept; else a share of each domain is held out."""
+    named: dict[str, list[Document]] = {"train": [], "validation": []}
+    free: dict[str, list[Document]] = defaultdict(list)
+    for document in found:
+        if document.split is None:
+            free[document.domain].append(document)
+        elif document.split in named:
+            named[document.split].append(document)
+    if not named["validation"]:
+        for document in named["train"]:
+            free[document.domain].append(document)
+        named["train"] = []
+    for domain, texts in sorted(free.items()):
+        train, held = _hold_out(texts, data.validation_share, f"{seed}/{domain}")
+        named["train"] += train
+        named["validation"] += held
+    known = {d.domain for d in named["train"]}
+    stray = sorted({d.domain for d in named["validation"]} - known)
+    if stray or not known:
+        raise ValueError(f"data.path={data.path}: no training text for {', '.join(stray) or 'any domain'}")
+    return named
+
+
+def _hold_out(texts: list[Document], share: float, salt: str) -> tuple[list[Document], list[Document]]:
+    """Documents in an order that depends on salt alone, held out until their bytes reach the share.
+
+    A document that would overshoot is passed over; where all would, the tail of the last one is cut off at a line end.
+    """
+    total = sum(len(d.text) for d in texts)
+    order = sorted(range(len(texts)), key=lambda i: hashlib.sha256(f"{salt}/{i}".encode()).digest())
+    wanted, held = share * total, set()
+    for i in order:
+        if len(texts[i].text) <= wanted and len(held) + 1 < len(texts):
+            held.add(i)
+            wanted -= len(texts[i].text)
+    if held:
+        return [d for i, d in enumerate(texts) if i not in held], [texts[i] for i in sorted(held)]
+    *before, last = texts
+    cut = max(1, len(last.text) - math.ceil(share * total))
+    cut = last.text.rfind("\n", 0, cut) + 1 or cut
+    return [*before, last._replace(text=last.text[:cut])], [last._replace(text=last.text[cut:])]
+
+
+# Tokens
+
+
+def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Tokenizer:
+    """Byte-level BPE of at most `vocabulary` entries, lossless for any text."""
+    if vocabulary < 257:
+        raise ValueError(f"model.vocabulary={vocabulary} is not allowed: 256 bytes and {END_OF_TEXT} need 257")
+
+    def sample() -> Iterator[str]:
+        left = TOKENIZER_SAMPLE
+        for text in texts:
+            if left <= 0:
+                return
+            left -= len(text)
+            yield text
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(sample(), trainer)
+    return tokenizer
+
+
+def load_tokenizer(content: bytes, name: str, vocabulary: int) -> Tokenizer:
+    """A tokenizer.json. Raises ValueError if it is not one or has more than `vocabulary` entries."""
+    try:
+        tokenizer = Tokenizer.from_str(content.decode())
+    except Exception as error:
+        raise ValueError(f"data.tokenizer={name}: not a tokenizer.json ({error})") from None
+    if tokenizer.token_to_id(END_OF_TEXT) is None:
+        tokenizer.add_special_tokens([END_OF_TEXT])
+    if tokenizer.get_vocab_size() > vocabulary:
+        raise ValueError(
+            f"data.tokenizer={name} has {tokenizer.get_vocab_size()} entries and model.vocabulary={vocabulary}: "
+            f"set model.vocabulary={tokenizer.get_vocab_size()} or more"
+        )
+    return tokenizer
+
+
+def encode(tokenizer: Tokenizer, texts: Iterable[Document], kind: type = np.uint32, tell: Any = None) -> np.ndarray:
+    """Token ids of documents joined by end-of-text, in parallel over documents. Pieces of one file are not separated."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    end = np.array([tokenizer.token_to_id(END_OF_TEXT)], dtype=kind)
+    parts: list[np.ndarray] = []
+    stream = iter(texts)
+    while batch := list(islice(stream, 256)):
+        for document, encoding in zip(batch, tokenizer.encode_batch_fast([d.text for d in batch]), strict=True):
+            parts.append(np.array(encoding.ids, dtype=kind))
+            if document.last:
+                parts.append(end)
+        if tell:
+            tell(sum(len(d.text) for d in batch))
+    return np.concatenate(parts) if parts else np.zeros(0, dtype=kind)
+
+
+def read_text(data: DataSection, tokenizer: Tokenizer) -> dict[str, Text]:
+    """All of a source by domain, nothing held out: for evaluation. Of a source with splits, the test split, else validation."""
+    found = list(documents(data, test=True))
+    for split in ("test", "validation"):
+        if any(d.split == split for d in found):
+            found = [d for d in found if d.split == split]
+            break
+    by_domain: dict[str, list[Document]] = defaultdict(list)
+    for document in found:
+        by_domain[document.domain].append(document)
+    return {
+        domain: Text(encode(tokenizer, texts)[: -1 if texts[-1].last else None], sum(count_words(d.text) for d in texts))
+        for domain, texts in sorted(by_domain.items())
+    }
+
+
+# Reading back
+
+
+class Corpus:
+    """Token shards in memory maps: opening costs nothing, and processes share the pages."""
+
+    def __init__(self, folder: Path, about: dict[str, Any]) -> None:
+        self.folder = folder
+        self.about = about
+        self.domains: tuple[str, ...] = tuple(about["domains"])
+        self.vocabulary: int = about["vocabulary"]
+        self.end_of_text: int = about["end_of_text"]
+        self.fingerprint: str = about["fingerprint"]
+        self._streams: dict[tuple[str, str], np.ndarray] = {}
+
+    @classmethod
+    def open(cls, folder: Path | str) -> Corpus:
+        """Raises ValueError if the folder is not a whole corpus."""
+        folder = Path(folder)
+        if not _complete(folder):
+            raise ValueError(f"{folder} is not a complete corpus: delete it and start the run again to rebuild it")
+        return cls(folder, json.loads((folder / "corpus.json").read_text()))
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        return Tokenizer.from_file(str(self.folder / "tokenizer.json"))
+
+    def stream(self, split: str, domain: str) -> np.ndarray:
+        """All tokens of a domain, memory-mapped."""
+        key = (split, domain)
+        if key not in self._streams:
+            source = pa.memory_map(str(self.folder / self.about["splits"][split][domain]["file"]))
+            column = pa.ipc.open_file(source).read_all().column("tokens")
+            self._streams[key] = column.chunk(0).to_numpy() if column.num_chunks else np.zeros(0, np.uint16)
+        return self._streams[key]
+
+    def words(self, split: str, domain: str) -> int:
+        return self.about["splits"][split][domain]["words"]
+
+    def validation_text(self) -> dict[str, Text]:
+        """The held-out part of each domain that has one."""
+        texts = {d: Text(self.stream("validation", d), self.words("validation", d)) for d in self.domains}
+        return {domain: text for domain, text in texts.items() if len(text.tokens)}
+
+    # Training windows: whole ones only.
+
+    @lru_cache(maxsize=4)  # noqa: B019 - a process opens one corpus and reads it with one context
+    def _bounds(self, context: int) -> np.ndarray:
+        """[domains+1]: the first window of each domain, and their total."""
+        counts = [max(0, (len(self.stream("train", d)) - 1) // context) for d in self.domains]
+        return np.concatenate(([0], np.cumsum(counts)))
+
+    def windows(self, context: int) -> int:
+        """Training windows in an epoch."""
+        return int(self._bounds(context)[-1])
+
+    @lru_cache(maxsize=2)  # noqa: B019 - a step touches two epochs at most
+    def _order(self, seed: int, epoch: int, windows: int) -> np.ndarray:
+        return np.random.default_rng([seed, epoch]).permutation(windows)
+
+    def batch(self, *, seed: int, step: int, global_batch: int, context: int, rows: range) -> Batch:
+        """Sequences `rows` of step `step`: a function of the arguments alone, whoever asks.
+
+        Each epoch visits all windows once, in an order of its own.
+        """
+        bounds, total = self._bounds(context), self.windows(context)
+        tokens = np.empty((len(rows), context + 1), dtype=np.int64)
+        domain = np.empty(len(rows), dtype=np.int64)
+        for i, row in enumerate(rows):
+            epoch, at = divmod(step * global_batch + row, total)
+            window = self._order(seed, epoch, total)[at]
+            domain[i] = np.searchsorted(bounds, window, side="right") - 1
+            start = (window - bounds[domain[i]]) * context
+            tokens[i] = self.stream("train", self.domains[domain[i]])[start : start + context + 1]
+        return Batch(tokens, domain, np.ones((len(rows), context), dtype=bool))
+
+    # Validation windows: the last partial one of each domain counts, padded and masked.
+
+    @lru_cache(maxsize=4)  # noqa: B019
+    def _validation(self, context: int, limit: int | None) -> tuple[tuple[int, int], ...]:
+        """(domain, start) of each window; with a limit, an even selection over all of them."""
+        found = [
+            (i, start)
+            for i, d in enumerate(self.domains)
+            for start in range(0, len(self.stream("validation", d)) - 1, context)
+        ]
+        if limit is None or limit >= len(found):
+            return tuple(found)
+        return tuple(found[i * len(found) // limit] for i in range(limit))
+
+    def validation_windows(self, context: int, limit: int | None = None) -> int:
+        return len(self._validation(context, limit))
+
+    def validation(self, *, context: int, limit: int | None = None, rows: range | None = None) -> Batch:
+        """Validation windows `rows` (all by default) of the first `limit` evenly spread ones."""
+        chosen = self._validation(context, limit)
+        chosen = chosen if rows is None else chosen[rows.start : rows.stop]
+        tokens = np.full((len(chosen), context + 1), self.end_of_text, dtype=np.int64)
+        mask = np.zeros((len(chosen), context), dtype=bool)
+        for i, (domain, start) in enumerate(chosen):
+            part = self.stream("validation", self.domains[domain])[start : start + context + 1]
+            tokens[i, : len(part)] = part
+            mask[i, : len(part) - 1] = True
+        return Batch(tokens, np.array([d for d, _ in chosen], dtype=np.int64), mask)

@@ -1,0 +1,248 @@
+"""The walls between the rooms, read from the AST: nothing is imported, and imports inside functions count."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator, Mapping
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+FLOORS = (
+    {"config", "metrics"},
+    {"data", "builtin", "model", "clustering", "evaluation"},
+    {"parallel", "storage"},
+    {"training", "serving"},
+    {"jobs"},
+)
+"""Rooms by floor: a room imports itself and the floors below."""
+
+FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+NEIGHBOURS = {("data", "builtin")}
+"""One room in two files."""
+
+WALLS = {"ray": {"training", "serving", "jobs"}, "torch.distributed": {"parallel", "training"}}
+"""What only these rooms may import."""
+
+LIGHT = {"config": {"torch", "ray"}, "metrics": {"torch", "ray"}}
+"""What these rooms may not import."""
+
+CODE_IN_DATA = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
+"""Modules whose files run code when read."""
+
+
+def sources() -> dict[str, str]:
+    """Module name -> source, of raymoe and jobs."""
+    files = [*sorted(ROOT.glob("raymoe/**/*.py")), *sorted(ROOT.glob("jobs/**/*.py"))]
+    return {
+        ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): file.read_text()
+        for file in files
+    }
+
+
+def room(module: str) -> str:
+    """`model` of raymoe.model.router, `jobs` of jobs.train, nothing of raymoe itself."""
+    top, *rest = module.split(".")
+    return rest[0] if top == "raymoe" and rest else "" if top == "raymoe" else top
+
+
+def inside(name: str, package: str) -> bool:
+    return name == package or name.startswith(package + ".")
+
+
+def dotted(node: ast.AST) -> str:
+    """`a.b.c` of an attribute chain on a name, else nothing."""
+    if isinstance(node, ast.Name):
+        return node.id
+    if isinstance(node, ast.Attribute) and (base := dotted(node.value)):
+        return f"{base}.{node.attr}"
+    return ""
+
+
+def imports(module: str, tree: ast.AST, modules: Mapping[str, str]) -> Iterator[tuple[int, str]]:
+    """(line, dotted name) of all that is imported, as deep as the names say: wherever it stands, however spelt."""
+    is_package = any(inside(other, module) and other != module for other in modules) or module == "raymoe"
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = module.split(".")[: -(node.level - is_package) or None] if node.level else []
+            base = ".".join([*above, *([node.module] if node.module else [])])
+            yield from ((node.lineno, f"{base}.{alias.name}") for alias in node.names)
+        elif isinstance(node, ast.Attribute) and inside(name := dotted(node), "torch.distributed"):
+            yield node.lineno, name
+        elif isinstance(node, ast.Call) and dotted(node.func).split(".")[-1] in ("import_module", "__import__"):
+            literal = node.args and isinstance(node.args[0], ast.Constant)
+            yield node.lineno, str(node.args[0].value) if literal else "?"
+
+
+def brief(node: ast.expr) -> bool:
+    """Whether a sleep is at most a second: a literal, or a `min` with one."""
+    if isinstance(node, ast.Call) and dotted(node.func) == "min":
+        return any(brief(argument) for argument in node.args)
+    return isinstance(node, ast.Constant) and isinstance(node.value, (int, float)) and node.value <= 1
+
+
+def misdeeds(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """(line, what) of calls that run code from data, or wait blindly."""
+    for node in ast.walk(tree):
+        name = dotted(node)
+        if name in ("eval", "exec", "builtins.eval", "builtins.exec"):
+            yield node.lineno, f"{name} runs code from data"  # type: ignore[attr-defined]
+        elif name in ("torch.load", "torch.save"):
+            yield node.lineno, f"{name} is pickle: use safetensors"  # type: ignore[attr-defined]
+        elif isinstance(node, ast.keyword) and node.arg == "allow_pickle" and ast.unparse(node.value) != "False":
+            yield node.value.lineno, "allow_pickle runs code from data"
+        elif (
+            isinstance(node, ast.Call)
+            and dotted(node.func).split(".")[-1] == "sleep"
+            and not all(brief(argument) for argument in [*node.args, *(keyword.value for keyword in node.keywords)])
+        ):
+            yield node.lineno, "sleeps for more than 1 s: wait for a condition"
+
+
+def forbidden(module: str, name: str) -> bool:
+    """Whether a module may not import `name`."""
+    here, there = room(module), room(name)
+    if module == "raymoe":
+        return name != "__future__.annotations"
+    if name == "?" or name.split(".")[0] in CODE_IN_DATA or name in ("torch.load", "torch.save"):
+        return True
+    if any(inside(name, wall) and here not in rooms for wall, rooms in WALLS.items()):
+        return True
+    if any(inside(name, heavy) for heavy in LIGHT.get(here, ())):
+        return True
+    ours = name.split(".")[0] in ("raymoe", "jobs") and there in FLOOR
+    return ours and here != there and FLOOR[there] >= FLOOR.get(here, -1) and (here, there) not in NEIGHBOURS
+
+
+def violations(modules: Mapping[str, str]) -> list[str]:
+    """What breaks a rule of the house, a line each: `module:line: what`."""
+    found: list[str] = []
+    graph: dict[str, set[str]] = {module: set() for module in modules}
+    for module, source in modules.items():
+        tree = ast.parse(source)
+        here = room(module)
+        if here and here not in FLOOR:
+            found.append(f"{module}:1: {here!r} is a room without a floor")
+        if not ast.get_docstring(tree):
+            found.append(f"{module}:1: has no docstring")
+        found += [f"{module}:{line}: {what}" for line, what in misdeeds(tree)]
+        for line, name in imports(module, tree, modules):
+            if forbidden(module, name):
+                found.append(f"{module}:{line}: {here or module} may not import {name}")
+            # Importing a module runs the packages around it first.
+            target = next((m for m in (name, name.rpartition(".")[0]) if m in modules), "")
+            graph[module] |= {m for m in modules if inside(target, m) and not inside(module, m)}
+            graph[module] |= {target} & modules.keys() - {module}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        found.append("import cycle: " + " <- ".join(error.args[1]))
+    return found
+
+
+def test_the_house_keeps_its_rules() -> None:
+    assert violations(sources()) == []
+
+
+def test_all_files_are_read() -> None:
+    modules = sources()
+    assert {"raymoe", "raymoe.config", "raymoe.model", "raymoe.model.router", "jobs.train"} <= modules.keys()
+
+
+def plant(**files: str) -> list[str]:
+    """Violations of a small house in which each file has a docstring; `model__router` is raymoe.model.router."""
+    house = {"raymoe": "", "raymoe.config": "", "raymoe.model": "", "raymoe.model.router": "", "raymoe.training": ""}
+    house |= {("" if n.startswith("jobs") else "raymoe.") + n.replace("__", "."): source for n, source in files.items()}
+    return violations({name: f'"""Words."""\n{source}' for name, source in house.items()})
+
+
+def test_a_sound_house_passes() -> None:
+    assert plant(
+        config="from __future__ import annotations\nimport json",
+        metrics="import prometheus_client",
+        data="from raymoe.builtin import gather\nfrom raymoe.config import Config",
+        builtin="from importlib import metadata",
+        model__router="import torch\nfrom raymoe.config import Config",
+        parallel="import torch.distributed as dist\nfrom raymoe.model.router import route",
+        storage="from raymoe.model import router\nimport raymoe",
+        training="import ray.train, torch\ntorch.distributed.barrier()\nfrom raymoe.storage import runs",
+        training__loop="import time\nfrom . import journal\ntime.sleep(0.5)\ntime.sleep(min(1, x))\nmodel.eval()",
+        training__journal="import json",
+        jobs__train="import ray\nfrom raymoe.training import loop",
+    ) == []  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("file", "source", "expected"),
+    [
+        ("model__router", "import ray", "raymoe.model.router:2: model may not import ray"),
+        ("data", "def f():\n    from ray import data", "raymoe.data:3: data may not import ray.data"),
+        ("storage", "import importlib\nimportlib.import_module('ray')", "raymoe.storage:3: storage may not import ray"),
+        ("storage", "__import__(name)", "raymoe.storage:2: storage may not import ?"),
+        ("storage", "import torch.distributed", "raymoe.storage:2: storage may not import torch.distributed"),
+        ("storage", "from torch import distributed", "raymoe.storage:2: storage may not import torch.distributed"),
+        ("model", "import torch\ntorch.distributed.barrier()", "raymoe.model:3: model may not import torch.distributed"),
+        ("jobs__train", "import torch.distributed", "jobs.train:2: jobs may not import torch.distributed"),
+        ("config", "from raymoe import metrics", "raymoe.config:2: config may not import raymoe.metrics"),
+        ("config", "def f():\n    import torch.nn", "raymoe.config:3: config may not import torch.nn"),
+        ("metrics", "import ray", "raymoe.metrics:2: metrics may not import ray"),
+        ("config", "from raymoe.model.router import route", "raymoe.config:2: config may not import raymoe.model.router.route"),
+        ("model", "import raymoe.data", "raymoe.model:2: model may not import raymoe.data"),
+        ("builtin", "from raymoe.data import prepare", "raymoe.builtin:2: builtin may not import raymoe.data.prepare"),
+        ("model__router", "from ..evaluation import windows", "raymoe.model.router:2: model may not import raymoe.evaluation.windows"),
+        ("model", "from ..data import x", "raymoe.model:2: model may not import raymoe.data.x"),
+        (
+            "evaluation",
+            "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from raymoe.model import router",
+            "raymoe.evaluation:4: evaluation may not import raymoe.model.router",
+        ),
+        ("parallel", "import raymoe.storage", "raymoe.parallel:2: parallel may not import raymoe.storage"),
+        ("storage", "from raymoe.training import x", "raymoe.storage:2: storage may not import raymoe.training.x"),
+        ("serving", "from raymoe import training", "raymoe.serving:2: serving may not import raymoe.training"),
+        ("training", "import jobs.train", "raymoe.training:2: training may not import jobs.train"),
+        ("helpers", "", "raymoe.helpers:1: 'helpers' is a room without a floor"),
+        ("storage", "import pickle", "raymoe.storage:2: storage may not import pickle"),
+        ("storage", "from cloudpickle import loads", "raymoe.storage:2: storage may not import cloudpickle.loads"),
+        ("storage", "import torch\ntorch.load(f)", "raymoe.storage:3: torch.load is pickle"),
+        ("storage", "from torch import load", "raymoe.storage:2: storage may not import torch.load"),
+        ("data", "np.load(f, allow_pickle=True)", "raymoe.data:2: allow_pickle runs code"),
+        ("data", "eval(text)", "raymoe.data:2: eval runs code"),
+        ("jobs__train", "run = exec", "jobs.train:2: exec runs code"),
+        ("training", "from time import sleep\nsleep(1.5)", "raymoe.training:3: sleeps for more than 1 s"),
+        ("training", "import time\ntime.sleep(delay)", "raymoe.training:3: sleeps for more than 1 s"),
+    ],
+)  # fmt: skip
+def test_a_planted_violation_is_found(file: str, source: str, expected: str) -> None:
+    found = plant(**{file: source})
+    assert any(line.startswith(expected) for line in found), found
+
+
+def test_the_top_imports_nothing() -> None:
+    assert violations({"raymoe": '"""Words."""\ndef f():\n    import json'}) == ["raymoe:3: raymoe may not import json"]
+
+
+@pytest.mark.parametrize("source", ["", "x = 1", '""" """'])
+def test_a_module_without_a_docstring_is_found(source: str) -> None:
+    assert violations({"raymoe": '"""Words."""', "jobs.train": source}) == ["jobs.train:1: has no docstring"]
+
+
+def test_an_import_cycle_is_found() -> None:
+    (cycle,) = plant(
+        model__a="from raymoe.model import b",
+        model__b="def f():\n    from .c import x",
+        model__c="import raymoe.model.a",
+    )
+    assert cycle.startswith("import cycle: ") and all(f"raymoe.model.{m}" in cycle for m in "abc")
+
+
+def test_a_cycle_through_a_package_is_found() -> None:
+    """Importing storage.inner runs storage/__init__, which imports the importer."""
+    found = plant(
+        storage="from raymoe.parallel import x", storage__inner="", parallel="from raymoe.storage import inner"
+    )
+    assert any(line.startswith("import cycle: ") for line in found)

@@ -1,0 +1,174 @@
+"""What a worker exports, read back as Prometheus would: over HTTP and from the file of targets."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prometheus_client import CollectorRegistry
+from prometheus_client.parser import text_string_to_metric_families
+
+from raymoe.metrics import TrainingMetrics, serve, write_targets
+
+WORKER = {"run": "first", "worker": "1"}
+
+
+def record(step: int, **changes: Any) -> dict[str, Any]:
+    """A train record of 1000 tokens a step, 0.5 s each."""
+    levels = {"experts": 0.5, "clusters": 0.25, "workers": 0.125}
+    return {
+        "kind": "train", "step": step, "loss": 4.5, "lr": 0.003, "tokens_per_s": 2000.0, "step_ms": 500.0,
+        "grad_norm": 0.7, "load_cv": levels, "load_max_vio": {k: 2 * v for k, v in levels.items()},
+        "a2a_bytes_per_token": 96.0, "version": 3, "rss_mb": [100.0, 250.5], "skipped_steps": 0,
+        "load_experts": [], "load_clusters": [[0.75, 0.25], [0.25, 0.75]], **changes,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def exported() -> tuple[TrainingMetrics, CollectorRegistry]:
+    registry = CollectorRegistry()
+    return TrainingMetrics(registry, run="first", worker="1"), registry
+
+
+def value(registry: CollectorRegistry, name: str, **labels: str) -> float | None:
+    return registry.get_sample_value(f"raymoe_{name}", WORKER | labels)
+
+
+def test_a_train_record_sets_every_training_metric(exported: tuple[TrainingMetrics, CollectorRegistry]) -> None:
+    metrics, registry = exported
+    metrics.observe(record(10))
+    expected = {
+        "training_step": 10, "training_loss": 4.5, "learning_rate": 0.003, "gradient_norm": 0.7,
+        "tokens_total": 10_000, "tokens_per_second": 2000, "step_seconds_count": 1, "step_seconds_sum": 0.5,
+        "all_to_all_bytes_total": 960_000, "skipped_steps_total": 0, "assignment_version": 3,
+        "resident_bytes": 250.5 * 2**20,
+    }  # fmt: skip
+    assert {name: value(registry, name) for name in expected} == expected
+    assert value(registry, "load_cv", level="clusters") == 0.25
+    assert value(registry, "load_max_violation", level="experts") == 1.0
+    assert value(registry, "cluster_load_share", cluster="0") == 0.5  # the mean over both layers
+    assert value(registry, "step_seconds_bucket", le="0.25") == 0
+    assert value(registry, "step_seconds_bucket", le="0.5") == 1
+
+
+def test_counters_grow_by_what_happened_since(exported: tuple[TrainingMetrics, CollectorRegistry]) -> None:
+    metrics, registry = exported
+    metrics.observe(record(10))
+    metrics.observe(record(14, a2a_bytes_per_token=10.0, skipped_steps=2))
+    metrics.observe(record(15, skipped_steps=2))
+    assert value(registry, "tokens_total") == 15_000
+    assert value(registry, "all_to_all_bytes_total") == 960_000 + 40_000 + 96_000
+    assert value(registry, "skipped_steps_total") == 2
+
+
+def test_a_resumed_worker_counts_from_where_it_resumed(exported: tuple[TrainingMetrics, CollectorRegistry]) -> None:
+    metrics, registry = exported
+    metrics.observe({"kind": "event", "step": 400, "what": "resumed", "skipped_steps": 5})
+    metrics.observe(record(410, skipped_steps=6))
+    assert value(registry, "tokens_total") == 10_000 and value(registry, "skipped_steps_total") == 1
+    assert value(registry, "training_step") == 410
+
+
+def test_validation_and_checkpoints(exported: tuple[TrainingMetrics, CollectorRegistry]) -> None:
+    metrics, registry = exported
+    metrics.observe({"kind": "validation", "step": 100, "loss": 3.25})
+    metrics.observe({"kind": "event", "step": 101, "what": "checkpoint", "checkpoint": 100, "seconds": 0.3})
+    metrics.observe({"kind": "event", "step": 201, "what": "checkpoint failed", "checkpoint": 200, "seconds": 9.0})
+    assert value(registry, "validation_loss") == 3.25
+    assert value(registry, "checkpoint_last_step") == 100
+    assert value(registry, "checkpoint_seconds_count") == 1 and value(registry, "checkpoint_failures_total") == 1
+
+
+@pytest.mark.parametrize("loss", [None, math.nan])
+def test_a_loss_that_is_not_finite_is_nan(exported: tuple[TrainingMetrics, CollectorRegistry], loss: Any) -> None:
+    metrics, registry = exported
+    metrics.observe(record(10))
+    metrics.observe(record(20, loss=loss, grad_norm=loss))
+    for name in ("training_loss", "gradient_norm"):
+        number = value(registry, name)
+        assert number is not None and math.isnan(number)
+
+
+def test_a_model_without_clusters_exports_none(exported: tuple[TrainingMetrics, CollectorRegistry]) -> None:
+    metrics, registry = exported
+    nothing = dict.fromkeys(("experts", "clusters", "workers"))
+    metrics.observe(record(10, load_cv=nothing, load_max_vio=nothing, load_clusters=[]))
+    assert value(registry, "load_cv", level="clusters") is None
+    assert value(registry, "cluster_load_share", cluster="0") is None
+
+
+def test_unknown_kinds_change_nothing(exported: tuple[TrainingMetrics, CollectorRegistry]) -> None:
+    metrics, registry = exported
+    before = [sample for metric in registry.collect() for sample in metric.samples if "_created" not in sample.name]
+    metrics.observe({"kind": "assignment", "step": 0})
+    metrics.observe({"kind": "event", "step": 3, "what": "stopped"})
+    assert before == [s for metric in registry.collect() for s in metric.samples if "_created" not in s.name]
+
+
+def test_every_metric_follows_the_house_rules(exported: tuple[TrainingMetrics, CollectorRegistry]) -> None:
+    """Prefixed, explained, of this run and worker, and never one series for each expert."""
+    metrics, registry = exported
+    metrics.observe(record(10))
+    families = list(registry.collect())
+    assert len(families) == 18
+    for family in families:
+        assert family.name.startswith("raymoe_") and family.documentation.endswith(".")
+        assert not family.name.endswith(("_ms", "_mb", "_mib"))  # base units
+        for sample in family.samples:
+            assert WORKER.items() <= sample.labels.items()
+            assert sample.labels.keys() <= {"run", "worker", "level", "cluster", "le"}
+
+
+def test_registries_do_not_share() -> None:
+    first, second = CollectorRegistry(), CollectorRegistry()
+    TrainingMetrics(first, run="first", worker="1").observe(record(10))
+    TrainingMetrics(second, run="first", worker="1")
+    assert value(first, "training_step") == 10 and value(second, "training_step") == 0
+
+
+def test_prometheus_finds_and_scrapes_a_worker(
+    exported: tuple[TrainingMetrics, CollectorRegistry], tmp_path: Path
+) -> None:
+    metrics, registry = exported
+    port = serve(registry)
+    path = tmp_path / "targets.json"
+    write_targets(path, [("127.0.0.1", port, WORKER), ("fd00::1", 9, {"run": "first", "worker": "2"})])
+    entries = json.loads(path.read_text())
+    assert entries == [
+        {"targets": [f"127.0.0.1:{port}"], "labels": {"job": "raymoe", "run": "first", "worker": "1"}},
+        {"targets": ["[fd00::1]:9"], "labels": {"job": "raymoe", "run": "first", "worker": "2"}},
+    ]
+    metrics.observe(record(10))
+    with urllib.request.urlopen(f"http://{entries[0]['targets'][0]}/metrics", timeout=10) as answer:
+        families = {family.name: family for family in text_string_to_metric_families(answer.read().decode())}
+    (sample,) = [s for s in families["raymoe_tokens"].samples if s.name == "raymoe_tokens_total"]
+    assert sample.value == 10_000 and sample.labels == WORKER
+
+
+def test_two_registries_are_served_on_two_ports() -> None:
+    assert serve(CollectorRegistry()) != serve(CollectorRegistry())
+
+
+def test_targets_are_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "targets.json"
+    write_targets(path, [("127.0.0.1", 1, {})])
+
+    def refuse(*_: object) -> None:
+        raise OSError("read-only")
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(OSError, match="read-only"):
+        write_targets(path, [])
+    assert json.loads(path.read_text())[0]["targets"] == ["127.0.0.1:1"] and list(tmp_path.iterdir()) == [path]
+
+
+def test_importing_metrics_is_light() -> None:
+    code = "import sys, raymoe.metrics; sys.exit(bool({'torch', 'ray', 'numpy'} & sys.modules.keys()))"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0
