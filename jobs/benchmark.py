@@ -49,9 +49,7 @@ def interleaved(sides: dict[str, Callable[[], None]], rounds: int, warmup: int =
             run()
             if turn >= warmup:
                 times[name].append(1000 * (time.perf_counter() - started))
-    return {
-        name: {"median_ms": statistics.median(t), "min_ms": min(t), "max_ms": max(t)} for name, t in times.items()
-    }
+    return {name: {"median_ms": statistics.median(t), "min_ms": min(t), "max_ms": max(t)} for name, t in times.items()}
 
 
 class GroupedMM(nn.Module):
@@ -136,7 +134,9 @@ def _workers(rank: int, world: int, store: str, config: Config, rounds: int, pip
         "dense": replace(model, experts="dense"),
     }
     grains = train.global_batch // train.grain
-    tokens = torch.randint(model.vocabulary, (grains, train.grain, model.context + 1), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(
+        model.vocabulary, (grains, train.grain, model.context + 1), generator=torch.Generator().manual_seed(0)
+    )
     for name, variant in variants.items():
         sharded = shard(variant, variant.default_assignment())
         sharded.transformer.initialise(0)
@@ -218,7 +218,9 @@ def memory(name: str) -> dict[str, Any]:
     table = sizes(model)
     flat, factored, packed = table["flat_float16"], table["clustered_float16"], table["clustered_int4"]
     for label, row in table.items():
-        print(f"{name}  {label:20}{row['parameters']:>14,} parameters  {row['bytes']:>14,} bytes  of experts {row['expert_bytes']:>14,}")
+        print(
+            f"{name}  {label:20}{row['parameters']:>14,} parameters  {row['bytes']:>14,} bytes  of experts {row['expert_bytes']:>14,}"
+        )
     fewer = 1 - factored["parameters"] / flat["parameters"]
     smaller = 1 - packed["expert_bytes"] / flat["expert_bytes"]
     print(f"{name}  {fewer:.1%} fewer parameters than flat; {smaller:.1%} fewer expert bytes at rest than flat float16")
@@ -244,7 +246,9 @@ def main() -> int:
         result = memory(arguments.preset or "paper")
     about = {"cores": os.cpu_count(), "machine": platform.processor() or platform.machine(), "torch": torch.__version__}
     if arguments.json:
-        arguments.json.write_text(json.dumps({"name": arguments.name, "about": about, "result": result}, indent=1) + "\n")
+        arguments.json.write_text(
+            json.dumps({"name": arguments.name, "about": about, "result": result}, indent=1) + "\n"
+        )
     return 0
 
 

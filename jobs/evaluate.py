@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import sys
 from pathlib import Path
 
@@ -25,7 +26,9 @@ def parser() -> argparse.ArgumentParser:
     parse = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parse.add_argument("name", metavar="NAME_OR_ARTIFACT", help="a run, the export of a run, or an artifact's folder")
     parse.add_argument("--root", default=default_root(), help="where runs and exports live (default: %(default)s)")
-    parse.add_argument("--data", help="any data.path; all of it is read (default: the validation set it was trained with)")
+    parse.add_argument(
+        "--data", help="any data.path; all of it is read (default: the validation set it was trained with)"
+    )
     parse.add_argument("--text-field", default="text", help="column of the text (default: %(default)s)")
     parse.add_argument("--step", type=int, help="evaluate the checkpoint of this step (default: the newest valid)")
     parse.add_argument("--residuals", choices=["full", "int4", "zero"], help="an artifact's residuals (default: int4)")
@@ -41,25 +44,43 @@ def parser() -> argparse.ArgumentParser:
 def main() -> int:
     arguments = parser().parse_args()
     import torch
+    from tqdm import tqdm
 
-    from raymoe.data import Text
-    from raymoe.storage.measure import measure
+    from raymoe.parallel.groups import loads_by_rank, placements
+    from raymoe.storage.judge import judge, load_measures
     from raymoe.storage.runs import open_any
 
     torch.set_num_threads(arguments.threads)
     try:
-        stored, skipped = open_any(arguments.root, arguments.name, arguments.step)
-        for reason in skipped:
+        stored, passed_over = open_any(arguments.root, arguments.name, arguments.step)
+        for reason in passed_over:
             print(f"passed over: {reason}", file=sys.stderr)
-        text = stored.text(arguments.data, arguments.text_field)
+        texts, end_of_text = stored.text(arguments.data, arguments.text_field)
         model = stored.model(arguments.residuals)
-        result = measure(
-            model, text, workers=stored.config.train.workers, context=arguments.context, stride=arguments.stride,
-            batch=arguments.batch, precision=arguments.precision, progress=sys.stderr.isatty(),
-        )  # fmt: skip
+        hidden = None if sys.stderr.isatty() else True
+        with tqdm(total=sum(len(t.tokens) for t in texts.values()), unit="tokens", disable=hidden) as bar:
+            judged = judge(
+                model, texts, end_of_text=end_of_text, context=arguments.context, stride=arguments.stride,
+                batch=arguments.batch, precision=arguments.precision, progress=bar.update,
+            )  # fmt: skip
     except (ValueError, OSError) as error:
         print(f"evaluate.py: {error}", file=sys.stderr)
         return 2
+    whole, workers = judged.whole, stored.config.train.workers
+    by_group = judged.clusters if judged.clusters.size else judged.experts
+    placed = placements(stored.config.model, stored.assignment, workers)
+    result = {
+        "tokens": whole.tokens, "words": whole.words, "context": whole.context, "stride": whole.stride,
+        "tokenizer": str(stored.tokenizer), "precision": arguments.precision, "loss": whole.loss,
+        "token_perplexity": whole.token_perplexity, "word_perplexity": whole.word_perplexity,
+        "domains": {d: {"tokens": p.tokens, "loss": p.loss, "token_perplexity": p.token_perplexity,
+                        "word_perplexity": p.word_perplexity} for d, p in judged.domains.items()},
+        "load": {"experts": load_measures(judged.experts), "clusters": load_measures(judged.clusters),
+                 f"{workers} workers": load_measures(loads_by_rank(placed, by_group))},
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "tokens_per_s": whole.tokens / judged.seconds,
+        "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10),
+    }  # fmt: skip
     result = {"model": str(stored.folder), "version": stored.version, "data": arguments.data or "validation", **result}
     print(json.dumps(result, indent=1))
     if arguments.json:

@@ -25,7 +25,9 @@ def parser() -> argparse.ArgumentParser:
     parse.add_argument("--root", default=default_root(), help="where runs and exports live (default: %(default)s)")
     parse.add_argument("--step", type=int, help="export the checkpoint of this step (default: the newest valid)")
     parse.add_argument("--to", type=Path, help="the artifact's folder (default: ROOT/exports/NAME)")
-    parse.add_argument("--tokens", type=int, default=200_000, help="validation tokens for the perplexities (default: %(default)s)")
+    parse.add_argument(
+        "--tokens", type=int, default=200_000, help="validation tokens for the perplexities (default: %(default)s)"
+    )
     parse.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="default: all cores")
     return parse
 
@@ -34,16 +36,18 @@ def main() -> int:
     arguments = parser().parse_args()
     import torch
 
-    from raymoe.training.export import export
+    from raymoe.storage.compress import export, table
 
     torch.set_num_threads(arguments.threads)
     try:
-        target, table = export(arguments.root, arguments.name, step=arguments.step, target=arguments.to, tokens=arguments.tokens)
+        done = export(arguments.root, arguments.name, step=arguments.step, target=arguments.to, tokens=arguments.tokens)
     except (ValueError, OSError) as error:
         print(f"export.py: {error}", file=sys.stderr)
         return 2
-    print(table)
-    print(f"artifact {target}\nnext     python jobs/evaluate.py {target}")
+    for reason in done.passed_over:
+        print(f"passed over: {reason}", file=sys.stderr)
+    print(table(done.metrics))
+    print(f"\nartifact {done.target}\nnext     python jobs/evaluate.py {done.target}")
     return 0
 
 

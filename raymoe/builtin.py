@@ -18,10 +18,27 @@ from pathlib import Path
 VERSION = 1
 """Raised when what is gathered changes."""
 
-PACKAGES = ("torch", "ray", "numpy", "pyarrow", "datasets", "scipy", "matplotlib", "fsspec", "pandas", "huggingface_hub")
+PACKAGES = (
+    "torch",
+    "ray",
+    "numpy",
+    "pyarrow",
+    "datasets",
+    "scipy",
+    "matplotlib",
+    "fsspec",
+    "pandas",
+    "huggingface_hub",
+)
 """Distributions that the lock brings on every machine; their docstrings and source are read."""
 
-CAPS = {"reference": 1_500_000, "docstrings": 3_500_000, "source": 3_500_000, "packages": 3_000_000, "licences": 1_500_000}
+CAPS = {
+    "reference": 1_500_000,
+    "docstrings": 3_500_000,
+    "source": 3_500_000,
+    "packages": 3_000_000,
+    "licences": 1_500_000,
+}
 """Most bytes of each domain."""
 
 LEAST = 8_000_000

@@ -268,7 +268,9 @@ def read_text(data: DataSection, tokenizer: Tokenizer) -> dict[str, Text]:
     for document in found:
         by_domain[document.domain].append(document)
     return {
-        domain: Text(encode(tokenizer, texts)[: -1 if texts[-1].last else None], sum(count_words(d.text) for d in texts))
+        domain: Text(
+            encode(tokenizer, texts)[: -1 if texts[-1].last else None], sum(count_words(d.text) for d in texts)
+        )
         for domain, texts in sorted(by_domain.items())
     }
 

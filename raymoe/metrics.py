@@ -142,5 +142,8 @@ def write_targets(path: Path, targets: Iterable[tuple[str, int, Mapping[str, str
         for host, port, labels in targets
     ]
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(entries, indent=1))
-    os.replace(partial, path)
+    try:
+        partial.write_text(json.dumps(entries, indent=1))
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)

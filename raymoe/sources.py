@@ -18,10 +18,20 @@ from raymoe.config import DataSection
 PIECE = 65536
 """Characters of a text file that make one document, so that it is tokenised in parallel and held out in parts."""
 
-HUB_NAMES = {"wikitext-103": ("Salesforce/wikitext", "wikitext-103-raw-v1"), "wikitext-2": ("Salesforce/wikitext", "wikitext-2-raw-v1")}
+HUB_NAMES = {
+    "wikitext-103": ("Salesforce/wikitext", "wikitext-103-raw-v1"),
+    "wikitext-2": ("Salesforce/wikitext", "wikitext-2-raw-v1"),
+}
 TEXT = (".txt", ".md", ".tokens", "")
 TABLES = (".parquet", ".arrow")
-SPLITS = {"train": "train", "training": "train", "valid": "validation", "validation": "validation", "dev": "validation", "test": "test"}
+SPLITS = {
+    "train": "train",
+    "training": "train",
+    "valid": "validation",
+    "validation": "validation",
+    "dev": "validation",
+    "test": "test",
+}
 
 
 class Document(NamedTuple):
@@ -68,7 +78,11 @@ def digest(data: DataSection) -> str:
 
 def _local(path: str) -> bool:
     """Whether data.path names something here: it exists, or looks like a path rather than a hub name."""
-    return Path(path).expanduser().exists() or path.startswith(("/", "~", ".")) or path.endswith((*TEXT[:3], *TABLES, ".jsonl"))
+    return (
+        Path(path).expanduser().exists()
+        or path.startswith(("/", "~", "."))
+        or path.endswith((*TEXT[:3], *TABLES, ".jsonl"))
+    )
 
 
 def _files(path: str) -> list[Path]:
@@ -82,7 +96,11 @@ def _files(path: str) -> list[Path]:
         if root.suffix not in (*TEXT, *TABLES, ".jsonl"):
             raise ValueError(f"data.path={path}: {root.suffix} files are not supported: txt, jsonl, parquet or arrow")
         return [root]
-    files = sorted(p for p in root.rglob("*") if p.is_file() and not p.name.startswith(".") and p.suffix in (*TEXT, *TABLES, ".jsonl"))
+    files = sorted(
+        p
+        for p in root.rglob("*")
+        if p.is_file() and not p.name.startswith(".") and p.suffix in (*TEXT, *TABLES, ".jsonl")
+    )
     if not files:
         raise ValueError(f"data.path={path}: the folder holds no txt, jsonl, parquet or arrow file")
     return files
@@ -176,7 +194,11 @@ def _row(row: dict[str, Any], data: DataSection, domain: str, split: str | None,
 
 def _hub(data: DataSection) -> Iterator[Document]:
     """A data set of the hub, with its own splits. Fails soon where there is no network."""
-    for name, value in {"HF_HUB_DOWNLOAD_TIMEOUT": "20", "HF_HUB_ETAG_TIMEOUT": "10", "HF_DATASETS_MAX_RETRIES": "1"}.items():
+    for name, value in {
+        "HF_HUB_DOWNLOAD_TIMEOUT": "20",
+        "HF_HUB_ETAG_TIMEOUT": "10",
+        "HF_DATASETS_MAX_RETRIES": "1",
+    }.items():
         os.environ.setdefault(name, value)
     import datasets
 
@@ -192,7 +214,8 @@ def _hub(data: DataSection) -> Iterator[Document]:
         ) from None
     for split, rows in loaded.items():
         for i, row in enumerate(rows):
-            document = _row(dict(row), data, name.rsplit("/", 1)[-1], SPLITS.get(str(split)), f"{data.path} {split}[{i}]")
+            document = _row(
+                dict(row), data, name.rsplit("/", 1)[-1], SPLITS.get(str(split)), f"{data.path} {split}[{i}]"
+            )
             if document.text:
                 yield document._replace(last=not name.endswith("/wikitext"))  # its rows are lines of one text
-

@@ -71,6 +71,9 @@ def flat(layer: FlatExperts, x_TD: Tensor) -> Tensor:
         chosen = (logits + layer.router.bias).argsort(descending=True)[:k]
         weights = logits[chosen].softmax(0) if k > 1 else logits.softmax(0)[chosen]
         out.append(
-            sum(g * ((F.silu(x @ layer.gate[e]) * (x @ layer.up[e])) @ layer.down[e]) for g, e in zip(weights, chosen, strict=False))
+            sum(
+                g * ((F.silu(x @ layer.gate[e]) * (x @ layer.up[e])) @ layer.down[e])
+                for g, e in zip(weights, chosen, strict=False)
+            )
         )
     return torch.stack(out) if out else x_TD * 0

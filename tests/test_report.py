@@ -229,6 +229,8 @@ def test_what_is_written_in_the_data_stays_text(tmp_path: Path) -> None:
         "日本語",
         "x" * 300,
         "two\nlines",
+        "_under",
+        "bad\udc80byte",
         "fill: #0072b2",
     )
     of = config()
@@ -247,7 +249,8 @@ def test_what_is_written_in_the_data_stays_text(tmp_path: Path) -> None:
     assert not any(name.startswith("on") for _, attributes in page.tags for name in attributes)
     labels = page.plots["Validation loss by domain"]
     assert all(
-        f">{label}</text>" in labels for label in ("$x^2$ &amp; $\\frac$", "日本語", "x" * 27 + "…", "two lines")
+        f">{label}</text>" in labels
+        for label in ("$x^2$ &amp; $\\frac$", "日本語", "x" * 27 + "…", "two lines", "\u200b_under", "bad?byte")
     )
     assert "<script>alert(1)</script>" in page.says["Layer 0"]
 

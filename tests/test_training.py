@@ -108,7 +108,9 @@ def test_every_expert_and_moment_survives_every_layout(tmp_path: Path) -> None:
                 for key, value in result.items():
                     assert torch.equal(value, expected[key]), f"{key} on {world}"
             assert set().union(*again) == set(expected)
-        results = processes.run(world, train, str(run), (*KEEP, "checkpoint.every=5", f"train.steps={steps}"), folder=tmp_path)
+        results = processes.run(
+            world, train, str(run), (*KEEP, "checkpoint.every=5", f"train.steps={steps}"), folder=tmp_path
+        )
         expected = {key: value for result in results for key, value in result["held"].items()}
     moments = [k for k in expected if k.startswith("moments.")]
     assert len(moments) == 2 * len([k for k in expected if not k.startswith("moments.") and not k.endswith("bias")])
@@ -146,7 +148,9 @@ def test_records_have_what_a_reader_relies_on(tmp_path: Path) -> None:
     validation = records(tmp_path, "validation")
     assert [v["step"] for v in validation] == [10, 20, 30, 40] and validation[-1]["whole"]
     assert set(validation[0]["domains"]) == {"up", "down"}
-    assert [r["assignment"] for r in records(tmp_path, "assignment")] == [[list(row) for row in config().model.default_assignment()]]
+    assert [r["assignment"] for r in records(tmp_path, "assignment")] == [
+        [list(row) for row in config().model.default_assignment()]
+    ]
     kept = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
     best = min(validation, key=lambda v: v["loss"])["step"]
     assert set(kept) == {"step_00000030", "step_00000040", f"step_{best:08d}"}
@@ -205,7 +209,9 @@ def test_a_step_without_a_finite_loss_is_skipped_and_counted(tmp_path: Path, mon
         train(0, 1, str(tmp_path / "lost"), ())
 
 
-def test_a_full_disk_at_a_checkpoint_is_reported_and_earlier_ones_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_at_a_checkpoint_is_reported_and_earlier_ones_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import errno
     import os
 
@@ -235,9 +241,21 @@ def test_schedule_and_decay() -> None:
     section = config("train.warmup=10", "train.steps=100", "train.lr=1", "train.final_lr=0.1").train
     rates = [learning_rate(section, step) for step in range(100)]
     assert rates[0] == pytest.approx(0.1) and max(rates) == rates[9] == 1.0
-    assert all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False)) and rates[-1] == pytest.approx(0.1, abs=0.01)
+    assert all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False)) and rates[-1] == pytest.approx(
+        0.1, abs=0.01
+    )
     from raymoe.model.transformer import Transformer
 
     named = dict(Transformer(config().model).named_parameters())
     spared = {name.rsplit(".", 1)[-1] for name, p in named.items() if not decays(name, p)}
-    assert spared == {"final_norm", "attention_norm", "ffn_norm", "gate_in", "gate_out", "up_in", "up_out", "down_in", "down_out"}
+    assert spared == {
+        "final_norm",
+        "attention_norm",
+        "ffn_norm",
+        "gate_in",
+        "gate_out",
+        "up_in",
+        "up_out",
+        "down_in",
+        "down_out",
+    }

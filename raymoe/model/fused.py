@@ -205,7 +205,13 @@ class ClusteredFFN(torch.autograd.Function):
 
 
 def _joined(
-    gate_in: Tensor, gate_out: Tensor, up_in: Tensor, up_out: Tensor, down_in: Tensor, down_out: Tensor, dtype: torch.dtype
+    gate_in: Tensor,
+    gate_out: Tensor,
+    up_in: Tensor,
+    up_out: Tensor,
+    down_in: Tensor,
+    down_out: Tensor,
+    dtype: torch.dtype,
 ) -> list[Tensor]:
     """The residual factors as the products use them: gate and up side by side, so that one product does both."""
     narrow_in = torch.cat((gate_in.to(dtype), up_in.to(dtype)), 2)  # [e, D, 2W]

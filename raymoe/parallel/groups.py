@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from raymoe.config import ModelSection
 
 
@@ -56,3 +58,14 @@ def placements(model: ModelSection, assignment: Sequence[Sequence[int]], world: 
     if model.experts != "clustered":
         return [place([1.0] * model.n_experts, world)] * model.layers
     return [place([float(row.count(c)) for c in range(model.n_clusters)], world) for row in map(list, assignment)]
+
+
+def loads_by_rank(placed: Sequence[Placement], loads: np.ndarray) -> np.ndarray:
+    """Rows by rank [L, world] of loads by group [L, G]; a group's rows are shared evenly by its replicas."""
+    if not loads.size:
+        return np.zeros(0)
+    ranks = np.zeros((len(placed), placed[0].world))
+    for layer, placement in enumerate(placed):
+        for group, owners in enumerate(placement.owners):
+            ranks[layer, list(owners)] += loads[layer, group] / len(owners)
+    return ranks

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import shutil
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +24,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from raymoe.config import ModelSection, from_dict
+from raymoe.config import Config, ModelSection, from_dict
 from raymoe.model.quantize import GROUP, Int4, balance, dequantize, quantize
 from raymoe.storage.layout import ENCODING, TRUNK, Encoding, Part, Place, cluster_file, layout
 from raymoe.storage.manifest import (
@@ -40,6 +40,7 @@ from raymoe.storage.manifest import (
 )
 
 FORMAT_VERSION = 1
+Residuals = Literal["int4", "zero"]
 TOKENIZER = "tokenizer.json"
 
 
@@ -300,7 +301,7 @@ class Artifact:
     def tokenizer_path(self) -> Path:
         return self.folder / TOKENIZER
 
-    def tensors(self, residuals: Literal["int4", "zero"] = "int4") -> dict[str, Tensor]:
+    def tensors(self, residuals: Residuals = "int4") -> dict[str, Tensor]:
         """Every logical tensor in float32. `zero`: the residuals as zeros, to see what they are worth."""
         return self._decode(self.places, residuals)
 
@@ -318,17 +319,32 @@ class Artifact:
             total[place.part] += place.bytes
         return total
 
-    def _decode(self, places: list[Place], residuals: Literal["int4", "zero"]) -> dict[str, Tensor]:
-        """Float32 tensors, reading only what is asked for."""
-        zeroed = {place.key for place in places if place.encoding == "int4" and residuals == "zero"}
-        stored = self.manifest.read(key for place in places if place.key not in zeroed for key in place.stored())
-        tensors: dict[str, Tensor] = {}
-        for place in places:
-            if place.key in zeroed:
-                tensors[place.key] = torch.zeros(place.shape)
-            elif place.encoding == "int4":
-                packed, scale, minimum = (stored[f"{place.key}.{name}"] for name in ("packed", "scale", "minimum"))
-                tensors[place.key] = dequantize(Int4(packed, scale, minimum, place.shape, place.axis))
-            else:
-                tensors[place.key] = stored[place.key].float()
-        return tensors
+    def _decode(self, places: list[Place], residuals: Residuals) -> dict[str, Tensor]:
+        return _decode(places, residuals, self.manifest.read)
+
+
+def as_exported(
+    config: Config, tensors: Mapping[str, Tensor], assignment: Sequence[Sequence[int]], residuals: Residuals = "int4"
+) -> dict[str, Tensor]:
+    """The logical tensors as `Artifact.tensors` would give them back, without writing anything."""
+    places = layout(config.model, assignment)
+    stored = _encode(places, tensors)
+    return _decode(places, residuals, lambda keys: {key: stored[key] for key in keys})
+
+
+def _decode(
+    places: list[Place], residuals: Residuals, read: Callable[[Iterable[str]], dict[str, Tensor]]
+) -> dict[str, Tensor]:
+    """Float32 tensors, reading only what is asked for."""
+    zeroed = {place.key for place in places if place.encoding == "int4" and residuals == "zero"}
+    stored = read(key for place in places if place.key not in zeroed for key in place.stored())
+    tensors: dict[str, Tensor] = {}
+    for place in places:
+        if place.key in zeroed:
+            tensors[place.key] = torch.zeros(place.shape)
+        elif place.encoding == "int4":
+            packed, scale, minimum = (stored[f"{place.key}.{name}"] for name in ("packed", "scale", "minimum"))
+            tensors[place.key] = dequantize(Int4(packed, scale, minimum, place.shape, place.axis))
+        else:
+            tensors[place.key] = stored[place.key].float()
+    return tensors

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from raymoe.config import Config, ModelSection, default_root, from_dict
+from raymoe.config import Config, from_dict
+from raymoe.data import END_OF_TEXT, Corpus, Text, load_tokenizer, prepare, read_text
 from raymoe.model.transformer import Transformer
 from raymoe.storage.checkpoint import Checkpoint, newest
 from raymoe.storage.export import Artifact
+from raymoe.storage.manifest import MANIFEST
 
 
 def run_folder(root: str, name: str) -> Path:
@@ -34,17 +36,30 @@ class Stored:
     version: int
     tokenizer: Path
     source: Checkpoint | Artifact
-    corpus: Path | None
-    """Folder of the corpus it was trained on, where that is known."""
+    corpus: Path
+    """Folder of the corpus it was trained on; of an artifact, where that would be."""
 
-    def model(self, residuals: Literal["full", "int4", "zero"] = "full") -> Transformer:
-        """The whole model in this process, float32. An artifact's residuals are INT4 or zero."""
+    def model(self, residuals: Literal["full", "int4", "zero"] | None = None) -> Transformer:
+        """The whole model in this process, float32. A checkpoint's residuals are full, an artifact's INT4 or zero."""
         transformer = Transformer(self.config.model, self.assignment)
         if isinstance(self.source, Artifact):
-            transformer.load_logical(self.source.tensors("zero" if residuals == "zero" else "int4"))
+            if residuals == "full":
+                raise ValueError(f"{self.folder} holds no full residuals: evaluate the run itself for those")
+            transformer.load_logical(self.source.tensors(residuals or "int4"))
         else:
+            if residuals not in (None, "full"):
+                raise ValueError(f"the residuals of run {self.name!r} are full: export it to evaluate {residuals} ones")
             transformer.load_logical(self.source.read(list(transformer.logical())))
         return transformer.eval()
+
+    def text(self, path: str | None, text_field: str = "text") -> tuple[dict[str, Text], int]:
+        """All of a data.path by domain (by default the validation set it was trained with), and its end-of-text id."""
+        if path is None:
+            corpus = Corpus.open(self.corpus if self.corpus.is_dir() else prepare(self.config))
+            return corpus.validation_text(), corpus.end_of_text
+        tokenizer = load_tokenizer(self.tokenizer.read_bytes(), str(self.tokenizer), self.config.model.vocabulary)
+        section = replace(self.config.data, path=path, text_field=text_field, domain_field="")
+        return read_text(section, tokenizer), tokenizer.token_to_id(END_OF_TEXT)
 
 
 def open_run(root: str, name: str, step: int | None = None) -> tuple[Stored, list[str]]:
@@ -78,24 +93,17 @@ def open_artifact(folder: Path) -> Stored:
     artifact = Artifact.open(folder)
     config = from_dict(artifact.config)
     assignment = tuple(map(tuple, artifact.assignment))
-    return Stored(folder.name, folder, config, assignment, artifact.version, artifact.tokenizer_path, artifact, None)
+    return Stored(
+        folder.name, folder, config, assignment, artifact.version, artifact.tokenizer_path, artifact, folder / "none"
+    )
 
 
-def open_any(root: str, name: str) -> tuple[Stored, list[str]]:
-    """A folder that is an artifact, else a run of that name, else an export of that name."""
-    for folder in (Path(name), artifact_folder(root, name)):
-        if (folder / "manifest.json").is_file() and (folder == Path(name) or not (run_folder(root, name)).is_dir()):
-            return open_artifact(folder), []
-    return open_run(root, name)
-
-
-__all__ = [
-    "Stored",
-    "artifact_folder",
-    "open_any",
-    "open_artifact",
-    "open_run",
-    "run_folder",
-    "ModelSection",
-    "default_root",
-]
+def open_any(root: str, name: str, step: int | None = None) -> tuple[Stored, list[str]]:
+    """`name` as a folder that is an artifact, else as a run, else as the export of a run that is gone."""
+    folder = Path(name).expanduser()
+    if (folder / MANIFEST).is_file():
+        return open_artifact(folder.resolve()), []
+    export = artifact_folder(root, name)
+    if not run_folder(root, name).is_dir() and (export / MANIFEST).is_file():
+        return open_artifact(export), []
+    return open_run(root, name, step)

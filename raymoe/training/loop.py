@@ -79,11 +79,18 @@ class Trainer:
         else:
             self.model.initialise(config.run.seed)
         self.checkpoints = Checkpointer(run / "checkpoints", config, self.sharded, self.optimizer)
+        self.checkpoints.last_sealed = self.position.step if checkpoint else -1
         self.journal = Journal(run / "metrics.jsonl", self.position.step) if self.rank == 0 else None
         for reason in passed_over:
             self.log("event", what="checkpoint passed over", reason=reason)
         if checkpoint:
-            self.log("event", what="resumed", workers=self.world, skipped_steps=self.position.skipped, checkpoint=str(checkpoint.folder))
+            self.log(
+                "event",
+                what="resumed",
+                workers=self.world,
+                skipped_steps=self.position.skipped,
+                checkpoint=str(checkpoint.folder),
+            )
         else:
             self.log("assignment", version=self.position.version, assignment=self.position.assignment)
 

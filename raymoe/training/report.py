@@ -47,7 +47,7 @@ def write_report(run: Path) -> Path:
     page = _page(_read_config(run / "config.json"), read_records(run / "metrics.jsonl"))
     path, partial = run / "report.html", run / ".report.html.partial"
     try:
-        partial.write_text(page, encoding="utf-8")
+        partial.write_text(page, encoding="utf-8", errors="replace")
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
@@ -120,14 +120,15 @@ def _show(value: float, form: str) -> str:
 
 
 def _label(text: str) -> str:
-    """`text` for a plot: one line, not too long, and never read as mathematics."""
-    text = " ".join(text.split())
-    return (text if len(text) <= 28 else text[:27] + "…").replace("$", r"\$")
+    """`text` for a plot: one line, not too long, never read as mathematics nor, for its `_`, as hidden."""
+    text = " ".join(text.encode(errors="replace").decode().split())
+    text = (text if len(text) <= 28 else text[:27] + "…").replace("$", r"\$")
+    return "\u200b" + text if text.startswith("_") else text
 
 
 def _figure(title: str, caption: str, draw: Callable[[Axes], str], height: float = 3.1) -> str:
     """A plot as an HTML figure. `draw` fills the axes and returns in words what they show."""
-    settings = {"svg.fonttype": "none", "svg.hashsalt": title}
+    settings: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": title}
     with matplotlib.rc_context(settings), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # the reader's fonts will have it
         figure = Figure(figsize=(6.2, height), layout="constrained")
@@ -162,27 +163,33 @@ def _lines(
     lines = {name: line for name, line in lines.items() if np.isfinite(line[1]).any()}
     if not lines:
         return ""
-    columns = max(1, min(5, 80 // (6 + max(len(_label(name)) for name in lines))))
 
     def draw(axes: Axes) -> str:
         for i, (name, (steps, values)) in enumerate(lines.items()):
             axes.plot(
                 steps, values, label=_label(name), color=SERIES[i % len(SERIES)], linewidth=1.6, markersize=4,
-                linestyle=DASHES[i // len(SERIES) % len(DASHES)], marker=MARKERS[i % len(MARKERS)] if len(steps) <= 40 else "",
+                linestyle=DASHES[i // len(SERIES) % len(DASHES)], marker=MARKERS[i % len(MARKERS)] if len(steps) <= 25 else "",
             )  # fmt: skip
         decorate(axes)
         axes.grid(color=GRID, linewidth=0.6)
         axes.set(xlabel="step", ylabel=unit)
         _step_axis(axes)
+        axes.set_xlim(left=0)
         if from_zero:
-            axes.set_ylim(bottom=0)
+            top = max(float(np.nanmax(values)) for _, values in lines.values())
+            axes.set_ylim(0, 1.08 * top if top > 0 else 1)
         if form == ",.0f":
             axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-        if len(axes.get_legend_handles_labels()[1]) > 1:
-            axes.figure.legend(loc="outside upper left", ncols=columns, frameon=False, labelcolor=INK, fontsize=9)
+        labels = axes.get_legend_handles_labels()[1]
+        if len(labels) > 1:
+            columns = max(1, min(5, 75 // (7 + max(map(len, labels)))))
+            figure = axes.get_figure(root=True)
+            assert figure is not None
+            figure.set_figheight(figure.get_figheight() + 0.17 * ((len(labels) - 1) // columns))
+            figure.legend(loc="outside upper left", ncols=columns, frameon=False, labelcolor=INK, fontsize=9)
         return f"{title}, at the end: " + ", ".join(f"{n} {_show(_last(v), form)}" for n, (_, v) in lines.items())
 
-    return _figure(title, caption, draw, height=3.1 + 0.17 * (-(-len(lines) // columns) - 1))
+    return _figure(title, caption, draw)
 
 
 def _step_axis(axes: Axes) -> None:
@@ -200,11 +207,14 @@ def _mark_events(axes: Axes, events: Sequence[Record]) -> None:
         )
     others = sorted({str(event.get("what")) for event in events} - {"checkpoint"})
     for i, what in enumerate(others):
-        steps = [event["step"] for event in events if str(event.get("what")) == what]
-        for step in steps[-MARKED_EVENTS:]:
-            colour, dash = SERIES[(2 + i) % len(SERIES)], DASHES[1 + i % 3]
-            first = step == steps[-MARKED_EVENTS:][0]
-            axes.axvline(step, color=colour, linestyle=dash, linewidth=1.3, label=_label(what) if first else None)
+        steps = [event["step"] for event in events if str(event.get("what")) == what][-MARKED_EVENTS:]
+        style: dict[str, Any] = {
+            "color": SERIES[(2 + i) % len(SERIES)],
+            "linestyle": DASHES[1 + i % 3],
+            "linewidth": 1.3,
+        }
+        for n, step in enumerate(steps):
+            axes.axvline(step, label=None if n else _label(what), **style)
 
 
 def _load_map(title: str, steps: np.ndarray, share_TG: np.ndarray, clusters: Sequence[int] | None) -> str:
@@ -230,7 +240,7 @@ def _load_map(title: str, steps: np.ndarray, share_TG: np.ndarray, clusters: Seq
             axes.set_ylabel(title.split()[0].lower())
             axes.set_yticks(np.arange(0, groups, every) + 0.5, [str(g) for g in range(0, groups, every)])
         bar = axes.figure.colorbar(mesh, ax=axes, extend="max", ticks=[0, 1, 2], label="load / even share", aspect=30)
-        bar.outline.set_visible(False)  # type: ignore[operator]
+        bar.outline.set_visible(False)
         end = ", ".join(f"{g} {_show(x, '.2f')}" for g, x in zip(order, load_GT[:, -1], strict=True))
         return f"{title}, load relative to an even share at the end: {end}"
 
@@ -341,7 +351,7 @@ def _loss(trains: Sequence[Record], validations: Sequence[Record], events: Seque
         "training": (_column(trains, "step"), _column(trains, "loss")),
         "validation": (steps, _column(validations, "loss")),
     }
-    names = sorted({domain for record in validations for domain in record.get("domains") or {}})
+    names = dict.fromkeys(domain for record in validations for domain in record.get("domains") or {})
     domains = {name: (steps, _column(validations, "domains", name)) for name in names}
     both = _lines(
         "Training and validation loss", "Training is the mean since the record before.", "nats / token", losses,
@@ -457,7 +467,7 @@ STYLE = """
   --grid: #3a414d; --s0: #58a9e0; --s1: #f08a3c; --s2: #33c39a; --s3: #dd8fc4; --s4: #d9bd4a; --s5: #9bd3f5;
   --s6: #d97a9f; --s7: #a8a8a8; } }
 * { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 88rem; padding: 1rem; background: var(--page); color: var(--ink);
+body { margin: 0 auto; max-width: 76rem; padding: 1rem; background: var(--page); color: var(--ink);
   font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
 header p { margin: 1rem 0 0; color: var(--soft); }
 h1 { margin: 0 0 1rem; font-size: 1.9rem; line-height: 1.2; }
@@ -478,6 +488,7 @@ details { margin-top: 1rem; padding: .75rem 1rem; background: var(--card); borde
 summary { cursor: pointer; font-weight: 600; }
 table { width: 100%; margin-top: .5rem; border-collapse: collapse; font-size: .9rem; }
 th, td { padding: .3rem .75rem .3rem 0; border-bottom: 1px solid var(--grid); text-align: left; vertical-align: top; }
-td:first-child { font-variant-numeric: tabular-nums; white-space: nowrap; }
+th, td:not(:last-child) { font-variant-numeric: tabular-nums; white-space: nowrap; }
+td:last-child { width: 100%; }
 pre { overflow-x: auto; font-size: .85rem; }
 """

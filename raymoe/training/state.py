@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch.distributed as dist
 
 from raymoe.config import Config
 from raymoe.parallel.sharded import Sharded
-from raymoe.storage.checkpoint import BackgroundWriter, Checkpoint, newest, prune, write_manifest
+from raymoe.storage.checkpoint import BackgroundWriter, Checkpoint, newest, prune, step_folder, write_manifest
 from raymoe.training.optimizer import Optimizer
 
 
@@ -35,7 +36,7 @@ class Position:
             "skipped": self.skipped,
             "version": self.version,
             "assignment": self.assignment,
-            "validation": {str(step): loss for step, loss in self.validation.items()},
+            "validation": {str(step): loss for step, loss in self.validation.items() if math.isfinite(loss)},
             "config": config.to_dict(),
         }
 
@@ -95,7 +96,7 @@ class Checkpointer:
         owned = {key: views[key] for key in self.sharded.owned()}
         moments = self.optimizer.logical()
         owned |= {key: view for key, view in moments.items() if key.split(".", 2)[2] in owned}
-        folder = self.folder / f"step_{position.step:08d}"
+        folder = step_folder(self.folder, position.step)
         self.writer.submit(folder, self.sharded.rank, self.sharded.world, owned)
         self._unsealed = (folder, position.step, position.meta(self.config), started)
         return time.perf_counter() - started
@@ -120,16 +121,24 @@ class Checkpointer:
         folder, step, meta, started = self._unsealed
         self._unsealed = None
         self.writer.error = None
-        event: dict[str, Any] = {"what": "checkpoint failed" if failed else "checkpoint", "checkpoint": step}
-        if not failed:
-            if self.sharded.rank == 0:
+        reason = ""
+        if not failed and self.sharded.rank == 0:
+            try:
                 write_manifest(folder, step=step, world=self.sharded.world, meta=meta)
-                losses = {int(s): loss for s, loss in meta["validation"].items()}
-                kept = {s: loss for s, loss in losses.items() if (self.folder / f"step_{s:08d}").is_dir()}
-                prune(self.folder, self.config.checkpoint.keep, min(kept, key=kept.__getitem__) if kept else None)
+                self._prune(meta)
+            except OSError as error:
+                failed, reason = True, str(error)
+        if not failed:
             self.last_sealed = step
-        event["seconds"] = time.perf_counter() - started
-        return event
+        seconds = time.perf_counter() - started
+        what = "checkpoint failed" if failed else "checkpoint"
+        return {"what": what, "checkpoint": step, "seconds": seconds} | ({"reason": reason} if reason else {})
+
+    def _prune(self, meta: dict[str, Any]) -> None:
+        """Keep the newest and, of those that are still there, the best on validation."""
+        losses = {int(step): loss for step, loss in meta["validation"].items()}
+        there = {step: loss for step, loss in losses.items() if step_folder(self.folder, step).is_dir()}
+        prune(self.folder, self.config.checkpoint.keep, min(there, key=there.__getitem__, default=None))
 
     def finish(self) -> None:
         """Wait for this rank's file."""
