@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from raymoe.config import ModelSection
 from raymoe.model.dispatch import LocalDispatch
 from raymoe.model.experts import ClusteredExperts, FlatExperts
-from raymoe.model.fused import Pairs, spans
+from raymoe.model.fused import Pairs, bucket, spans
 
 
 def fill(layer: torch.nn.Module, seed: int) -> None:
@@ -119,7 +119,7 @@ def test_bfloat16_autocast_is_close_to_float32(width: int) -> None:
     layer = ClusteredExperts(tiny(width, d_model=64, d_expert=64), [0, 0, 0, 1, 1, 1], LocalDispatch(2))
     for p in layer.parameters():
         torch.nn.init.normal_(p, std=0.1)
-    x = torch.randn(50, 64).bfloat16().float().requires_grad_()
+    x = torch.randn(53, 64).bfloat16().float().requires_grad_()
     exact = layer(x)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         rough = layer(x)
@@ -140,10 +140,23 @@ def test_load_counts_every_choice_once() -> None:
     assert layer.expert_load[[0, 3]].tolist() == [9, 9]  # a cluster of two experts uses both for each row
 
 
-def test_pairs_are_a_permutation_sorted_by_expert() -> None:
+def test_pairs_are_sorted_by_expert_and_padded_where_shapes_are_compiled() -> None:
     expert = torch.tensor([[2, 0], [1, 2], [0, 1]])
-    pairs = Pairs(expert, 4)
-    assert pairs.counts == [2, 2, 2, 0]
-    assert pairs.parts == spans([2, 2, 2, 0])
-    assert expert.flatten()[pairs.order].tolist() == [0, 0, 1, 1, 2, 2]
-    assert pairs.row[pairs.position].tolist() == [[0, 0], [1, 1], [2, 2]]
+    for x, sizes in ((torch.zeros(3, 4), [2, 2, 2, 0]), (torch.zeros(3, 4, dtype=torch.bfloat16), [8, 8, 8, 0])):
+        pairs = Pairs(expert, 4, x)
+        assert pairs.counts == [2, 2, 2, 0]
+        assert pairs.parts == spans(sizes)
+        for row in range(3):
+            for slot in range(2):
+                at = int(pairs.position[row, slot])
+                start, stop = pairs.parts[expert[row, slot]]
+                assert start <= at < stop and pairs.row[at] == row
+        weight = torch.arange(1.0, 7).view(3, 2)
+        assert pairs.spread(weight).sum() == weight.sum() and pairs.spread(weight)[pairs.position[1, 1]] == 4
+
+
+def test_buckets_are_few_and_waste_little() -> None:
+    x = torch.zeros(1, dtype=torch.bfloat16)
+    sizes = {bucket(n, x) for n in range(1, 4097)}
+    assert len(sizes) < 80 and all(n <= bucket(n, x) <= max(8, n * 1.13 + 8) for n in range(1, 4097))
+    assert bucket(77, torch.zeros(1)) == 77

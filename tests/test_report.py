@@ -52,7 +52,10 @@ def train_record(step: int, of: Config, rng: np.random.Generator) -> Record:
 def validation_record(step: int, of: Config, domains: dict[str, float], whole: bool) -> Record:
     model = of.model
     counts = [
-        [[100 + 900 * ((g + layer) % model.n_clusters == c) for c in range(model.n_clusters)] for g in range(len(domains))]
+        [
+            [(g + 1) * (100 + 900 * ((g + layer) % model.n_clusters == c)) for c in range(model.n_clusters)]
+            for g in range(len(domains))
+        ]
         for layer in range(model.layers)
     ]  # fmt: skip
     loss = sum(domains.values()) / len(domains)
@@ -195,7 +198,7 @@ def test_events_are_marked_and_listed(full: Page) -> None:
 
 
 def test_domains_are_shares_of_each_row(full: Page) -> None:
-    """A domain's tokens are 1000 : 100 : 100 : 100 over the clusters, the most at (domain + layer) mod 4."""
+    """A domain's tokens are as 10 : 1 : 1 : 1 over the clusters, the most at (domain + layer) mod 4."""
     cells = re.findall(r">(\d+%)</text>", full.plots["Layer 1"])
     assert cells == ["8%", "77%", "8%", "8%"] + ["8%", "8%", "77%", "8%"] + ["8%", "8%", "8%", "77%"] + [
         "77%",

@@ -82,7 +82,7 @@ class ClusteredExperts(nn.Module):
         if not self.model.residual_width:
             return ClusteredFFN.apply(rows, parts, [None] * len(parts), self.expert_parts, *weights)
         choices = [self._choose(rows[slice(*part)], c) for c, part in enumerate(parts)]
-        pairs = [Pairs(choice.index, len(experts)) for choice, experts in zip(choices, self.members, strict=True)]
+        pairs = [Pairs(choice.index, len(experts), rows) for choice, experts in zip(choices, self.members, strict=True)]
         for p, experts in zip(pairs, self.members, strict=True):
             self.expert_load[experts] += torch.tensor(p.counts, dtype=torch.int64, device=self.expert_load.device)
         weights += [getattr(self, name) for name in RESIDUALS]
@@ -147,7 +147,7 @@ class FlatExperts(nn.Module):
 
     def answer(self, rows: Tensor, counts: list[int]) -> Tensor:
         self.served += rows.shape[0]
-        return FlatFFN.apply(rows, spans(counts), self.gate, self.up, self.down)
+        return FlatFFN.apply(rows, counts, self.gate, self.up, self.down)
 
     def logical(self) -> Iterator[Slice]:
         d, f = self.model.d_model, self.model.d_expert

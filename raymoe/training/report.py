@@ -260,7 +260,7 @@ def _domain_map(title: str, domains: Sequence[str], share_GC: np.ndarray, top: f
         axes.set_xlabel("cluster")
         size = 9 if n_clusters <= 8 else 6
         for (g, c), share in np.ndenumerate(share_GC):
-            dark = share > 0.5 * top
+            dark = share > 0.65 * top
             axes.text(
                 c + 0.5, g + 0.5, _show(share, ".0%"), ha="center", va="center", fontsize=size,
                 color="#ffffff" if dark else "#111111",
