@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from raymoe import builtin
 from raymoe.config import DataSection
 
-PIECE = 65536
+PIECE = 16384
 """Characters of a text file that make one document, so that it is tokenised in parallel and held out in parts."""
 
 HUB_NAMES = {

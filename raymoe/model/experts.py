@@ -39,6 +39,10 @@ class ClusteredExperts(nn.Module):
     one that has none answers with zeros and should not be chosen.
     """
 
+    cluster_load: Tensor
+    expert_load: Tensor
+    expert_bias: Tensor
+
     def __init__(self, model: ModelSection, assignment: Sequence[int], dispatch: Dispatch) -> None:
         super().__init__()
         d, f, w = model.d_model, model.d_expert, model.residual_width
@@ -121,6 +125,8 @@ class ClusteredExperts(nn.Module):
 
 class FlatExperts(nn.Module):
     """E independent experts, softmax top-K over all of them, grouped products: the standard MoE layer."""
+
+    expert_load: Tensor
 
     def __init__(self, model: ModelSection, dispatch: Dispatch) -> None:
         super().__init__()

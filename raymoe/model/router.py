@@ -75,6 +75,8 @@ def auxiliary_loss(choice: Choice, groups: int) -> Tensor:
 class Router(nn.Module):
     """A linear router with a selection bias over `groups`: stage 1 over clusters, or the flat router over experts."""
 
+    bias: Tensor
+
     def __init__(self, d_model: int, groups: int, k: int, *, over_selected: bool) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(groups, d_model))

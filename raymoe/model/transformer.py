@@ -161,28 +161,27 @@ class Transformer(nn.Module):
 
         Levels that the model does not have are empty.
         """
-        if self.model.experts == "dense":
-            return torch.zeros(0, 0), torch.zeros(0, 0), torch.zeros(0)
-        clustered = self.model.experts == "clustered"
-        clusters = torch.stack([f.cluster_load.clone() for f in self.ffns]) if clustered else torch.zeros(0, 0)
-        if clustered and not self.model.residual_width:
-            experts = torch.zeros(0, 0)
-        else:
-            experts = torch.stack([f.expert_load.clone() for f in self.ffns])
-        served = torch.tensor([f.served for f in self.ffns])
+        clusters, experts, served = [], [], []
         for ffn in self.ffns:
-            ffn.expert_load.zero_()
-            ffn.served = 0
-            if clustered:
+            if isinstance(ffn, DenseFFN):
+                continue
+            if isinstance(ffn, ClusteredExperts):
+                clusters.append(ffn.cluster_load.cpu().clone())
                 ffn.cluster_load.zero_()
-        return clusters.cpu(), experts.cpu(), served
+            if isinstance(ffn, FlatExperts) or self.model.residual_width:
+                experts.append(ffn.expert_load.cpu().clone())
+                ffn.expert_load.zero_()
+            served.append(ffn.served)
+            ffn.served = 0
+        stack = lambda rows: torch.stack(rows) if rows else torch.zeros(0, 0)  # noqa: E731
+        return stack(clusters), stack(experts), torch.tensor(served)
 
     def count_by_domain(self, domain_B: Tensor, mask_BS: Tensor, into_LGC: Tensor) -> None:
         """Add the clusters that the last batch's tokens chose to counts by layer, domain and cluster."""
-        if self.model.experts != "clustered":
-            return
         per_token = domain_B[:, None].expand(mask_BS.shape)[mask_BS.cpu()]
         for layer, ffn in enumerate(self.ffns):
+            if not isinstance(ffn, ClusteredExperts):
+                continue
             chosen = ffn.choice_TP.cpu()[mask_BS.cpu().flatten()]
             flat = per_token[:, None] * self.model.n_clusters + chosen
             counts = torch.bincount(flat.flatten(), minlength=into_LGC[layer].numel())

@@ -73,5 +73,6 @@ class Gradients:
         square += torch.linalg.vector_norm(self.buffer).double() ** 2
         norm = square.sqrt().item()
         if limit < norm < float("inf"):
-            torch._foreach_mul_([self.buffer, *grads], limit / norm)
+            for g in (self.buffer, *grads):
+                g.mul_(limit / norm)
         return norm

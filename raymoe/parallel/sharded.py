@@ -46,11 +46,11 @@ def shard(model: ModelSection, assignment: Sequence[Sequence[int]]) -> Sharded:
     placed = placements(model, assignment, world)
     transformer = Transformer(model, assignment, [AllToAllDispatch(p, rank, meter) for p in placed])
     n_groups = len(placed[0].owners)
-    replicas = None
+    replicas: dist.ProcessGroup | None = None
     if world > n_groups:
         for slot in range(n_groups):  # every rank must take part in making every process group
             ranks = list(range(slot, world, n_groups))
             group = dist.new_group(ranks)
-            if rank in ranks and len(ranks) > 1:
+            if rank in ranks and len(ranks) > 1 and isinstance(group, dist.ProcessGroup):
                 replicas = group
     return Sharded(transformer, rank, world, meter, placed, replicas)

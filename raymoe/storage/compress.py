@@ -36,6 +36,7 @@ def export(
     target = target or artifact_folder(root, name)
     if target.exists():
         raise FileExistsError(f"{target} exists: remove it, or name another folder with --to")
+    assert stored.corpus is not None  # a run has one
     corpus = Corpus.open(stored.corpus)
     texts = _shortened(corpus.validation_text(), tokens)
     model = stored.model()
@@ -50,7 +51,7 @@ def export(
         perplexity[residuals] = judge(whole, texts, end_of_text=corpus.end_of_text).whole.token_perplexity
     metrics = {
         "run": name,
-        "step": stored.source.step,
+        "step": stored.step,
         "perplexity": {form: value if math.isfinite(value) else None for form, value in perplexity.items()},
         "perplexity_tokens": full.whole.tokens,
         "sizes": sizes(stored.config.model),
@@ -92,7 +93,7 @@ def table(metrics: dict[str, Any]) -> str:
             f"{name:24}{row['parameters']:>14,}{row['bytes']:>16,}{of:>9.1%}{row['expert_bytes']:>16,}{of_experts:>9.1%}"
         )
     lines.append(f"\nperplexity per token ({metrics['perplexity_tokens']:,} validation tokens)")
-    full = metrics["perplexity"]["full"]
+    full: float | None = metrics["perplexity"]["full"]
     names = {"full": "as trained, float32", "int4": "as exported, INT4", "zero": "residuals zeroed"}
     for form, value in metrics["perplexity"].items():
         known = value is not None and full is not None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from raymoe.data import Text
 from raymoe.evaluation import Perplexity, load_cv, load_max_vio, load_variance, perplexity
+from raymoe.model.experts import ClusteredExperts
 from raymoe.model.transformer import Transformer
 
 
@@ -46,16 +48,14 @@ def judge(
     """Predict every token of each domain's text once. Raises ValueError for an empty text or a bad stride."""
     n_layers, n_clusters = model.model.layers, model.model.n_clusters
     coactivation = np.zeros((n_layers - 1, n_clusters, n_clusters), dtype=np.int64)
-    clustered = model.model.experts == "clustered"
 
     def logits(tokens_BS: Tensor) -> Tensor:
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bfloat16"):
             out = model(tokens_BS)
-        if clustered:
-            chosen = [ffn.choice_TP[:, 0] for ffn in model.ffns]
-            for layer, (a, b) in enumerate(zip(chosen, chosen[1:], strict=False)):
-                pairs = torch.bincount(a * n_clusters + b, minlength=n_clusters**2)
-                coactivation[layer] += pairs.view(n_clusters, n_clusters).numpy()
+        chosen = [ffn.choice_TP[:, 0] for ffn in model.ffns if isinstance(ffn, ClusteredExperts)]
+        for layer, (a, b) in enumerate(pairwise(chosen)):
+            pairs = torch.bincount(a * n_clusters + b, minlength=n_clusters**2)
+            coactivation[layer] += pairs.view(n_clusters, n_clusters).numpy()
         return out
 
     model.take_load()

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from raymoe.config import Config, from_dict
 from raymoe.data import END_OF_TEXT, Corpus, Text, load_tokenizer, prepare, read_text
 from raymoe.model.transformer import Transformer
-from raymoe.storage.checkpoint import Checkpoint, newest
+from raymoe.storage.checkpoint import Checkpoint, CorruptCheckpoint, newest, step_folder
 from raymoe.storage.export import Artifact
 from raymoe.storage.manifest import MANIFEST
 
@@ -36,8 +36,10 @@ class Stored:
     version: int
     tokenizer: Path
     source: Checkpoint | Artifact
-    corpus: Path
-    """Folder of the corpus it was trained on; of an artifact, where that would be."""
+    step: int | None
+    """Of the checkpoint; None for an artifact."""
+    corpus: Path | None
+    """Folder of the corpus that a run was trained on."""
 
     def model(self, residuals: Literal["full", "int4", "zero"] | None = None) -> Transformer:
         """The whole model in this process, float32. A checkpoint's residuals are full, an artifact's INT4 or zero."""
@@ -55,11 +57,11 @@ class Stored:
     def text(self, path: str | None, text_field: str = "text") -> tuple[dict[str, Text], int]:
         """All of a data.path by domain (by default the validation set it was trained with), and its end-of-text id."""
         if path is None:
-            corpus = Corpus.open(self.corpus if self.corpus.is_dir() else prepare(self.config))
+            corpus = Corpus.open(self.corpus or prepare(self.config))
             return corpus.validation_text(), corpus.end_of_text
         tokenizer = load_tokenizer(self.tokenizer.read_bytes(), str(self.tokenizer), self.config.model.vocabulary)
         section = replace(self.config.data, path=path, text_field=text_field, domain_field="")
-        return read_text(section, tokenizer), tokenizer.token_to_id(END_OF_TEXT)
+        return read_text(section, tokenizer), tokenizer.token_to_id(END_OF_TEXT) or 0
 
 
 def open_run(root: str, name: str, step: int | None = None) -> tuple[Stored, list[str]]:
@@ -75,26 +77,29 @@ def open_run(root: str, name: str, step: int | None = None) -> tuple[Stored, lis
     if step is None:
         checkpoint, skipped = newest(folder / "checkpoints")
     else:
-        checkpoint, skipped = Checkpoint.open(folder / "checkpoints" / f"step_{step:08d}"), []
+        checkpoint, skipped = Checkpoint.open(step_folder(folder / "checkpoints", step)), []
     if checkpoint is None:
         raise FileNotFoundError(
             f"{folder / 'checkpoints'} holds no valid checkpoint: " + ("; ".join(skipped) or "it is empty")
         )
-    corpus = Path(about["corpus"])
-    stored = Stored(
-        name, folder, from_dict(checkpoint.meta["config"]), tuple(map(tuple, checkpoint.meta["assignment"])),
-        checkpoint.meta["version"], corpus / "tokenizer.json", checkpoint, corpus,
-    )  # fmt: skip
-    return stored, skipped
+    try:
+        config, assignment = from_dict(checkpoint.meta["config"]), tuple(map(tuple, checkpoint.meta["assignment"]))
+        version = int(checkpoint.meta["version"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CorruptCheckpoint(checkpoint.folder / MANIFEST, f"does not describe a run: {error}") from None
+    corpus = Path(str(about.get("corpus")))
+    if not (corpus / "tokenizer.json").is_file():  # the cache was cleared: the same text makes the same corpus
+        corpus = prepare(config)
+    tokenizer = corpus / "tokenizer.json"
+    return Stored(name, folder, config, assignment, version, tokenizer, checkpoint, checkpoint.step, corpus), skipped
 
 
 def open_artifact(folder: Path) -> Stored:
     """A verified artifact. Raises CorruptArtifact."""
     artifact = Artifact.open(folder)
-    config = from_dict(artifact.config)
-    assignment = tuple(map(tuple, artifact.assignment))
+    config, assignment = from_dict(artifact.config), tuple(map(tuple, artifact.assignment))
     return Stored(
-        folder.name, folder, config, assignment, artifact.version, artifact.tokenizer_path, artifact, folder / "none"
+        folder.name, folder, config, assignment, artifact.version, artifact.tokenizer_path, artifact, None, None
     )
 
 

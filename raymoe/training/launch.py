@@ -19,7 +19,7 @@ import ray
 import ray.train
 import torch
 from prometheus_client import CollectorRegistry
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from tqdm import tqdm
 
 import raymoe
@@ -36,7 +36,7 @@ def worker(job: dict[str, Any]) -> None:
     context = ray.train.get_context()
     config, run = from_dict(job["config"]), Path(job["run"])
     torch.set_num_threads(threads(config, context.get_local_world_size()))
-    device = ray.train.torch.get_device()
+    device = get_device()
     rank, world = context.get_world_rank(), context.get_world_size()
     registry = CollectorRegistry()
     labels = {"run": config.run.name, "worker": str(rank)}
