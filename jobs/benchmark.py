@@ -21,12 +21,10 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -35,6 +33,7 @@ from raymoe.model.dispatch import LocalDispatch
 from raymoe.model.experts import ClusteredExperts, DenseFFN, FlatExperts
 from raymoe.model.loss import linear_cross_entropy
 from raymoe.parallel.gradients import Gradients
+from raymoe.parallel.local import gloo, total
 from raymoe.parallel.sharded import shard
 from raymoe.storage.export import sizes
 from raymoe.training.optimizer import Optimizer
@@ -120,10 +119,13 @@ def layer(rounds: int) -> dict[str, Any]:
 
 def _workers(rank: int, world: int, store: str, config: Config, rounds: int, pipe: Any) -> None:
     torch.set_num_threads(1)
-    if world > 1:
-        dist.init_process_group(
-            "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=300)
-        )
+    with gloo(rank, world, store):
+        times = _step_times(rank, world, config, rounds)
+        if rank == 0:
+            pipe.send(times)
+
+
+def _step_times(rank: int, world: int, config: Config, rounds: int) -> dict[str, dict[str, float]]:
     sides, meters = {}, {}
     model, train = config.model, config.train
     variants = {
@@ -158,16 +160,9 @@ def _workers(rank: int, world: int, store: str, config: Config, rounds: int, pip
     times = interleaved(sides, rounds, warmup=2)
     per_token = tokens[..., 1:].numel()
     for name, sharded in meters.items():
-        sent = torch.tensor(float(sharded.meter.take()))
-        if world > 1:
-            dist.all_reduce(sent)
-        times[name]["a2a_bytes_per_token"] = sent.item() / (rounds + 2) / per_token
+        times[name]["a2a_bytes_per_token"] = total(sharded.meter.take()) / (rounds + 2) / per_token
         times[name]["tokens_per_s"] = per_token / times[name]["median_ms"] * 1000
-    if rank == 0:
-        pipe.send(times)
-    if world > 1:
-        dist.barrier()
-        dist.destroy_process_group()
+    return times
 
 
 def step(rounds: int, name: str) -> dict[str, Any]:
@@ -231,13 +226,17 @@ def memory(name: str) -> dict[str, Any]:
     return {"sizes": table, "fewer_parameters": fewer, "fewer_expert_bytes": smaller, "payload_bytes": crossing}
 
 
-def main() -> int:
+def parser() -> argparse.ArgumentParser:
     parse = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parse.add_argument("name", choices=["layer", "step", "memory"])
     parse.add_argument("--preset", choices=["tiny", "small", "paper"], help="default: paper for memory, small for step")
     parse.add_argument("--rounds", type=int, default=15, help="measured rounds (default: %(default)s)")
     parse.add_argument("--json", type=Path, help="write the result to this file")
-    arguments = parse.parse_args()
+    return parse
+
+
+def main() -> int:
+    arguments = parser().parse_args()
     if arguments.name == "layer":
         result = layer(arguments.rounds)
     elif arguments.name == "step":

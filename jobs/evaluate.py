@@ -38,6 +38,7 @@ def parser() -> argparse.ArgumentParser:
     parse.add_argument("--batch", type=int, default=16, help="windows at a time (default: %(default)s)")
     parse.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="default: all cores")
     parse.add_argument("--json", type=Path, help="write the result to this file")
+    parse.add_argument("--quiet", action="store_true", help="print one line instead of the whole result")
     return parse
 
 
@@ -82,7 +83,10 @@ def main() -> int:
         "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10),
     }  # fmt: skip
     result = {"model": str(stored.folder), "version": stored.version, "data": arguments.data or "validation", **result}
-    print(json.dumps(result, indent=1))
+    summary = (
+        f"{result['model']}: perplexity {whole.token_perplexity:.3f} per token, {whole.word_perplexity:.3f} per word"
+    )
+    print(summary if arguments.quiet else json.dumps(result, indent=1))
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")
         print(f"written to {arguments.json.resolve()}", file=sys.stderr)

@@ -13,9 +13,10 @@ import sysconfig
 import warnings
 from collections.abc import Iterator
 from functools import cache
+from itertools import filterfalse
 from pathlib import Path
 
-VERSION = 1
+VERSION = 2
 """Raised when what is gathered changes."""
 
 PACKAGES = (
@@ -102,6 +103,11 @@ def _standard_library() -> tuple[Path, ...]:
     return tuple(sorted(files, key=lambda p: p.relative_to(root).as_posix()))
 
 
+def _documented(path: Path) -> bool:
+    """Whether a file gives its docstrings; the others give their source, so that no text is in two domains."""
+    return hashlib.sha256("/".join(path.parts[-2:]).encode()).digest()[0] % 2 == 0
+
+
 def _installed(name: str, suffixes: tuple[str, ...]) -> Iterator[Path]:
     """Files of a distribution, in order."""
     try:
@@ -123,14 +129,19 @@ def _parse(path: Path) -> ast.Module | None:
 
 
 def _docstrings_of(path: Path) -> str:
-    """The docstrings of a module, each under the name it documents."""
-    module = _parse(path)
+    """The docstrings of a module in its order, each under the name it documents."""
     parts: list[str] = []
-    for node in ast.walk(module) if module else ():
+
+    def visit(node: ast.stmt | ast.Module) -> None:
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
             text = ast.get_docstring(node)
             if text and len(text) > 40:
                 parts.append(f"{getattr(node, 'name', path.stem)}\n{text}")
+        for statement in getattr(node, "body", ()):
+            visit(statement)
+
+    if module := _parse(path):
+        visit(module)
     return "\n\n".join(parts)
 
 
@@ -148,23 +159,23 @@ def _reference() -> Iterator[str]:
 def _docstrings() -> Iterator[str]:
     for name in PACKAGES:
         budget = CAPS["docstrings"] // len(PACKAGES)
-        for path in _installed(name, (".py", ".pyi")):
+        for path in filter(_documented, _installed(name, (".py", ".pyi"))):
             text = _docstrings_of(path)
             if len(text) > budget:
                 break
             budget -= len(text)
             yield text
-    yield from map(_docstrings_of, _standard_library())
+    yield from map(_docstrings_of, filter(_documented, _standard_library()))
 
 
 def _source() -> Iterator[str]:
-    yield from map(_read, _standard_library())
+    yield from map(_read, filterfalse(_documented, _standard_library()))
 
 
 def _packages() -> Iterator[str]:
     for name in PACKAGES:
         budget = CAPS["packages"] // len(PACKAGES)
-        for path in _installed(name, (".py",)):
+        for path in filterfalse(_documented, _installed(name, (".py",))):
             text = _read(path)
             if len(text) > budget:
                 break
@@ -173,12 +184,9 @@ def _packages() -> Iterator[str]:
 
 
 def _licences() -> Iterator[str]:
-    """Licence and notice files of everything installed."""
+    """Licence and notice files of the same distributions."""
     words = ("licen", "notice", "copying", "authors", "copyright")
     plain = ("", ".txt", ".md", ".rst", ".apache", ".bsd")
-    found: dict[str, Path] = {}
-    for distribution in importlib.metadata.distributions():
-        for file in distribution.files or []:
-            if any(word in file.name.lower() for word in words) and file.suffix.lower() in plain:
-                found[file.as_posix()] = Path(str(file.locate()))
-    yield from (_read(found[name]) for name in sorted(found))
+    for path in (path for name in PACKAGES for path in _installed(name, ("",))):
+        if any(word in path.name.lower() for word in words) and path.suffix.lower() in plain:
+            yield _read(path)

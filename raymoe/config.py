@@ -183,7 +183,7 @@ class TrainSection:
     precision: Precision = "bfloat16"
     """Autocast type. Routing, norms' statistics and the loss stay in float32."""
     bias_rate: float = 0.05
-    """Step of the routers' selection biases towards equal load, in logits; decays with the learning rate."""
+    """Step of the routers' selection biases towards equal load, in logits; after warm-up it decays with the learning rate."""
     aux_loss: float = -1.0
     """Coefficient of Switch's auxiliary loss. Negative: 0 for clustered, 0.01 for flat."""
     log_every: int = 10

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import shutil
 import sys
@@ -31,7 +30,7 @@ from raymoe.config import Config, DataSection
 from raymoe.sources import Document, digest, documents
 
 END_OF_TEXT = "<|endoftext|>"
-FORMAT = 1
+FORMAT = 2
 """Raised when what `prepare` writes changes."""
 
 PACKING = (
@@ -39,7 +38,7 @@ PACKING = (
     "attention crosses documents, never domains"
 )
 TOKENIZER_SAMPLE = 20_000_000
-"""Bytes of training text that the tokenizer is trained on."""
+"""About how many characters of training text the tokenizer is trained on."""
 
 
 class Batch(NamedTuple):
@@ -71,8 +70,9 @@ def prepare(config: Config, progress: bool = True) -> Path:
     Raises ValueError or FileNotFoundError with the remedy when the text cannot be used.
     """
     data, model = config.data, config.model
-    cache = Path(data.cache or Path(config.run.root) / "cache").expanduser()
-    own = Path(data.tokenizer).read_bytes() if data.tokenizer and Path(data.tokenizer).is_file() else b""
+    cache = Path(data.cache or Path(config.run.root) / "cache").expanduser().resolve()  # workers have other folders
+    given = Path(data.tokenizer).expanduser()
+    own = given.read_bytes() if data.tokenizer and given.is_file() else b""
     if data.tokenizer and not own:
         raise FileNotFoundError(f"data.tokenizer={data.tokenizer}: there is no such file; leave it empty to train one")
     parts = [
@@ -87,6 +87,7 @@ def prepare(config: Config, progress: bool = True) -> Path:
             shutil.rmtree(folder)
         cache.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=".preparing-", dir=cache))
+        partial.chmod(0o755)  # a shared cache is for all who see it
         try:
             _write(config, partial, fingerprint, own, progress)
             try:
@@ -99,7 +100,7 @@ def prepare(config: Config, progress: bool = True) -> Path:
     corpus = Corpus.open(folder)
     for split in ("train", "validation"):
         tokens = sum(len(corpus.stream(split, d)) for d in corpus.domains)
-        if (corpus.windows(model.context) if split == "train" else tokens) < 1:
+        if not (corpus.windows if split == "train" else corpus.validation_windows)(model.context):
             raise ValueError(
                 f"data.path={data.path}: {tokens} {split} tokens make no window of model.context={model.context}: "
                 "give more text, a smaller model.context or another data.validation_share"
@@ -111,7 +112,7 @@ def _complete(folder: Path) -> bool:
     try:
         about = json.loads((folder / "corpus.json").read_text())
         return all((folder / name).stat().st_size == size for name, size in about["files"].items())
-    except (OSError, ValueError, KeyError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
 
@@ -121,13 +122,13 @@ def _write(config: Config, folder: Path, fingerprint: str, own_tokenizer: bytes,
     if own_tokenizer:
         tokenizer = load_tokenizer(own_tokenizer, data.tokenizer, vocabulary)
     else:
-        tokenizer = train_tokenizer((d.text for d in splits["train"]), vocabulary)
+        tokenizer = train_tokenizer(_sample(splits["train"], config.run.seed), vocabulary)
     tokenizer.save(str(folder / "tokenizer.json"))
     domains = sorted({d.domain for d in splits["train"]})
     kind = np.uint16 if vocabulary <= 2**16 else np.uint32
     about: dict[str, Any] = {
         "format": FORMAT, "fingerprint": fingerprint, "source": data.path, "packing": PACKING, "domains": domains,
-        "vocabulary": tokenizer.get_vocab_size(), "end_of_text": tokenizer.token_to_id(END_OF_TEXT), "splits": {},
+        "vocabulary": _size(tokenizer), "end_of_text": tokenizer.token_to_id(END_OF_TEXT), "splits": {},
     }  # fmt: skip
     total = sum(len(d.text) for part in splits.values() for d in part)
     hidden = None if progress else True  # None: shown where stderr is a terminal
@@ -177,23 +178,46 @@ def _split(data: DataSection, found: Iterable[Document], seed: int) -> dict[str,
 
 
 def _hold_out(texts: list[Document], share: float, salt: str) -> tuple[list[Document], list[Document]]:
-    """Documents in an order that depends on salt alone, held out until their bytes reach the share.
+    """Documents in an order that depends on salt alone, held out while that brings their size nearer to the share.
 
-    A document that would overshoot is passed over; where all would, the tail of the last one is cut off at a line end.
+    Where most of it is still missing then, the longest of the others gives its tail.
     """
-    total = sum(len(d.text) for d in texts)
     order = sorted(range(len(texts)), key=lambda i: hashlib.sha256(f"{salt}/{i}".encode()).digest())
-    wanted, held = share * total, set()
+    target = missing = share * sum(len(d.text) for d in texts)
+    held: set[int] = set()
     for i in order:
-        if len(texts[i].text) <= wanted and len(held) + 1 < len(texts):
+        if len(texts[i].text) < 2 * missing:
             held.add(i)
-            wanted -= len(texts[i].text)
-    if held:
-        return [d for i, d in enumerate(texts) if i not in held], [texts[i] for i in sorted(held)]
-    *before, last = texts
-    cut = max(1, len(last.text) - math.ceil(share * total))
-    cut = last.text.rfind("\n", 0, cut) + 1 or cut
-    return [*before, last._replace(text=last.text[:cut])], [last._replace(text=last.text[cut:])]
+            missing -= len(texts[i].text)
+    cut = max(set(order) - held, key=lambda i: (len(texts[i].text), i)) if 2 * missing > target else None
+    kept, out = [], []
+    for i, document in enumerate(texts):
+        if i == cut or (i + 1 < len(texts) and (i in held) != (i + 1 in held)):
+            document = document._replace(last=True)  # what followed it in the file does not follow it here
+        if i == cut:
+            at = _border(document.text, round(missing))
+            kept.append(document._replace(text=document.text[:at]))
+            out.append(document._replace(text=document.text[at:]))
+        else:
+            (out if i in held else kept).append(document)
+    return kept, out
+
+
+def _border(text: str, tail: int) -> int:
+    """Where about the last `tail` characters begin: after a line if one ends near there, else after a word."""
+    at = max(1, len(text) - max(1, tail))
+    for end in "\n ":
+        found = text.rfind(end, max(0, at - tail), at)
+        if found >= 0:
+            return found + 1
+    return at
+
+
+def _sample(texts: list[Document], seed: int) -> Iterator[str]:
+    """At most about TOKENIZER_SAMPLE characters, from everywhere in `texts`."""
+    share = TOKENIZER_SAMPLE / sum(len(d.text) for d in texts)
+    chosen = np.random.default_rng(seed).random(len(texts)) < share
+    return (document.text for document, wanted in zip(texts, chosen, strict=True) if wanted)
 
 
 # Tokens
@@ -203,15 +227,6 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Tokenizer:
     """Byte-level BPE of at most `vocabulary` entries, lossless for any text."""
     if vocabulary < 257:
         raise ValueError(f"model.vocabulary={vocabulary} is not allowed: 256 bytes and {END_OF_TEXT} need 257")
-
-    def sample() -> Iterator[str]:
-        left = TOKENIZER_SAMPLE
-        for text in texts:
-            if left <= 0:
-                return
-            left -= len(text)
-            yield text
-
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -221,24 +236,34 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Tokenizer:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(sample(), trainer)
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.encode_special_tokens = True
     return tokenizer
 
 
 def load_tokenizer(content: bytes, name: str, vocabulary: int) -> Tokenizer:
-    """A tokenizer.json. Raises ValueError if it is not one or has more than `vocabulary` entries."""
+    """A tokenizer.json that encodes whole texts as they are: it neither cuts nor pads, and a text that spells a
+    special token is only text. Raises ValueError if it is not one or has ids beyond `vocabulary`.
+    """
     try:
         tokenizer = Tokenizer.from_str(content.decode())
     except Exception as error:
         raise ValueError(f"data.tokenizer={name}: not a tokenizer.json ({error})") from None
-    if tokenizer.token_to_id(END_OF_TEXT) is None:
-        tokenizer.add_special_tokens([END_OF_TEXT])
-    if tokenizer.get_vocab_size() > vocabulary:
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tokenizer.add_special_tokens([END_OF_TEXT])  # keeps its id where there is one
+    tokenizer.encode_special_tokens = True
+    if (size := _size(tokenizer)) > vocabulary:
         raise ValueError(
-            f"data.tokenizer={name} has {tokenizer.get_vocab_size()} entries and model.vocabulary={vocabulary}: "
-            f"set model.vocabulary={tokenizer.get_vocab_size()} or more"
+            f"data.tokenizer={name} has {size} entries and model.vocabulary={vocabulary}: "
+            f"set model.vocabulary={size} or more"
         )
     return tokenizer
+
+
+def _size(tokenizer: Tokenizer) -> int:
+    """One more than the largest id."""
+    return max(tokenizer.get_vocab().values()) + 1
 
 
 def encode(tokenizer: Tokenizer, texts: Iterable[Document], kind: type = np.uint32, tell: Any = None) -> np.ndarray:
@@ -248,7 +273,8 @@ def encode(tokenizer: Tokenizer, texts: Iterable[Document], kind: type = np.uint
     parts: list[np.ndarray] = []
     stream = iter(texts)
     while batch := list(islice(stream, 256)):
-        for document, encoding in zip(batch, tokenizer.encode_batch_fast([d.text for d in batch]), strict=True):
+        encodings = tokenizer.encode_batch_fast([d.text for d in batch], add_special_tokens=False)
+        for document, encoding in zip(batch, encodings, strict=True):
             parts.append(np.array(encoding.ids, dtype=kind))
             if document.last:
                 parts.append(end)
@@ -300,7 +326,8 @@ class Corpus:
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        return Tokenizer.from_file(str(self.folder / "tokenizer.json"))
+        file = self.folder / "tokenizer.json"
+        return load_tokenizer(file.read_bytes(), str(file), self.vocabulary)
 
     def stream(self, split: str, domain: str) -> np.ndarray:
         """All tokens of a domain, memory-mapped."""

@@ -17,7 +17,7 @@ def clustered(
     p_TC = (x_TD @ layer.router.weight.t()).softmax(-1)
     place = {e: i for i, e in enumerate(layer.held_experts)}
     for t in range(x_TD.shape[0]):
-        total = torch.zeros_like(x_TD[t])
+        total = x_TD[t] * 0
         for c in cluster_TP[t].tolist():
             x = x_TD[t]
             if not layer.model.residual_width:

@@ -6,7 +6,6 @@ import multiprocessing
 import pickle
 import traceback
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +15,13 @@ _CONTEXT.set_forkserver_preload(["raymoe.parallel.gradients"])
 
 def _main(function: Callable[..., Any], rank: int, world: int, store: str, args: tuple, pipe: Any) -> None:
     import torch
-    import torch.distributed as dist
+
+    from raymoe.parallel.local import gloo
 
     torch.set_num_threads(1)
     try:
-        dist.init_process_group(
-            "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=60)
-        )
-        pipe.send_bytes(pickle.dumps((True, function(rank, world, *args))))
-        dist.barrier()
-        dist.destroy_process_group()
+        with gloo(rank, world, store, timeout_s=60):
+            pipe.send_bytes(pickle.dumps((True, function(rank, world, *args))))
     except BaseException:
         pipe.send_bytes(pickle.dumps((False, traceback.format_exc())))
 

@@ -10,6 +10,13 @@ from pathlib import Path
 from typing import Any
 
 
+def replace_file(path: Path, content: str) -> None:
+    """Write a small file so that a reader sees the old or the new, never half."""
+    temporary = path.with_name(f".{path.name}.partial")
+    temporary.write_text(content)
+    os.replace(temporary, path)
+
+
 def finite(value: Any) -> Any:
     """`value` with numbers that JSON cannot hold as null."""
     if isinstance(value, float) and not math.isfinite(value):
@@ -34,9 +41,7 @@ class Journal:
                     break  # the line that a killed worker left behind
                 if record.get("step", 0) <= step:
                     kept.append(line)
-        temporary = path.with_suffix(".partial")
-        temporary.write_text("".join(line + "\n" for line in kept))
-        os.replace(temporary, path)
+        replace_file(path, "".join(line + "\n" for line in kept))
         self._path = path
         self._backlog = ""
 

@@ -23,10 +23,12 @@ from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from tqdm import tqdm
 
 import raymoe
-from raymoe.config import Config, from_dict, override
+from raymoe.config import Config, ModelSection, from_dict, override
 from raymoe.data import Corpus, prepare
 from raymoe.metrics import TrainingMetrics, serve, write_targets
+from raymoe.model.transformer import Transformer
 from raymoe.storage.runs import run_folder
+from raymoe.training.journal import replace_file
 from raymoe.training.loop import Trainer, threads
 from raymoe.training.report import write_report
 
@@ -95,9 +97,11 @@ def connect(config: Config) -> None:
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # how soon a dead worker is seen
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     try:
+        if os.environ.get("RAY_ADDRESS") == "local":
+            raise ConnectionError
         ray.init(address="auto", **quiet)
     except ConnectionError:
-        ray.init(num_cpus=max(os.cpu_count() or 1, config.train.workers), include_dashboard=False, **quiet)
+        ray.init("local", num_cpus=max(os.cpu_count() or 1, config.train.workers), include_dashboard=False, **quiet)
 
 
 def launch(config: Config) -> tuple[Path, int]:
@@ -111,10 +115,13 @@ def launch(config: Config) -> tuple[Path, int]:
     check_capacity(config, gpus)
     run.mkdir(parents=True, exist_ok=True)
     corpus = prepare(config)
-    config_file = run / "config.json"
-    config_file.write_text(
-        json.dumps({"config": config.to_dict(), "corpus": str(corpus), "versions": versions()}, indent=1)
-    )
+    about = {
+        "config": config.to_dict(),
+        "corpus": str(corpus),
+        "versions": versions(),
+        "parameters": parameters(config.model),
+    }
+    replace_file(run / "config.json", json.dumps(about, indent=1))
     (run / "stop").unlink(missing_ok=True)
     attempt = f"attempt-{time.time_ns()}"  # Ray Train resumes a run of the same name by itself: ours never is
     trainer = TorchTrainer(
@@ -167,6 +174,11 @@ def check_capacity(config: Config, gpus: bool) -> None:
             f"train.workers={config.train.workers} needs {config.train.workers} {kind}s and the Ray cluster has {have:g}: "
             f"lower train.workers, add nodes, or start Ray with more (ray start --num-{kind.lower()}s)"
         )
+
+
+def parameters(model: ModelSection) -> int:
+    with torch.device("meta"):
+        return sum(p.numel() for p in Transformer(model).parameters())
 
 
 def versions() -> dict[str, str]:

@@ -28,7 +28,7 @@ from raymoe.model.loss import linear_cross_entropy
 from raymoe.parallel.gradients import Gradients
 from raymoe.parallel.sharded import shard
 from raymoe.training.journal import Journal
-from raymoe.training.optimizer import Optimizer, learning_rate
+from raymoe.training.optimizer import Optimizer, bias_rate, learning_rate
 from raymoe.training.state import Checkpointer, Position, find, restore
 
 SKIPS_IN_A_ROW = 20
@@ -113,8 +113,8 @@ class Trainer:
             position.step += 1
             finite = math.isfinite(loss) and math.isfinite(norm)
             if finite:
-                self.optimizer.step(rate := learning_rate(train, position.step - 1))
-                self.balance(load, train.bias_rate * rate / train.lr)
+                self.optimizer.step(learning_rate(train, position.step - 1))
+                self.balance(load, bias_rate(train, position.step - 1))
                 position.updates += 1
                 in_a_row = 0
             else:

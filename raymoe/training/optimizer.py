@@ -23,6 +23,11 @@ def learning_rate(train: TrainSection, step: int) -> float:
     return train.lr * (train.final_lr + (1 - train.final_lr) * cosine)
 
 
+def bias_rate(train: TrainSection, step: int) -> float:
+    """The step of the selection biases: full from the start, since routers skew first, then with the learning rate."""
+    return train.bias_rate * (1.0 if step < train.warmup else learning_rate(train, step) / train.lr)
+
+
 def decays(name: str, parameter: Tensor) -> bool:
     """Whether AdamW decays a parameter: matrices yes; norms, biases and residual factors no."""
     leaf = name.rsplit(".", 1)[-1]

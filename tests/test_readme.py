@@ -1,0 +1,62 @@
+"""The README's commands are real: targets exist, every job's line parses, what CI must run it runs."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shlex
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from raymoe.config import override, preset
+
+HOUSE = Path(__file__).resolve().parent.parent
+
+
+def commands() -> list[str]:
+    blocks = re.findall(r"```bash\n(.*?)```", (HOUSE / "README.md").read_text(), re.DOTALL)
+    lines = [line.split("  #")[0].strip() for block in blocks for line in block.splitlines()]
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def job(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"job_{name}", HOUSE / "jobs" / f"{name}.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_there_are_commands_to_check() -> None:
+    assert len(commands()) >= 8
+    assert {"make demo", "make test"} <= set(commands())
+
+
+@pytest.mark.parametrize("line", commands())
+def test_a_command_of_the_readme_is_one_that_works(line: str) -> None:
+    words = shlex.split(line)
+    if "--" in words:
+        assert words[:3] == ["ray", "job", "submit"]
+        words = words[words.index("--") + 1 :]
+    if words[0] == "make":
+        targets = re.findall(r"^([a-z]+):", (HOUSE / "Makefile").read_text(), re.MULTILINE)
+        assert words[1] in targets
+    elif words[0] in ("python", ".venv/bin/python"):
+        module = job(Path(words[1]).stem)
+        if "--help" in words:
+            assert "--help" in module.parser().format_help()
+            return
+        arguments = module.parser().parse_args(words[2:])
+        if words[1] == "jobs/train.py":
+            override(preset(arguments.preset), arguments.overrides)
+    elif words[:2] == ["ray", "job"]:
+        assert words[2] in ("stop", "logs", "status")
+    else:
+        assert words[0] in ("git", "cd", "export"), f"nothing checks {line!r}"
+
+
+def test_ci_runs_check_test_and_soak() -> None:
+    script = (HOUSE / ".ci" / "run").read_text()
+    assert all(f"make {target}" in script for target in ("check", "test", "soak"))
