@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -81,7 +81,7 @@ def _local(path: str) -> bool:
     return (
         Path(path).expanduser().exists()
         or path.startswith(("/", "~", "."))
-        or path.endswith((*TEXT[:3], *TABLES, ".jsonl"))
+        or path.lower().endswith((*TEXT[:3], *TABLES, ".jsonl"))
     )
 
 
@@ -93,13 +93,15 @@ def _files(path: str) -> list[Path]:
             "machine it runs on: give an absolute path that every node sees, a hub name, or builtin"
         )
     if root.is_file():
-        if root.suffix not in (*TEXT, *TABLES, ".jsonl"):
+        if root.suffix.lower() not in (*TEXT, *TABLES, ".jsonl"):
             raise ValueError(f"data.path={path}: {root.suffix} files are not supported: txt, jsonl, parquet or arrow")
         return [root]
     files = sorted(
         p
         for p in root.rglob("*")
-        if p.is_file() and not p.name.startswith(".") and p.suffix in (*TEXT, *TABLES, ".jsonl")
+        if p.is_file()
+        and not any(part.startswith(".") for part in p.relative_to(root).parts)  # `.git` as well
+        and p.suffix.lower() in (*TEXT, *TABLES, ".jsonl")
     )
     if not files:
         raise ValueError(f"data.path={path}: the folder holds no txt, jsonl, parquet or arrow file")
@@ -108,7 +110,7 @@ def _files(path: str) -> list[Path]:
 
 def _labels(file: Path, root: Path) -> tuple[str, str | None]:
     """Domain and split from a file's name: the first folder below the root, else the stem without its split."""
-    words = file.stem.split(".")
+    words = re.sub(r"-\d+-of-\d+$", "", file.stem).split(".")  # the hub's `train-00000-of-00004.parquet`
     split = next((SPLITS[w] for w in words if w in SPLITS), None)
     stem = ".".join(w for w in words if w not in SPLITS)
     folders = file.relative_to(root).parts[:-1] if root.is_dir() else ()
@@ -122,10 +124,11 @@ def _read_file(file: Path, data: DataSection, root: Path) -> Iterator[Document]:
     domain, split = _labels(file, root.expanduser())
     if file.stat().st_size == 0:
         raise ValueError(f"{file} is empty: remove it or give it text")
-    if file.suffix in TEXT:
+    kind = file.suffix.lower()
+    if kind in TEXT:
         yield from _pieces(_utf8(file), domain, split)
         return
-    rows = _jsonl(file) if file.suffix == ".jsonl" else _table(file)
+    rows = _jsonl(file) if kind == ".jsonl" else _table(file)
     for place, row in rows:
         yield _row(row, data, domain, split, f"{file}{place}")
 
@@ -133,7 +136,7 @@ def _read_file(file: Path, data: DataSection, root: Path) -> Iterator[Document]:
 def _utf8(file: Path) -> str:
     raw = file.read_bytes()
     try:
-        return raw.decode("utf-8")
+        return raw.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{file} is not UTF-8 at byte {error.start}: convert it, for example: iconv -f latin1 -t utf-8 {file.name}"
@@ -151,7 +154,7 @@ def _pieces(text: str, domain: str, split: str | None) -> Iterator[Document]:
 
 
 def _jsonl(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    for number, line in enumerate(_utf8(file).splitlines(), 1):
+    for number, line in enumerate(_utf8(file).split("\n"), 1):  # splitlines would also cut at U+2028 inside a text
         if not line.strip():
             continue
         try:
@@ -165,7 +168,7 @@ def _jsonl(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _table(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
-        if file.suffix == ".parquet":
+        if file.suffix.lower() == ".parquet":
             for batch in pq.ParquetFile(file).iter_batches():
                 yield from (("", row) for row in batch.to_pylist())
             return
@@ -179,7 +182,7 @@ def _table(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             for batch in read:
                 yield from (("", row) for row in batch.to_pylist())
     except (pa.ArrowInvalid, OSError) as error:
-        raise ValueError(f"{file} is not a readable {file.suffix[1:]} file: {error}") from None
+        raise ValueError(f"{file} is not a readable {file.suffix[1:].lower()} file: {error}") from None
 
 
 def _row(row: dict[str, Any], data: DataSection, domain: str, split: str | None, place: str) -> Document:
@@ -189,33 +192,45 @@ def _row(row: dict[str, Any], data: DataSection, domain: str, split: str | None,
     text = row[data.text_field]
     if not isinstance(text, str):
         raise ValueError(f"{place}: {data.text_field!r} is {type(text).__name__}, not text: set data.text_field")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{place} has half a surrogate pair at character {error.start}: remove it") from None
     return Document(str(row[data.domain_field]) if data.domain_field else domain, split, text)
 
 
 def _hub(data: DataSection) -> Iterator[Document]:
-    """A data set of the hub, with its own splits. Fails soon where there is no network."""
-    for name, value in {
-        "HF_HUB_DOWNLOAD_TIMEOUT": "20",
-        "HF_HUB_ETAG_TIMEOUT": "10",
-        "HF_DATASETS_MAX_RETRIES": "1",
-    }.items():
-        os.environ.setdefault(name, value)
+    """A data set of the hub, with its own splits. Where the hub does not answer, one that it gave before."""
     import datasets
+    import huggingface_hub
+    from datasets import config
 
     name, _, subset = data.path.partition(":")
     name, subset = HUB_NAMES.get(name, (name, subset))
+    offline, reason = config.HF_HUB_OFFLINE, None
+    try:
+        # load_dataset alone tries six times, for half a minute and more, before it turns to its own cache.
+        huggingface_hub.dataset_info(name, timeout=10)
+    except Exception as error:
+        config.HF_HUB_OFFLINE, reason = True, error
     try:
         loaded = datasets.load_dataset(name, subset or None)
     except Exception as error:  # datasets raises many kinds; they say the same to a user
+        said = reason or error
         raise ValueError(
             f"data.path={data.path}: neither a local file nor a data set that the hub gave "
-            f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}). Check the name and the network "
+            f"({type(said).__name__}: {' '.join(str(said).split())}). Check the name and the network "
             "(HF_ENDPOINT, HTTPS_PROXY), give a local file or folder, or use builtin"
         ) from None
+    finally:
+        config.HF_HUB_OFFLINE = offline
+    lines = name.endswith("/wikitext")  # its rows are the lines of one text, blank ones without their line end
     for split, rows in loaded.items():
         for i, row in enumerate(rows):
             document = _row(
                 dict(row), data, name.rsplit("/", 1)[-1], SPLITS.get(str(split)), f"{data.path} {split}[{i}]"
             )
+            if lines:
+                document = document._replace(text=document.text.removesuffix("\n") + "\n", last=False)
             if document.text:
-                yield document._replace(last=not name.endswith("/wikitext"))  # its rows are lines of one text
+                yield document

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import datasets
+import huggingface_hub
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -243,6 +244,40 @@ def test_an_evaluated_text_is_read_whole(tmp_path: Path) -> None:
     assert tokenizer.decode(found["d"].tokens.tolist(), skip_special_tokens=False) == END_OF_TEXT.join(texts)
 
 
+def test_the_hubs_file_names_say_their_split(tmp_path: Path) -> None:
+    folder = tmp_path / "text"
+    folder.mkdir()
+    for split, letters in (("train", "abcdef"), ("validation", "uvwxyz"), ("test", "mnopqr")):
+        rows = pa.table({"text": [prose(letters, 10, i) for i in range(20)]})
+        pq.write_table(rows, folder / f"{split}-00000-of-00001.parquet")
+    corpus = prepared(folder, tmp_path)
+    (domain,) = corpus.domains
+    assert set(decoded(corpus, "train", domain).replace(END_OF_TEXT, "")) == set("abcdef \n")
+    assert set(decoded(corpus, "validation", domain).replace(END_OF_TEXT, "")) == set("uvwxyz \n")
+
+
+def test_a_text_may_hold_any_kind_of_line_end(tmp_path: Path) -> None:
+    texts = [prose("abcdef", 30, i) + "a\u2028b\x85c\x0cd\r\n" for i in range(20)]
+    section = replace(preset("tiny").data, path=str(jsonl(tmp_path / "d.jsonl", texts)))
+    tokens = read_text(section, TOKENIZER)["d"].tokens
+    assert TOKENIZER.decode(tokens.tolist(), skip_special_tokens=False) == END_OF_TEXT.join(texts)
+
+
+def test_hidden_folders_are_left_out_and_upper_case_and_byte_order_marks_are_read(tmp_path: Path) -> None:
+    folder = tmp_path / "text"
+    (folder / ".git" / "objects").mkdir(parents=True)
+    (folder / ".git" / "objects" / "ab").write_bytes(b"\xff\xfe\x00")
+    (folder / "d.TXT").write_bytes(b"\xef\xbb\xbf" + prose("abcdef", 300).encode())
+    corpus = prepared(folder, tmp_path)
+    assert corpus.domains == ("d",) and set(decoded(corpus, "train", "d").replace(END_OF_TEXT, "")) == set("abcdef \n")
+
+
+def test_half_a_surrogate_pair_is_named(tmp_path: Path) -> None:
+    (tmp_path / "d.jsonl").write_text('{"text": "ab \\ud800"}\n')
+    with pytest.raises(ValueError, match=r"d\.jsonl:1 has half a surrogate pair at character 3"):
+        prepared(tmp_path / "d.jsonl", tmp_path)
+
+
 # Tokenizers
 
 TOKENIZER = train_tokenizer([prose("abcdef", 50)], 300)
@@ -459,31 +494,53 @@ def test_a_short_validation_split_is_an_error(tmp_path: Path) -> None:
 # The hub
 
 
+@pytest.fixture
+def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody answers, as without a network."""
+
+    def info(*_: object, **__: object) -> None:
+        raise ConnectionError("Name or service not known")
+
+    monkeypatch.setattr(huggingface_hub, "dataset_info", info)
+
+
+@pytest.mark.usefixtures("no_hub")
 def test_hub_data_brings_its_splits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
     def load(name: str, subset: str | None = None) -> datasets.DatasetDict:
-        asked.append((name, subset))
+        asked.append((name, subset, datasets.config.HF_HUB_OFFLINE))
         rows = {"train": ("abcdef", 40), "validation": ("uvwxyz", 4), "test": ("mnopqr", 40)}
         return datasets.DatasetDict(
             {split: datasets.Dataset.from_dict({"text": [prose(*kind)] * 20}) for split, kind in rows.items()}
         )
 
     monkeypatch.setattr(datasets, "load_dataset", load)
+    before = datasets.config.HF_HUB_OFFLINE
     corpus = prepared("someone/letters:easy", tmp_path)
-    assert asked[-1] == ("someone/letters", "easy") and corpus.domains == ("letters",)
+    assert asked[-1] == ("someone/letters", "easy", True), "without a network, what is cached is used at once"
+    assert corpus.domains == ("letters",) and before == datasets.config.HF_HUB_OFFLINE
     assert set(decoded(corpus, "train", "letters").replace(END_OF_TEXT, "")) == set("abcdef \n")
     assert set(decoded(corpus, "validation", "letters").replace(END_OF_TEXT, "")) == set("uvwxyz \n")
-    prepared("wikitext-103", tmp_path)
+
+
+@pytest.mark.usefixtures("no_hub")
+def test_the_hubs_wikitext_has_the_words_of_the_original(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = ["", " = Title = \n", "", " one two <unk> . \n"] * 50
+    sets = datasets.DatasetDict(
+        {s: datasets.Dataset.from_dict({"text": rows}) for s in ("train", "validation", "test")}
+    )
+    asked = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *name: asked.append(name) or sets)
+    corpus = prepared("wikitext-103", tmp_path)
     assert asked[-1] == ("Salesforce/wikitext", "wikitext-103-raw-v1")
+    assert corpus.words("validation", "wikitext") == 50 * (1 + 4 + 1 + 5)
+    assert decoded(corpus, "validation", "wikitext") == "\n = Title = \n\n one two <unk> . \n" * 50
 
 
-def test_an_unreachable_hub_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def load(*_: object) -> None:
-        raise ConnectionError("Couldn't reach the hub")
-
-    monkeypatch.setattr(datasets, "load_dataset", load)
-    with pytest.raises(ValueError, match=r"data\.path=no/such: .*Couldn't reach.*HF_ENDPOINT.*builtin"):
+@pytest.mark.usefixtures("no_hub")
+def test_an_unreachable_hub_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"data\.path=no/such: .*Name or service not known.*HF_ENDPOINT.*builtin"):
         prepared("no/such", tmp_path)
 
 

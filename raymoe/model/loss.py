@@ -15,13 +15,12 @@ CHUNK = 512
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, target: Tensor, dtype: torch.dtype) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, target: Tensor, dtype: torch.dtype, learn: bool) -> Tensor:
         narrow_hidden, narrow_weight = hidden.to(dtype), weight.to(dtype)
         wide = torch.promote_types(dtype, torch.float32)
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
-        needs_grad = hidden.requires_grad or weight.requires_grad
-        d_hidden = torch.empty_like(narrow_hidden) if needs_grad else None
-        d_weight = torch.zeros_like(weight) if needs_grad else None
+        d_hidden = torch.empty_like(narrow_hidden) if learn else None
+        d_weight = torch.zeros_like(weight) if learn else None
         for start in range(0, hidden.shape[0], CHUNK):
             part = slice(start, start + CHUNK)
             rows, goal = narrow_hidden[part], target[part, None]
@@ -42,7 +41,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         d_hidden, d_weight = ctx.saved_tensors
-        return (d_hidden * grads[0]).to(ctx.hidden_dtype), (d_weight * grads[0]).to(d_weight.dtype), None, None
+        return (d_hidden * grads[0]).to(ctx.hidden_dtype), (d_weight * grads[0]).to(d_weight.dtype), None, None, None
 
 
 def linear_cross_entropy(hidden_TD: Tensor, weight_VD: Tensor, target_T: Tensor) -> Tensor:
@@ -50,4 +49,5 @@ def linear_cross_entropy(hidden_TD: Tensor, weight_VD: Tensor, target_T: Tensor)
 
     The products run in the autocast type, the softmax in float32, the sum in float64.
     """
-    return _LinearCrossEntropy.apply(hidden_TD, weight_VD, target_T, compute_dtype(hidden_TD))
+    learn = torch.is_grad_enabled() and (hidden_TD.requires_grad or weight_VD.requires_grad)
+    return _LinearCrossEntropy.apply(hidden_TD, weight_VD, target_T, compute_dtype(hidden_TD), learn)

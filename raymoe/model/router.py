@@ -58,7 +58,7 @@ def move_bias(bias: Tensor, counts: Tensor, rate: float) -> None:
     if mean == 0:
         return
     deficit = ((mean - counts.double()) / mean).clamp(-1.0, 1.0)
-    bias += (rate * deficit).to(bias.dtype)
+    bias += (rate * deficit).to(bias)
     bias -= bias.mean()
 
 

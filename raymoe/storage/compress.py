@@ -93,13 +93,12 @@ def table(metrics: dict[str, Any]) -> str:
             f"{name:24}{row['parameters']:>14,}{row['bytes']:>16,}{of:>9.1%}{row['expert_bytes']:>16,}{of_experts:>9.1%}"
         )
     lines.append(f"\nperplexity per token ({metrics['perplexity_tokens']:,} validation tokens)")
-    full: float | None = metrics["perplexity"]["full"]
     names = {"full": "as trained, float32", "int4": "as exported, INT4", "zero": "residuals zeroed"}
-    for form, value in metrics["perplexity"].items():
-        known = value is not None and full is not None
-        lines.append(
-            f"{names[form]:24}" + (f"{value:>14.3f}{value / full - 1:>+16.2%}" if known else f"{'not finite':>14}")
-        )
+    perplexity: dict[str, float | None] = metrics["perplexity"]
+    full = perplexity["full"] or math.nan
+    for form, value in perplexity.items():
+        value = value or math.nan
+        lines.append(f"{names[form]:24}{value:>14.3f}{value / full - 1:>+16.2%}")
     if metrics["coactivation_kept"] is not None:
         lines.append(
             f"\na token keeps its cluster's number from layer to layer {metrics['coactivation_kept']:.0%} of the time"

@@ -113,8 +113,8 @@ def launch(config: Config) -> tuple[Path, int]:
     run = run_folder(config.run.root, config.run.name)
     gpus = wants_gpus(config)
     check_capacity(config, gpus)
+    corpus = prepare(config)  # before the run's folder is there: a refused text leaves nothing
     run.mkdir(parents=True, exist_ok=True)
-    corpus = prepare(config)
     about = {
         "config": config.to_dict(),
         "corpus": str(corpus),
@@ -152,7 +152,10 @@ def launch(config: Config) -> tuple[Path, int]:
             thread.join(timeout=0.5)
             progress.update()
     progress.close()
-    write_report(run)
+    try:
+        write_report(run)
+    except (OSError, ValueError) as error:
+        print(f"the report could not be written: {error}", file=sys.stderr)
     shutil.rmtree(run / "ray", ignore_errors=True)
     if outcome[0] is not None:
         raise outcome[0]

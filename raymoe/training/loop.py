@@ -267,7 +267,7 @@ class Trainer:
             sums, serving = a.view_as(sums), b.view_as(serving)
         loss = (sums[:, 0].sum() / sums[:, 1].sum()).item()
         self.position.validation[self.position.step] = loss
-        per_domain = (sums[:, 0] / sums[:, 1].clamp(min=1)).tolist()
+        per_domain = [nll / count if count else None for nll, count in sums.tolist()]
         record = dict(
             loss=loss,
             perplexity=math.exp(min(loss, 700.0)),
