@@ -103,6 +103,11 @@ def test_a_run_is_submitted_exported_and_evaluated(ray: Head, text: Path, tmp_pa
     missing = job("evaluate.py", "first", "--data", "/no/such/file.txt")
     assert missing.returncode == 2 and "no such file" in missing.stderr
     assert job("evaluate.py", "second").returncode == 2
+    for shard in (run / "checkpoints").rglob("*.safetensors"):
+        shard.write_bytes(shard.read_bytes()[:-1])
+    damaged = job("export.py", "first", "--to", str(tmp_path / "never"))
+    assert damaged.returncode == 2 and "no valid checkpoint" in damaged.stderr and "bytes" in damaged.stderr
+    assert not (tmp_path / "never").exists()
 
 
 def workers_of(run: Path) -> list[psutil.Process]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -59,7 +60,6 @@ def head(cpus: int, environment: dict[str, str] | None = None) -> Iterator[Head]
     """Start a head with `cpus` CPUs; yields when its dashboard answers. Raises RuntimeError with its log if it does not."""
     gcs, dashboard, agent, listen, metrics, scaler, board = free_ports(7)
     folder = Path(tempfile.mkdtemp(prefix="raymoe-ray-"))
-    Path("/tmp/ray").mkdir(exist_ok=True)
     variables = ENVIRONMENT | {"AUTOSCALER_METRIC_PORT": str(scaler), "DASHBOARD_METRIC_PORT": str(board)}
     variables = variables | {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | (environment or {})
     variables["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), variables.get("PATH", "")])
@@ -87,6 +87,7 @@ def head(cpus: int, environment: dict[str, str] | None = None) -> Iterator[Head]
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _answers(url: str) -> bool:
