@@ -11,7 +11,6 @@ import contextlib
 import math
 import os
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from raymoe.model.loss import linear_cross_entropy
 from raymoe.parallel.gradients import Gradients
 from raymoe.parallel.sharded import shard
 from raymoe.training.journal import Journal
+from raymoe.training.load import Load, Window
 from raymoe.training.optimizer import Optimizer, bias_rate, learning_rate
 from raymoe.training.state import Checkpointer, Position, find, restore
 
@@ -36,26 +36,6 @@ SKIPS_IN_A_ROW = 20
 
 FLAGS = ("loss", "stop", "sent_bytes", "pending", "failed")
 """What each rank says of itself at a step, beside the loads: summed over ranks in one collective."""
-
-
-@dataclass
-class Load:
-    """Rows by cluster [L, C], by expert [L, E] and by worker [L, ranks] since the last reading, over all ranks."""
-
-    clusters: Tensor
-    experts: Tensor
-    workers: Tensor
-
-    def __add__(self, other: Load) -> Load:
-        return Load(self.clusters + other.clusters, self.experts + other.experts, self.workers + other.workers)
-
-    def measures(self, of: Any) -> dict[str, float | None]:
-        levels = {"experts": self.experts, "clusters": self.clusters, "workers": self.workers}
-        return {name: of(counts.numpy()) if counts.numel() else None for name, counts in levels.items()}
-
-    @staticmethod
-    def shares(counts: Tensor) -> list[list[float]]:
-        return (counts / counts.sum(-1, keepdim=True).clamp(min=1)).tolist() if counts.numel() else []
 
 
 class Trainer:
@@ -312,33 +292,6 @@ class Trainer:
                 f"the checkpoint of step {self.position.step} could not be written under {self.checkpoints.folder}: "
                 "see the last events in metrics.jsonl; free disk space and resume"
             )
-
-
-class Window:
-    """What happened since the last train record."""
-
-    def __init__(self) -> None:
-        self.steps = self.tokens = 0
-        self.seconds = 0.0
-        self.losses: list[float] = []
-        self.norm = 0.0
-        self.sent_bytes = 0.0
-        self.load = Load(torch.zeros(0), torch.zeros(0), torch.zeros(0))
-
-    def add(self, loss: float | None, norm: float, load: Load, sent_bytes: float, tokens: int, seconds: float) -> None:
-        self.steps += 1
-        self.seconds += seconds
-        self.tokens += tokens
-        self.norm = norm
-        self.sent_bytes += sent_bytes
-        if loss is not None:
-            self.losses.append(loss)
-        first = self.steps == 1
-        self.load = load if first else self.load + load
-
-    @property
-    def mean_loss(self) -> float:
-        return sum(self.losses) / len(self.losses) if self.losses else float("nan")
 
 
 def threads(config: Config, local_workers: int) -> int:

@@ -1,0 +1,57 @@
+"""How evenly a run's rows fall on clusters, experts and workers, and what happened since the last record."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Load:
+    """Rows by cluster [L, C], by expert [L, E] and by worker [L, ranks] since the last reading, over all ranks."""
+
+    clusters: Tensor
+    experts: Tensor
+    workers: Tensor
+
+    def __add__(self, other: Load) -> Load:
+        return Load(self.clusters + other.clusters, self.experts + other.experts, self.workers + other.workers)
+
+    def measures(self, of: Callable[[np.ndarray], float]) -> dict[str, float | None]:
+        levels = {"experts": self.experts, "clusters": self.clusters, "workers": self.workers}
+        return {name: of(counts.numpy()) if counts.numel() else None for name, counts in levels.items()}
+
+    @staticmethod
+    def shares(counts: Tensor) -> list[list[float]]:
+        return (counts / counts.sum(-1, keepdim=True).clamp(min=1)).tolist() if counts.numel() else []
+
+
+class Window:
+    """What happened since the last train record."""
+
+    def __init__(self) -> None:
+        self.steps = self.tokens = 0
+        self.seconds = 0.0
+        self.losses: list[float] = []
+        self.norm = 0.0
+        self.sent_bytes = 0.0
+        self.load = Load(torch.zeros(0), torch.zeros(0), torch.zeros(0))
+
+    def add(self, loss: float | None, norm: float, load: Load, sent_bytes: float, tokens: int, seconds: float) -> None:
+        self.steps += 1
+        self.seconds += seconds
+        self.tokens += tokens
+        self.norm = norm
+        self.sent_bytes += sent_bytes
+        if loss is not None:
+            self.losses.append(loss)
+        first = self.steps == 1
+        self.load = load if first else self.load + load
+
+    @property
+    def mean_loss(self) -> float:
+        return sum(self.losses) / len(self.losses) if self.losses else float("nan")
