@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import importlib.metadata
+import os
 import sys
 import sysconfig
 import warnings
@@ -16,7 +17,7 @@ from functools import cache
 from itertools import filterfalse
 from pathlib import Path
 
-VERSION = 2
+VERSION = 3
 """Raised when what is gathered changes."""
 
 PACKAGES = (
@@ -97,10 +98,14 @@ def _read(path: Path) -> str:
 
 @cache
 def _standard_library() -> tuple[Path, ...]:
-    root = Path(sysconfig.get_paths()["stdlib"])
+    """Modules in order, without those that the build of this Python wrote."""
     skipped = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "lib2to3", "pydoc_data"}
-    files = (p for p in root.rglob("*.py") if not skipped & set(p.relative_to(root).parts))
-    return tuple(sorted(files, key=lambda p: p.relative_to(root).as_posix()))
+    found: list[Path] = []
+    for folder, folders, names in os.walk(sysconfig.get_paths()["stdlib"]):
+        folders[:] = sorted(name for name in folders if name not in skipped and not name.startswith("config-"))
+        chosen = (n for n in sorted(names) if n.endswith(".py") and not n.startswith("_sysconfigdata"))
+        found += (Path(folder, name) for name in chosen)
+    return tuple(found)
 
 
 def _documented(path: Path) -> bool:
@@ -108,15 +113,19 @@ def _documented(path: Path) -> bool:
     return hashlib.sha256("/".join(path.parts[-2:]).encode()).digest()[0] % 2 == 0
 
 
-def _installed(name: str, suffixes: tuple[str, ...]) -> Iterator[Path]:
+@cache
+def _installed(name: str) -> tuple[Path, ...]:
     """Files of a distribution, in order."""
     try:
         files = importlib.metadata.files(name) or []
     except importlib.metadata.PackageNotFoundError:
-        return
-    for file in sorted(files, key=str):
-        if file.name.endswith(suffixes) and not {"test", "tests", "testing"} & set(file.parts):
-            yield Path(str(file.locate()))
+        return ()
+    skipped = {"test", "tests", "testing"}
+    return tuple(Path(str(file.locate())) for file in sorted(files, key=str) if skipped.isdisjoint(file.parts))
+
+
+def _modules(name: str) -> Iterator[Path]:
+    return (path for path in _installed(name) if path.suffix == ".py")
 
 
 def _parse(path: Path) -> ast.Module | None:
@@ -159,7 +168,7 @@ def _reference() -> Iterator[str]:
 def _docstrings() -> Iterator[str]:
     for name in PACKAGES:
         budget = CAPS["docstrings"] // len(PACKAGES)
-        for path in filter(_documented, _installed(name, (".py", ".pyi"))):
+        for path in filter(_documented, _modules(name)):
             text = _docstrings_of(path)
             if len(text) > budget:
                 break
@@ -175,7 +184,7 @@ def _source() -> Iterator[str]:
 def _packages() -> Iterator[str]:
     for name in PACKAGES:
         budget = CAPS["packages"] // len(PACKAGES)
-        for path in filterfalse(_documented, _installed(name, (".py",))):
+        for path in filterfalse(_documented, _modules(name)):
             text = _read(path)
             if len(text) > budget:
                 break
@@ -187,6 +196,6 @@ def _licences() -> Iterator[str]:
     """Licence and notice files of the same distributions."""
     words = ("licen", "notice", "copying", "authors", "copyright")
     plain = ("", ".txt", ".md", ".rst", ".apache", ".bsd")
-    for path in (path for name in PACKAGES for path in _installed(name, ("",))):
+    for path in (path for name in PACKAGES for path in _installed(name)):
         if any(word in path.name.lower() for word in words) and path.suffix.lower() in plain:
             yield _read(path)

@@ -17,7 +17,6 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from functools import cached_property, lru_cache
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,13 +29,15 @@ from raymoe.config import Config, DataSection
 from raymoe.sources import Document, digest, documents
 
 END_OF_TEXT = "<|endoftext|>"
-FORMAT = 2
+FORMAT = 3
 """Raised when what `prepare` writes changes."""
 
 PACKING = (
     "documents of a domain joined by <|endoftext|>, windows of context+1 tokens overlapping by one; "
     "attention crosses documents, never domains"
 )
+ENCODED_AT_ONCE = 4_000_000
+"""About how many characters are tokenised in parallel: their tokens take a hundred times the memory for a moment."""
 TOKENIZER_SAMPLE = 20_000_000
 """About how many characters of training text the tokenizer is trained on."""
 
@@ -131,12 +132,15 @@ def _write(config: Config, folder: Path, fingerprint: str, own_tokenizer: bytes,
         "vocabulary": _size(tokenizer), "end_of_text": tokenizer.token_to_id(END_OF_TEXT), "splits": {},
     }  # fmt: skip
     total = sum(len(d.text) for part in splits.values() for d in part)
-    hidden = None if progress else True  # None: shown where stderr is a terminal
-    with tqdm(total=total, unit="B", unit_scale=True, desc="tokenising", disable=hidden, leave=False) as bar:
+    seldom = 0.1 if sys.stderr.isatty() else 10.0  # lines of a job's log
+    with tqdm(
+        total=total, unit="B", unit_scale=True, desc="tokenising", disable=not progress, delay=3, mininterval=seldom
+    ) as bar:
         for split, part in splits.items():
             about["splits"][split] = {}
+            texts = _by_domain(part)
             for i, domain in enumerate(domains):
-                chosen = [d for d in part if d.domain == domain]
+                chosen = texts[domain]
                 tokens = encode(tokenizer, chosen, kind, bar.update)
                 file = f"{split}-{i:03d}.arrow"
                 with pa.OSFile(str(folder / file), "wb") as sink:
@@ -151,6 +155,13 @@ def _write(config: Config, folder: Path, fingerprint: str, own_tokenizer: bytes,
                 }
     about["files"] = {p.name: p.stat().st_size for p in sorted(folder.iterdir())}
     (folder / "corpus.json").write_text(json.dumps(about, indent=1))
+
+
+def _by_domain(texts: Iterable[Document]) -> defaultdict[str, list[Document]]:
+    found: defaultdict[str, list[Document]] = defaultdict(list)
+    for document in texts:
+        found[document.domain].append(document)
+    return found
 
 
 def _split(data: DataSection, found: Iterable[Document], seed: int) -> dict[str, list[Document]]:
@@ -271,8 +282,7 @@ def encode(tokenizer: Tokenizer, texts: Iterable[Document], kind: type = np.uint
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     end = np.array([tokenizer.token_to_id(END_OF_TEXT)], dtype=kind)
     parts: list[np.ndarray] = []
-    stream = iter(texts)
-    while batch := list(islice(stream, 256)):
+    for batch in _batches(texts):
         encodings = tokenizer.encode_batch_fast([d.text for d in batch], add_special_tokens=False)
         for document, encoding in zip(batch, encodings, strict=True):
             parts.append(np.array(encoding.ids, dtype=kind))
@@ -283,6 +293,19 @@ def encode(tokenizer: Tokenizer, texts: Iterable[Document], kind: type = np.uint
     return np.concatenate(parts) if parts else np.zeros(0, dtype=kind)
 
 
+def _batches(texts: Iterable[Document]) -> Iterator[list[Document]]:
+    batch: list[Document] = []
+    size = 0
+    for document in texts:
+        batch.append(document)
+        size += len(document.text)
+        if size >= ENCODED_AT_ONCE:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
 def read_text(data: DataSection, tokenizer: Tokenizer) -> dict[str, Text]:
     """All of a source by domain, nothing held out: for evaluation. Of a source with splits, the test split, else validation."""
     found = list(documents(data, test=True))
@@ -290,14 +313,11 @@ def read_text(data: DataSection, tokenizer: Tokenizer) -> dict[str, Text]:
         if any(d.split == split for d in found):
             found = [d for d in found if d.split == split]
             break
-    by_domain: dict[str, list[Document]] = defaultdict(list)
-    for document in found:
-        by_domain[document.domain].append(document)
     return {
         domain: Text(
             encode(tokenizer, texts)[: -1 if texts[-1].last else None], sum(count_words(d.text) for d in texts)
         )
-        for domain, texts in sorted(by_domain.items())
+        for domain, texts in sorted(_by_domain(found).items())
     }
 
 

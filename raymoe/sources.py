@@ -1,11 +1,11 @@
-"""Where text comes from: the built-in corpus, local files in five formats, the hub. Errors name the remedy."""
+"""Where text comes from: the built-in corpus, local files (text, jsonl, parquet, arrow), the hub. Errors name the remedy."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,12 +18,16 @@ from raymoe.config import DataSection
 PIECE = 16384
 """Characters of a text file that make one document, so that it is tokenised in parallel and held out in parts."""
 
+BLOCK = 2**20
+"""Characters of a text file that are read at a time."""
+
+HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?(:.+)?")
 HUB_NAMES = {
     "wikitext-103": ("Salesforce/wikitext", "wikitext-103-raw-v1"),
     "wikitext-2": ("Salesforce/wikitext", "wikitext-2-raw-v1"),
 }
-TEXT = (".txt", ".md", ".tokens", "")
-TABLES = (".parquet", ".arrow")
+TEXT = (".txt", ".md", ".tokens", ".raw", "")
+SUFFIXES = (".jsonl", ".parquet", ".arrow", *TEXT)
 SPLITS = {
     "train": "train",
     "training": "train",
@@ -49,7 +53,8 @@ def documents(data: DataSection, *, test: bool = False) -> Iterator[Document]:
         found: Iterator[Document] = (Document(domain, None, text) for domain, text in builtin.documents())
     elif _local(data.path):
         files = _files(data.path)
-        found = (document for file in files for document in _read_file(file, data, Path(data.path)))
+        root = Path(data.path).expanduser()
+        found = (document for file in files for document in _read_file(file, data, root))
     else:
         found = _hub(data)
     empty = True
@@ -58,7 +63,9 @@ def documents(data: DataSection, *, test: bool = False) -> Iterator[Document]:
             empty = False
             yield document
     if empty:
-        raise ValueError(f"data.path={data.path} has no text: give a file, folder or data set with some")
+        raise ValueError(
+            f"data.path={data.path} has no text outside a test split: give a file, folder or data set with some"
+        )
 
 
 def digest(data: DataSection) -> str:
@@ -80,8 +87,8 @@ def _local(path: str) -> bool:
     """Whether data.path names something here: it exists, or looks like a path rather than a hub name."""
     return (
         Path(path).expanduser().exists()
-        or path.startswith(("/", "~", "."))
-        or path.lower().endswith((*TEXT[:3], *TABLES, ".jsonl"))
+        or not HUB_NAME.fullmatch(path)
+        or path.lower().endswith(tuple(suffix for suffix in SUFFIXES if suffix))
     )
 
 
@@ -93,15 +100,15 @@ def _files(path: str) -> list[Path]:
             "machine it runs on: give an absolute path that every node sees, a hub name, or builtin"
         )
     if root.is_file():
-        if root.suffix.lower() not in (*TEXT, *TABLES, ".jsonl"):
+        if root.suffix.lower() not in SUFFIXES:
             raise ValueError(f"data.path={path}: {root.suffix} files are not supported: txt, jsonl, parquet or arrow")
         return [root]
     files = sorted(
         p
         for p in root.rglob("*")
-        if p.is_file()
-        and not any(part.startswith(".") for part in p.relative_to(root).parts)  # `.git` as well
-        and p.suffix.lower() in (*TEXT, *TABLES, ".jsonl")
+        if p.suffix.lower() in SUFFIXES
+        and p.is_file()
+        and not any(part.startswith((".", "_")) for part in p.relative_to(root).parts)  # .git, _SUCCESS
     )
     if not files:
         raise ValueError(f"data.path={path}: the folder holds no txt, jsonl, parquet or arrow file")
@@ -109,89 +116,113 @@ def _files(path: str) -> list[Path]:
 
 
 def _labels(file: Path, root: Path) -> tuple[str, str | None]:
-    """Domain and split from a file's name: the first folder below the root, else the stem without its split."""
+    """Domain and split from the names of a folder's files: the first folder below the root, else the stem without its split.
+
+    A file given by itself is whole, whatever its name.
+    """
     words = re.sub(r"-\d+-of-\d+$", "", file.stem).split(".")  # the hub's `train-00000-of-00004.parquet`
-    split = next((SPLITS[w] for w in words if w in SPLITS), None)
-    stem = ".".join(w for w in words if w not in SPLITS)
     folders = file.relative_to(root).parts[:-1] if root.is_dir() else ()
-    for folder in folders:
-        split = SPLITS.get(folder, split)
-    named = [f for f in folders if f not in SPLITS]
-    return (named[0] if named else stem or "text"), split
+    splits = [SPLITS[name] for name in (*reversed(folders), *words) if name in SPLITS]
+    domain = next((f for f in folders if f not in SPLITS), "") or ".".join(w for w in words if w not in SPLITS)
+    return domain or "text", splits[0] if splits and root.is_dir() else None
 
 
 def _read_file(file: Path, data: DataSection, root: Path) -> Iterator[Document]:
-    domain, split = _labels(file, root.expanduser())
+    domain, split = _labels(file, root)
+    kind = file.suffix.lower()
     if file.stat().st_size == 0:
         raise ValueError(f"{file} is empty: remove it or give it text")
-    kind = file.suffix.lower()
-    if kind in TEXT:
-        yield from _pieces(_utf8(file), domain, split)
-        return
-    rows = _jsonl(file) if kind == ".jsonl" else _table(file)
-    for place, row in rows:
-        yield _row(row, data, domain, split, f"{file}{place}")
-
-
-def _utf8(file: Path) -> str:
-    raw = file.read_bytes()
     try:
-        return raw.decode("utf-8").removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
+        if kind in TEXT:
+            with file.open(encoding="utf-8-sig", newline="\n") as content:
+                yield from _pieces(iter(lambda: content.read(BLOCK), ""), domain, split)
+        else:
+            for place, row in _jsonl(file, data) if kind == ".jsonl" else _table(file, kind, data):
+                yield _document(row, data, domain, split, place)
+    except UnicodeDecodeError:
         raise ValueError(
-            f"{file} is not UTF-8 at byte {error.start}: convert it, for example: iconv -f latin1 -t utf-8 {file.name}"
+            f"{file} is not UTF-8 at byte {_first_bad_byte(file)}: convert it, "
+            f"for example: iconv -f latin1 -t utf-8 {file.name}"
         ) from None
 
 
-def _pieces(text: str, domain: str, split: str | None) -> Iterator[Document]:
-    start = 0
-    while start < len(text):
-        stop = len(text) if len(text) - start <= PIECE else text.rfind("\n", start, start + PIECE) + 1
-        if stop <= start:  # a line longer than a piece
-            stop = min(len(text), start + PIECE)
-        yield Document(domain, split, text[start:stop], last=stop == len(text))
-        start = stop
-
-
-def _jsonl(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    for number, line in enumerate(_utf8(file).split("\n"), 1):  # splitlines would also cut at U+2028 inside a text
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{file}:{number} is not JSON ({error.msg}): one object a line is expected") from None
-        if not isinstance(row, dict):
-            raise ValueError(f"{file}:{number} is not a JSON object: one object a line is expected")
-        yield f":{number}", row
-
-
-def _table(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _first_bad_byte(file: Path) -> int:
     try:
-        if file.suffix.lower() == ".parquet":
-            for batch in pq.ParquetFile(file).iter_batches():
-                yield from (("", row) for row in batch.to_pylist())
-            return
-        with pa.memory_map(str(file)) as source:
+        return len(file.read_bytes().decode())
+    except UnicodeDecodeError as error:
+        return error.start
+
+
+def _pieces(blocks: Iterable[str], domain: str, split: str | None) -> Iterator[Document]:
+    """One text, cut at line ends or, in longer lines, anywhere."""
+    rest = ""
+    for block in blocks:
+        text, start = rest + block, 0
+        while len(text) - start > PIECE:
+            stop = text.rfind("\n", start, start + PIECE) + 1 or start + PIECE
+            yield Document(domain, split, text[start:stop], last=False)
+            start = stop
+        rest = text[start:]
+    if rest:
+        yield Document(domain, split, rest)
+
+
+def _jsonl(file: Path, data: DataSection) -> Iterator[tuple[str, dict[str, Any]]]:
+    with file.open(encoding="utf-8-sig", newline="\n") as lines:  # a text may hold other line ends, like U+2028
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            place = f"{file}:{number}"
             try:
-                batches: Any = pa.ipc.open_file(source)
-                read = (batches.get_batch(i) for i in range(batches.num_record_batches))
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{place} is not JSON ({error.msg}): one object a line is expected") from None
+            if not isinstance(row, dict):
+                raise ValueError(f"{place} is not a JSON object: one object a line is expected")
+            _columns(row, data, place)
+            yield place, row
+
+
+def _table(file: Path, kind: str, data: DataSection) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Rows of the columns that count. Those of a damaged file may point anywhere: they are checked before they are read."""
+    batches: Any
+    try:
+        if kind == ".parquet":
+            table = pq.ParquetFile(file)
+            columns = _columns(table.schema_arrow.names, data, str(file))
+            batches = table.iter_batches(columns=columns)
+        else:
+            source = pa.memory_map(str(file))
+            try:
+                reader = pa.ipc.open_file(source)
+                batches = map(reader.get_batch, range(reader.num_record_batches))
             except pa.ArrowInvalid:  # `datasets` saves the streaming form
                 source.seek(0)
-                read = iter(pa.ipc.open_stream(source))
-            for batch in read:
-                yield from (("", row) for row in batch.to_pylist())
-    except (pa.ArrowInvalid, OSError) as error:
-        raise ValueError(f"{file} is not a readable {file.suffix[1:].lower()} file: {error}") from None
+                batches = reader = pa.ipc.open_stream(source)
+            columns = _columns(reader.schema.names, data, str(file))
+        for batch in batches:
+            batch = batch.select(columns)
+            batch.validate(full=True)
+            yield from ((str(file), row) for row in batch.to_pylist())
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is not a readable {kind[1:]} file: {error}") from None
 
 
-def _row(row: dict[str, Any], data: DataSection, domain: str, split: str | None, place: str) -> Document:
-    for name, field in (("data.text_field", data.text_field), ("data.domain_field", data.domain_field)):
-        if field and field not in row:
-            raise ValueError(f"{place} has no {field!r}: set {name} to one of {', '.join(map(repr, row))}")
+def _columns(present: Iterable[str], data: DataSection, place: str) -> list[str]:
+    """The columns to read. Raises ValueError if one is missing."""
+    wanted = {"data.text_field": data.text_field, "data.domain_field": data.domain_field}
+    for option, column in wanted.items():
+        if column and column not in present:
+            raise ValueError(f"{place} has no {column!r}: set {option} to one of {', '.join(map(repr, present))}")
+    return list(dict.fromkeys(column for column in wanted.values() if column))
+
+
+def _document(row: dict[str, Any], data: DataSection, domain: str, split: str | None, place: str) -> Document:
+    """A row as a document, empty where its text is null."""
     text = row[data.text_field]
-    if not isinstance(text, str):
+    if not isinstance(text, str | None):
         raise ValueError(f"{place}: {data.text_field!r} is {type(text).__name__}, not text: set data.text_field")
+    text = text or ""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -219,18 +250,20 @@ def _hub(data: DataSection) -> Iterator[Document]:
         said = reason or error
         raise ValueError(
             f"data.path={data.path}: neither a local file nor a data set that the hub gave "
-            f"({type(said).__name__}: {' '.join(str(said).split())}). Check the name and the network "
-            "(HF_ENDPOINT, HTTPS_PROXY), give a local file or folder, or use builtin"
+            f"({type(said).__name__}: {' '.join(str(said).split())}). Check the name (owner/name or owner/name:subset) "
+            "and the network (HF_ENDPOINT, HTTPS_PROXY), give a local file or folder, or use builtin"
         ) from None
     finally:
         config.HF_HUB_OFFLINE = offline
-    lines = name.endswith("/wikitext")  # its rows are the lines of one text, blank ones without their line end
-    for split, rows in loaded.items():
-        for i, row in enumerate(rows):
-            document = _row(
-                dict(row), data, name.rsplit("/", 1)[-1], SPLITS.get(str(split)), f"{data.path} {split}[{i}]"
-            )
-            if lines:
-                document = document._replace(text=document.text.removesuffix("\n") + "\n", last=False)
-            if document.text:
-                yield document
+    domain = name.rsplit("/", 1)[-1]
+    for key, rows in loaded.items():
+        split, place = SPLITS.get(str(key)), f"{data.path} {key}"
+        columns = _columns(rows.column_names, data, place)
+        batches: Any = rows.select_columns(columns).iter(1000)
+        if name.endswith("/wikitext"):  # its rows are the lines of one text, blank ones without their end
+            lines = ("".join(line or " \n" for line in batch[data.text_field]) for batch in batches)
+            yield from _pieces(lines, domain, split)
+            continue
+        for batch in batches:
+            for values in zip(*(batch[column] for column in columns), strict=True):
+                yield _document(dict(zip(columns, values, strict=True)), data, domain, split, place)

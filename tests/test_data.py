@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import processors
 
-from raymoe import builtin, data
+from raymoe import builtin, data, sources
 from raymoe.config import Config, override, preset
 from raymoe.data import END_OF_TEXT, Corpus, load_tokenizer, prepare, read_text, train_tokenizer
 
@@ -272,6 +272,69 @@ def test_hidden_folders_are_left_out_and_upper_case_and_byte_order_marks_are_rea
     assert corpus.domains == ("d",) and set(decoded(corpus, "train", "d").replace(END_OF_TEXT, "")) == set("abcdef \n")
 
 
+def test_a_file_given_by_itself_is_whole_whatever_its_name(tmp_path: Path) -> None:
+    (tmp_path / "test.txt").write_text(prose("abcdef", 300))
+    corpus = prepared(tmp_path / "test.txt", tmp_path)
+    assert len(corpus.stream("train", corpus.domains[0])) > 10 * len(corpus.stream("validation", corpus.domains[0])) > 0
+
+
+def test_what_other_tools_leave_and_rows_without_text_are_passed_over(tmp_path: Path) -> None:
+    folder = tmp_path / "text"
+    folder.mkdir()
+    (folder / "_SUCCESS").write_bytes(b"")
+    texts = [prose("abcdef", 3, i) for i in range(40)]
+    pq.write_table(pa.table({"text": [None, *texts, ""]}), folder / "d.parquet")
+    section = replace(preset("tiny").data, path=str(folder))
+    tokens = read_text(section, TOKENIZER)["d"].tokens
+    assert TOKENIZER.decode(tokens.tolist(), skip_special_tokens=False) == END_OF_TEXT.join(texts)
+
+
+@settings(max_examples=50, deadline=None)
+@given(text=st.text("a é👧\n", max_size=200), block=st.integers(1, 30))
+def test_a_text_is_cut_alike_however_it_is_read(text: str, block: int) -> None:
+    blocks = [text[i : i + block] for i in range(0, len(text), block)]
+    with pytest.MonkeyPatch.context() as small:
+        small.setattr(sources, "PIECE", 20)
+        pieces = list(sources._pieces(blocks, "d", None))
+        assert pieces == list(sources._pieces([text], "d", None))
+    assert "".join(piece.text for piece in pieces) == text
+    assert [piece.last for piece in pieces] == [False] * (len(pieces) - 1) + [True] * bool(text)
+    assert all(0 < len(piece.text) <= 20 for piece in pieces)
+    assert all(piece.text.endswith("\n") for piece in pieces[:-1] if "\n" in piece.text)
+
+
+def test_bytes_that_are_no_text_are_found_far_into_a_file(tmp_path: Path) -> None:
+    good = "é\n".encode() * 1_000_000
+    (tmp_path / "d.txt").write_bytes(good + b"\xc3\n")
+    (tmp_path / "d.jsonl").write_bytes(b'{"text": "a"}\n{"text": "caf\xe9"}\n')
+    for name, at in (("d.txt", len(good)), ("d.jsonl", 14 + 13)):
+        with pytest.raises(ValueError, match=rf"{name} is not UTF-8 at byte {at}:"):
+            list(sources.documents(replace(preset("tiny").data, path=str(tmp_path / name))))
+
+
+def test_damaged_tables_are_refused_before_their_bytes_are_followed(tmp_path: Path) -> None:
+    table = pa.table({"text": [f"row {i}é" for i in range(50)]})
+    pq.write_table(table, tmp_path / "d.parquet")
+    with pa.ipc.new_stream(str(tmp_path / "d.arrow"), table.schema) as writer:
+        writer.write_table(table)
+    chance = random.Random(0)
+    for name in "d.parquet", "d.arrow":
+        good = (tmp_path / name).read_bytes()
+        section = replace(preset("tiny").data, path=str(tmp_path / name))
+        refused = 0
+        for _ in range(60):
+            bad = bytearray(good[: chance.randrange(1, len(good))] if chance.random() < 0.3 else good)
+            for _ in range(20):
+                bad[chance.randrange(len(bad))] = chance.randrange(256)
+            (tmp_path / name).write_bytes(bad)
+            try:
+                list(sources.documents(section))
+            except ValueError as error:
+                refused += 1
+                assert str(tmp_path / name) in str(error)
+        assert refused > 50
+
+
 def test_half_a_surrogate_pair_is_named(tmp_path: Path) -> None:
     (tmp_path / "d.jsonl").write_text('{"text": "ab \\ud800"}\n')
     with pytest.raises(ValueError, match=r"d\.jsonl:1 has half a surrogate pair at character 3"):
@@ -283,12 +346,21 @@ def test_half_a_surrogate_pair_is_named(tmp_path: Path) -> None:
 TOKENIZER = train_tokenizer([prose("abcdef", 50)], 300)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.text() | st.sampled_from([END_OF_TEXT, f"a{END_OF_TEXT}\n", "\0", "\ufeff", "\r\n", "  \u2028 ", "👩‍👩‍👧"]))
 def test_any_text_survives_the_tokenizer(text: str) -> None:
     ids = TOKENIZER.encode(text).ids
     assert TOKENIZER.decode(ids) == text
     assert TOKENIZER.token_to_id(END_OF_TEXT) not in ids, "a text cannot spell a document's end"
+
+
+def test_the_tokens_do_not_depend_on_how_many_texts_are_encoded_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = [sources.Document("d", None, prose("abcdef", 2, i), last=i % 2 == 0) for i in range(20)]
+    together = data.encode(TOKENIZER, texts)
+    monkeypatch.setattr(data, "ENCODED_AT_ONCE", 300)
+    np.testing.assert_array_equal(data.encode(TOKENIZER, texts), together)
+    joined = "".join(text.text + END_OF_TEXT * text.last for text in texts)
+    assert TOKENIZER.decode(together.tolist(), skip_special_tokens=False) == joined
 
 
 def test_the_same_texts_train_the_same_tokenizer() -> None:
@@ -440,6 +512,8 @@ def test_errors_name_the_place_and_the_remedy(tmp_path: Path) -> None:
     text = prose("abcdef", 300)
     (tmp_path / "none").mkdir()
     (tmp_path / "none" / "image.png").write_bytes(b"\x89PNG")
+    (tmp_path / "test").mkdir()
+    (tmp_path / "test" / "d.test.txt").write_text(text)
     bad = {"bytes.txt": text.encode() + b"caf\xe9\n", "empty.txt": b"", "short.txt": b"a b c\n", "table.csv": b"a,b\n"}
     bad |= {"torn.jsonl": b'{"text": "a"}\n{"text": "a\n', "list.jsonl": b"[1]\n", "number.jsonl": b'{"text": 3}\n'}
     bad |= {"other.jsonl": b'{"body": "a", "kind": "b"}\n', "bad.parquet": b"PAR1", "bad.arrow": b"ARROW1"}
@@ -456,6 +530,7 @@ def test_errors_name_the_place_and_the_remedy(tmp_path: Path) -> None:
         "bytes.txt": (ValueError, rf"bytes\.txt is not UTF-8 at byte {at}: convert it.*iconv"),
         "empty.txt": (ValueError, r"empty\.txt is empty: remove it"),
         "blank.jsonl": (ValueError, "has no text"),
+        "test": (ValueError, "has no text outside a test split"),
         "short.txt": (ValueError, "make no window of model.context=16: give more text"),
         "torn.jsonl": (ValueError, r"torn\.jsonl:2 is not JSON"),
         "list.jsonl": (ValueError, r"list\.jsonl:1 is not a JSON object"),
@@ -477,6 +552,12 @@ def test_errors_name_the_place_and_the_remedy(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"has no 'topic': set data\.domain_field to one of 'text'"):
         prepared(jsonl(tmp_path / "d.jsonl", [text]), tmp_path / "cache", "data.domain_field=topic")
     assert not list((tmp_path / "cache").glob(".*")), "nothing half-made is left"
+
+
+@pytest.mark.parametrize("path", ["./here", "~/no/such", "a/b/c", "gone.parquet", "/no such/text"])
+def test_what_looks_like_a_path_is_not_asked_of_the_hub(path: str, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=f"data.path={path}: there is no such file or folder here"):
+        prepared(path, tmp_path)
 
 
 def test_a_short_validation_split_is_an_error(tmp_path: Path) -> None:
@@ -535,7 +616,37 @@ def test_the_hubs_wikitext_has_the_words_of_the_original(tmp_path: Path, monkeyp
     corpus = prepared("wikitext-103", tmp_path)
     assert asked[-1] == ("Salesforce/wikitext", "wikitext-103-raw-v1")
     assert corpus.words("validation", "wikitext") == 50 * (1 + 4 + 1 + 5)
-    assert decoded(corpus, "validation", "wikitext") == "\n = Title = \n\n one two <unk> . \n" * 50
+    assert decoded(corpus, "validation", "wikitext").removesuffix(END_OF_TEXT) == (
+        " \n = Title = \n \n one two <unk> . \n" * 50
+    )
+
+
+def test_what_the_hub_refuses_is_one_sentence_that_keeps_the_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*_: object) -> None:
+        raise ConnectionError("Config name is missing.\nPlease pick one among ['easy', 'hard']")
+
+    monkeypatch.setattr(huggingface_hub, "dataset_info", lambda *_, **__: None)
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    with pytest.raises(
+        ValueError, match=r"data\.path=some/set: .*pick one among \['easy', 'hard'\].*owner/name:subset"
+    ):
+        prepared("some/set", tmp_path)
+
+
+@pytest.mark.usefixtures("no_hub")
+def test_hub_data_without_the_column_names_those_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = datasets.Dataset.from_dict({"body": ["a"], "kind": ["b"]})
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_: datasets.DatasetDict(train=rows))
+    with pytest.raises(
+        ValueError, match=r"some/set train has no 'text': set data\.text_field to one of 'body', 'kind'"
+    ):
+        prepared("some/set", tmp_path)
+    labelled = datasets.Dataset.from_dict({"body": [prose("abc", 60), prose("xyz", 60)] * 10, "kind": ["a", "z"] * 10})
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_: datasets.DatasetDict(train=labelled))
+    corpus = prepared("some/set", tmp_path, "data.text_field=body", "data.domain_field=kind")
+    assert corpus.domains == ("a", "z") and len(corpus.stream("validation", "z"))
 
 
 @pytest.mark.usefixtures("no_hub")
