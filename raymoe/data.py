@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import sys
 import tempfile
@@ -22,13 +21,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from raymoe.config import Config, DataSection
 from raymoe.sources import Document, digest, documents
+from raymoe.tokens import END_OF_TEXT, encode, load_tokenizer, train_tokenizer, vocabulary_size
 
-END_OF_TEXT = "<|endoftext|>"
 FORMAT = 3
 """Raised when what `prepare` writes changes."""
 
@@ -36,8 +35,6 @@ PACKING = (
     "documents of a domain joined by <|endoftext|>, windows of context+1 tokens overlapping by one; "
     "attention crosses documents, never domains"
 )
-ENCODED_AT_ONCE = 4_000_000
-"""About how many characters are tokenised in parallel: their tokens take a hundred times the memory for a moment."""
 TOKENIZER_SAMPLE = 20_000_000
 """About how many characters of training text the tokenizer is trained on."""
 
@@ -129,7 +126,7 @@ def _write(config: Config, folder: Path, fingerprint: str, own_tokenizer: bytes,
     kind = np.uint16 if vocabulary <= 2**16 else np.uint32
     about: dict[str, Any] = {
         "format": FORMAT, "fingerprint": fingerprint, "source": data.path, "packing": PACKING, "domains": domains,
-        "vocabulary": _size(tokenizer), "end_of_text": tokenizer.token_to_id(END_OF_TEXT), "splits": {},
+        "vocabulary": vocabulary_size(tokenizer), "end_of_text": tokenizer.token_to_id(END_OF_TEXT), "splits": {},
     }  # fmt: skip
     total = sum(len(d.text) for part in splits.values() for d in part)
     seldom = 0.1 if sys.stderr.isatty() else 10.0  # lines of a job's log
@@ -229,81 +226,6 @@ def _sample(texts: list[Document], seed: int) -> Iterator[str]:
     share = TOKENIZER_SAMPLE / sum(len(d.text) for d in texts)
     chosen = np.random.default_rng(seed).random(len(texts)) < share
     return (document.text for document, wanted in zip(texts, chosen, strict=True) if wanted)
-
-
-# Tokens
-
-
-def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Tokenizer:
-    """Byte-level BPE of at most `vocabulary` entries, lossless for any text."""
-    if vocabulary < 257:
-        raise ValueError(f"model.vocabulary={vocabulary} is not allowed: 256 bytes and {END_OF_TEXT} need 257")
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary,
-        special_tokens=[END_OF_TEXT],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.encode_special_tokens = True
-    return tokenizer
-
-
-def load_tokenizer(content: bytes, name: str, vocabulary: int) -> Tokenizer:
-    """A tokenizer.json that encodes whole texts as they are: it neither cuts nor pads, and a text that spells a
-    special token is only text. Raises ValueError if it is not one or has ids beyond `vocabulary`.
-    """
-    try:
-        tokenizer = Tokenizer.from_str(content.decode())
-    except Exception as error:
-        raise ValueError(f"data.tokenizer={name}: not a tokenizer.json ({error})") from None
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    tokenizer.add_special_tokens([END_OF_TEXT])  # keeps its id where there is one
-    tokenizer.encode_special_tokens = True
-    if (size := _size(tokenizer)) > vocabulary:
-        raise ValueError(
-            f"data.tokenizer={name} has {size} entries and model.vocabulary={vocabulary}: "
-            f"set model.vocabulary={size} or more"
-        )
-    return tokenizer
-
-
-def _size(tokenizer: Tokenizer) -> int:
-    """One more than the largest id."""
-    return max(tokenizer.get_vocab().values()) + 1
-
-
-def encode(tokenizer: Tokenizer, texts: Iterable[Document], kind: type = np.uint32, tell: Any = None) -> np.ndarray:
-    """Token ids of documents joined by end-of-text, in parallel over documents. Pieces of one file are not separated."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    end = np.array([tokenizer.token_to_id(END_OF_TEXT)], dtype=kind)
-    parts: list[np.ndarray] = []
-    for batch in _batches(texts):
-        encodings = tokenizer.encode_batch_fast([d.text for d in batch], add_special_tokens=False)
-        for document, encoding in zip(batch, encodings, strict=True):
-            parts.append(np.array(encoding.ids, dtype=kind))
-            if document.last:
-                parts.append(end)
-        if tell:
-            tell(sum(len(d.text) for d in batch))
-    return np.concatenate(parts) if parts else np.zeros(0, dtype=kind)
-
-
-def _batches(texts: Iterable[Document]) -> Iterator[list[Document]]:
-    batch: list[Document] = []
-    size = 0
-    for document in texts:
-        batch.append(document)
-        size += len(document.text)
-        if size >= ENCODED_AT_ONCE:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
 
 
 def read_text(data: DataSection, tokenizer: Tokenizer) -> dict[str, Text]:

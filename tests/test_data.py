@@ -18,9 +18,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import processors
 
-from raymoe import builtin, data, sources
+from raymoe import builtin, data, sources, tokens
 from raymoe.config import Config, override, preset
-from raymoe.data import END_OF_TEXT, Corpus, load_tokenizer, prepare, read_text, train_tokenizer
+from raymoe.data import Corpus, prepare, read_text
+from raymoe.tokens import END_OF_TEXT, load_tokenizer, train_tokenizer
 
 CONTEXT = 16
 
@@ -101,8 +102,8 @@ def test_a_step_may_end_one_epoch_and_begin_the_next(corpus: Corpus) -> None:
 
 def test_no_window_crosses_domains(corpus: Corpus) -> None:
     letters = {"early": set("abcdef"), "late": set("uvwxyz")}
-    for domain, *tokens in epoch(corpus, 0):
-        text = set(corpus.tokenizer.decode(tokens)) - set(" \n")
+    for domain, *ids in epoch(corpus, 0):
+        text = set(corpus.tokenizer.decode(ids)) - set(" \n")
         assert text and text <= letters[corpus.domains[domain]]
 
 
@@ -356,9 +357,9 @@ def test_any_text_survives_the_tokenizer(text: str) -> None:
 
 def test_the_tokens_do_not_depend_on_how_many_texts_are_encoded_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     texts = [sources.Document("d", None, prose("abcdef", 2, i), last=i % 2 == 0) for i in range(20)]
-    together = data.encode(TOKENIZER, texts)
-    monkeypatch.setattr(data, "ENCODED_AT_ONCE", 300)
-    np.testing.assert_array_equal(data.encode(TOKENIZER, texts), together)
+    together = tokens.encode(TOKENIZER, texts)
+    monkeypatch.setattr(tokens, "ENCODED_AT_ONCE", 300)
+    np.testing.assert_array_equal(tokens.encode(TOKENIZER, texts), together)
     joined = "".join(text.text + END_OF_TEXT * text.last for text in texts)
     assert TOKENIZER.decode(together.tolist(), skip_special_tokens=False) == joined
 

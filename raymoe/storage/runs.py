@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from raymoe.config import Config, from_dict
-from raymoe.data import END_OF_TEXT, Corpus, Text, load_tokenizer, prepare, read_text
+from raymoe.data import Corpus, Text, prepare, read_text
 from raymoe.model.transformer import Transformer
 from raymoe.storage.checkpoint import Checkpoint, CorruptCheckpoint, newest, step_folder
 from raymoe.storage.export import Artifact
 from raymoe.storage.manifest import MANIFEST
+from raymoe.tokens import END_OF_TEXT, load_tokenizer
 
 
 def run_folder(root: str, name: str) -> Path:
