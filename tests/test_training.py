@@ -70,6 +70,10 @@ def test_saved_on_two_continued_on_one_and_three(kind: str, tmp_path: Path) -> N
     results = processes.run(2, train, str(two), changes, folder=tmp_path)
     final = {key: value for result in results for key, value in result["held"].items()}
     reference = losses(two)
+    sent = [r["a2a_bytes_per_token"] for r in records(two, "train")]
+    # One row per chosen group out and back, forward and backward, float32, about half of them across; validation is not in it.
+    groups = 1 if kind == "clustered" else 2
+    assert all(0.2 < b / (2 * groups * 4 * 16 * 4) < 0.9 for b in sent)
     assert len(reference) == 40 and reference[-1] < reference[0] - 0.3
     for world in (1, 3):
         resumed = copy_at(two, tmp_path / f"world{world}", 20)

@@ -240,6 +240,7 @@ class Trainer:
                     sums[domain] += torch.tensor([nll.item(), counts.sum().item()], dtype=torch.float64)
             self.model.count_by_domain(torch.from_numpy(batch.domain), mask, serving)
         load, _ = self.agree([0.0] * len(FLAGS))
+        self.sharded.meter.take()  # a train record counts the bytes of its steps alone
         if self.world > 1:
             both = torch.cat([sums.flatten(), serving.flatten()]).to(self.device)
             dist.all_reduce(both)
