@@ -114,7 +114,7 @@ def main() -> int:
             for variant, changes in VARIANTS.items():
                 command = ["python", "jobs/train.py", "tiny", f"run.name={names[variant]}", *common, *changes]
                 job(ray, f"train {LABELS[variant]}", *command)
-            job(ray, "export", "python", "jobs/export.py", names["clustered"], "--root", root)
+            job(ray, "export", "python", "jobs/export.py", names["clustered"], "--root", root, "--tokens", "50000")
             artifact = artifact_folder(root, names["clustered"])
             job(
                 ray,

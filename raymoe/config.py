@@ -265,8 +265,8 @@ def tiny() -> Config:
             layers=2, d_model=128, d_expert=256, n_experts=16, n_clusters=4, experts_per_token=2,
             residual_width=8, heads=4, kv_heads=2, vocabulary=2048, context=128,
         ),
-        train=TrainSection(steps=200, global_batch=16, grain=8, lr=4e-3, warmup=20, validate_every=100),
-        checkpoint=CheckpointSection(every=100),
+        train=TrainSection(steps=160, global_batch=16, grain=8, lr=4e-3, warmup=20, validate_every=80),
+        checkpoint=CheckpointSection(every=80),
     )  # fmt: skip
 
 
