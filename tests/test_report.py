@@ -22,7 +22,8 @@ Record = dict[str, Any]
 
 
 def config(experts: str = "clustered", name: str = "first") -> Config:
-    return override(preset("tiny"), [f"run.name={name}", f"model.experts={experts}", "train.steps=400"])
+    pinned = ["train.steps=400", "train.validate_every=100", "checkpoint.every=100"]
+    return override(preset("tiny"), [f"run.name={name}", f"model.experts={experts}", *pinned])
 
 
 def train_record(step: int, of: Config, rng: np.random.Generator) -> Record:
