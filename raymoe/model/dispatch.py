@@ -6,7 +6,7 @@ expert-parallel dispatcher (`raymoe.parallel.all_to_all`) has the same interface
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -38,8 +38,8 @@ def sort_by(key: Tensor, n_keys: int) -> tuple[Tensor, Tensor, Tensor]:
 class LocalDispatch:
     """All groups are here."""
 
-    def __init__(self, groups: Sequence[int] | int) -> None:
-        self.held = tuple(range(groups)) if isinstance(groups, int) else tuple(groups)
+    def __init__(self, groups: int) -> None:
+        self.held = tuple(range(groups))
 
     def __call__(self, rows: Tensor, group: Tensor, compute: Compute) -> Tensor:
         tokens, per_token = group.shape

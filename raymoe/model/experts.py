@@ -1,9 +1,9 @@
 """The feed-forward layers: clustered experts, and the baselines behind the same interface.
 
 Each maps x_TD to y_TD and keeps integer loads for balancing: `cluster_load` and `expert_load` count
-choices, `served` the rows computed in this process; `choice_TP` is the last choice of the trunk's router. A layer holds the
-weights of the groups that its dispatcher says are here, stacked; `logical()` names every slice by a key
-that does not depend on where it is held.
+choices, `served` the rows computed in this process. A layer holds the weights of the groups that its
+dispatcher says are here, stacked; `logical()` names every slice by a key that does not depend on where
+it is held.
 """
 
 from __future__ import annotations
@@ -67,6 +67,7 @@ class ClusteredExperts(nn.Module):
         self.register_buffer("expert_load", torch.zeros(model.n_experts, dtype=torch.int64), persistent=False)
         self.served = 0
         self.choice_TP = torch.empty(0, dtype=torch.int64)
+        """The clusters that the last rows chose."""
         self.auxiliary: Tensor | None = None
 
     def forward(self, x_TD: Tensor, *, auxiliary: bool = False) -> Tensor:
@@ -139,13 +140,11 @@ class FlatExperts(nn.Module):
         self.down = nn.Parameter(torch.empty(e, f, d))
         self.register_buffer("expert_load", torch.zeros(model.n_experts, dtype=torch.int64), persistent=False)
         self.served = 0
-        self.choice_TP = torch.empty(0, dtype=torch.int64)
         self.auxiliary: Tensor | None = None
 
     def forward(self, x_TD: Tensor, *, auxiliary: bool = False) -> Tensor:
         rows = x_TD.to(compute_dtype(x_TD))
         choice = self.router(rows)
-        self.choice_TP = choice.index
         self.auxiliary = auxiliary_loss(choice, self.model.n_experts) if auxiliary else None
         self.expert_load += torch.bincount(choice.index.flatten(), minlength=self.model.n_experts)
         answers = self.dispatch(rows, choice.index, self.answer)

@@ -65,9 +65,11 @@ def export(
 
 
 def _shortened(texts: dict[str, Text], tokens: int) -> dict[str, Text]:
-    """The beginning of each domain, in proportion, `tokens` in all."""
+    """The beginning of each domain, in proportion, `tokens` in all. How many words that is is not known: 0."""
     share = min(1.0, tokens / max(1, sum(len(t.tokens) for t in texts.values())))
-    return {d: Text(t.tokens[: max(2, int(share * len(t.tokens)))], t.words) for d, t in texts.items()}
+    return {
+        d: Text(t.tokens[: max(2, int(share * len(t.tokens)))], t.words if share == 1 else 0) for d, t in texts.items()
+    }
 
 
 def _kept(coactivation: Any, relabel: list[list[int]]) -> float:

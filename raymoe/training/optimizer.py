@@ -39,9 +39,6 @@ class Optimizer:
 
     def __init__(self, transformer: Transformer, train: TrainSection) -> None:
         self.transformer = transformer
-        self.train = train
-        self.updates = 0
-        """Updates applied so far: steps less those skipped."""
         self.parameters = dict(transformer.named_parameters())
         decayed = [p for name, p in self.parameters.items() if decays(name, p)]
         plain = [p for name, p in self.parameters.items() if not decays(name, p)]
@@ -62,7 +59,6 @@ class Optimizer:
         for group in self.adam.param_groups:
             group["lr"] = rate
         self.adam.step()
-        self.updates += 1
 
     def logical(self) -> dict[str, Tensor]:
         """Views of the moments by logical key."""
@@ -74,6 +70,5 @@ class Optimizer:
 
     def restore(self, updates: int) -> None:
         """Continue after `updates` updates; the moments are written through `logical()`."""
-        self.updates = updates
         for p in self.parameters.values():
             self.adam.state[p]["step"].fill_(updates)
