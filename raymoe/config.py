@@ -215,6 +215,56 @@ class TrainSection:
 
 
 @dataclass(frozen=True)
+class RegroupSection:
+    """When and how experts change clusters. Names of the paper's constants (arXiv 2510.02345, sections 3.1 and 4.1) in brackets."""
+
+    mode: Literal["async", "lockstep", "replay", "off"] = "async"
+    """`async`: plans arrive from the clusterer while training goes on. `lockstep`: training waits for the clusterer at each period, so that a run is a function of its seed. `replay`: the plans of `regroup.replay`. `off`: the first assignment stays. Models without clusters of residuals never regroup."""
+    replay: str = ""
+    """A `plans.jsonl` whose applied plans are applied again at the same steps."""
+    start: Literal["factored", "dense"] = "factored"
+    """`factored`: bases and residuals from the first step. `dense`: independent experts from one common initialisation, folded into clusters at the end of the burn-in by similarity (mean base, truncated SVD: the paper's way)."""
+    similarity: Literal["counterfactual", "paper"] = "counterfactual"
+    """`counterfactual`: of residuals, and of what they answer on a shared sample of tokens. `paper`: of whole weights and of mean routed inputs (its equation 1); on factored experts it confirms the present clusters."""
+    alpha: float = 0.7
+    """Share of the parameter term in the similarity [α]; the activation term has the rest."""
+    beta: float = 0.05
+    """Weight of a step in the decayed statistics [β]: each step keeps 1 − β of what was before."""
+    burn_in: int = 200
+    """Steps before the first plan [burn-in]."""
+    period: int = 0
+    """Steps between plans [T]. 0: 100, and 200 for more than 256 experts."""
+    min_gain: float = 0.01
+    """A layer keeps its clusters unless the objective rises by this much [δ]."""
+    max_moves: int = 4
+    """Experts that a plan moves in a layer at most."""
+    load_weight: float = 0.1
+    """Weight of the clusters' load (its squared CV) against their similarity in the objective."""
+    plan_lag: int = 20
+    """Steps from the statistics of a plan to its effect. A plan that comes later than that is refused."""
+    stats_every: int = 10
+    """Steps between messages of statistics. The routed inputs of these steps are summed, those of others are not."""
+    sample: int = 256
+    """Tokens a period on which every expert answers, whether routed to it or not."""
+    overlap: int = 32
+    """Steps for which a moving expert is a member of both clusters. 0: it changes at once, with a bump."""
+    refit: Literal["keep", "svd", "weighted"] = "keep"
+    """A moving expert's residual against its new base: as it is, or the best of its width for its old function (truncated SVD), weighted by the inputs of the new cluster."""
+    force: int = 0
+    """Step from which one plan is made whatever it gains, to exercise the path. 0: never."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "regroup", "beta", "stats_every", "sample", "max_moves")
+        for name in ("burn_in", "period", "plan_lag", "overlap", "force", "load_weight", "min_gain"):
+            _require(getattr(self, name) >= 0, f"regroup.{name}", getattr(self, name), "must be 0 or more")
+        _require(0 <= self.alpha <= 1, "regroup.alpha", self.alpha, "between 0 and 1")
+        _require(self.beta < 1, "regroup.beta", self.beta, "must be less than 1")
+        _require(
+            (self.mode == "replay") == bool(self.replay), "regroup.replay", self.replay, "goes with regroup.mode=replay"
+        )
+
+
+@dataclass(frozen=True)
 class CheckpointSection:
     every: int = 200
     """Steps between checkpoints; one more is written at the end and on a stop."""
@@ -236,9 +286,43 @@ class Config:
     model: ModelSection = field(default_factory=ModelSection)
     train: TrainSection = field(default_factory=TrainSection)
     checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
+    regroup: RegroupSection = field(default_factory=RegroupSection)
+
+    def __post_init__(self) -> None:
+        regroup, period = self.regroup, self.period
+        if self.regroups:
+            lag, overlap = regroup.plan_lag, regroup.overlap
+            _require(
+                lag + overlap < period,
+                "regroup.overlap",
+                overlap,
+                f"with plan_lag={lag} less than the period of {period} steps",
+            )
+            _require(
+                regroup.stats_every <= period,
+                "regroup.stats_every",
+                regroup.stats_every,
+                f"at most the period of {period} steps",
+            )
+        if regroup.start == "dense":
+            _require(
+                self.regroups, "regroup.start", "dense", "needs clustered experts with residuals, and a regroup.mode"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
+
+    @property
+    def regroups(self) -> bool:
+        """Whether experts may change clusters in this run."""
+        model = self.model
+        has_residuals = model.experts == "clustered" and model.residual_width > 0 and model.n_clusters > 1
+        return has_residuals and self.regroup.mode != "off"
+
+    @property
+    def period(self) -> int:
+        """Steps between plans (see `regroup.period`)."""
+        return self.regroup.period or (100 if self.model.n_experts <= 256 else 200)
 
     @property
     def aux_loss(self) -> float:
@@ -254,6 +338,7 @@ SECTIONS: dict[str, type] = {
     "model": ModelSection,
     "train": TrainSection,
     "checkpoint": CheckpointSection,
+    "regroup": RegroupSection,
 }
 
 
@@ -267,6 +352,7 @@ def tiny() -> Config:
         ),
         train=TrainSection(steps=160, global_batch=16, grain=8, lr=4e-3, warmup=20, validate_every=80),
         checkpoint=CheckpointSection(every=80),
+        regroup=RegroupSection(burn_in=30, period=30, plan_lag=6, stats_every=3, overlap=16),
     )  # fmt: skip
 
 

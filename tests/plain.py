@@ -15,7 +15,7 @@ def clustered(
     """Section 3's definition token by token, selection given: experts[(token, cluster)] lists logical experts."""
     out = []
     p_TC = (x_TD @ layer.router.weight.t()).softmax(-1)
-    place = {e: i for i, e in enumerate(layer.held_experts)}
+    place = {member: i for i, member in enumerate(layer.held_members)}
     for t in range(x_TD.shape[0]):
         total = x_TD[t] * 0
         for c in cluster_TP[t].tolist():
@@ -51,7 +51,7 @@ def clustered_selection(layer: ClusteredExperts, x_TD: Tensor) -> tuple[Tensor, 
     cluster_TP = scores.argsort(dim=-1, descending=True, stable=True)[:, : layer.model.clusters_per_token]
     experts: dict[tuple[int, int], list[int]] = {}
     if layer.model.residual_width:
-        place = {e: i for i, e in enumerate(layer.held_experts)}
+        place = {member: i for i, member in enumerate(layer.held_members)}
         for t, row in enumerate(cluster_TP.tolist()):
             for c in row:
                 members = layer.members[layer.dispatch.held.index(c)]

@@ -31,33 +31,38 @@ def select(logits: Tensor, bias: Tensor, k: int) -> Tensor:
     return scores.topk(k, dim=-1).indices
 
 
-def route(x: Tensor, weight: Tensor, bias: Tensor, k: int, *, over_selected: bool) -> Choice:
+def route(
+    x: Tensor, weight: Tensor, bias: Tensor, k: int, *, over_selected: bool, fade: Tensor | None = None
+) -> Choice:
     """Score rows against router rows and choose k.
 
     x [rows, D], weight [groups, D], bias [groups]. The weight of a chosen group is its softmax over
     the k selected (`over_selected`), or over all groups. With k=1 it is always over all: a softmax
-    over one choice is constant and would leave the router without a gradient.
+    over one choice is constant and would leave the router without a gradient. `fade` [groups] is added
+    to the logits, for weights too: a group with -inf has no part in anything.
     """
     with torch.autocast(x.device.type, enabled=False):
         logits = x.to(weight.dtype) @ weight.t()
+    if fade is not None:
+        logits = logits + fade
     index = select(logits, bias, k)
     probability = logits.softmax(-1)
     chosen = logits.gather(-1, index).softmax(-1) if over_selected and k > 1 else probability.gather(-1, index)
     return Choice(index, chosen, probability)
 
 
-def move_bias(bias: Tensor, counts: Tensor, rate: float) -> None:
+def move_bias(bias: Tensor, counts: Tensor, rate: float, share: Tensor | None = None) -> None:
     """Move selection biases one step towards equal load, in place.
 
     bias [groups] float32; counts [groups] integers summed over ranks and micro-batches. The step is
     in proportion to the relative deficit, at most `rate` logits, and the biases' mean stays zero.
+    `share` [groups]: parts of an even load that are wanted instead.
     """
-    if counts.numel() < 2:
+    if counts.numel() < 2 or not counts.any():
         return
-    mean = counts.double().mean()
-    if mean == 0:
-        return
-    deficit = ((mean - counts.double()) / mean).clamp(-1.0, 1.0)
+    share = torch.ones_like(counts, dtype=torch.float64) if share is None else share.double()
+    mean = counts.double().sum() / share.sum()
+    deficit = ((mean * share - counts.double()) / mean).clamp(-1.0, 1.0)
     bias += (rate * deficit).to(bias)
     bias -= bias.mean()
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from raymoe.config import ModelSection
 from raymoe.model.dispatch import Dispatch, LocalDispatch
-from raymoe.model.experts import FFN, ClusteredExperts, DenseFFN, FlatExperts
+from raymoe.model.experts import FFN, ClusteredExperts, DenseFFN, FlatExperts, Ghosts
 from raymoe.model.fused import RESIDUALS
 
 Assignment = Sequence[Sequence[int]]
@@ -103,16 +103,21 @@ class Transformer(nn.Module):
     """tokens [B, S] -> logits [B, S, V].
 
     `dispatch`: one per layer, says which groups live here and how rows reach the others (all local by
-    default). `assignment` [layers][E] is the clusters' membership (contiguous by default). Weights are
-    uninitialised until `initialise` or `load_logical`.
+    default). `assignment` [layers][E] is the clusters' membership (contiguous by default), `ghosts` by
+    layer what is on the move. Weights are uninitialised until `initialise` or `load_logical`.
     """
 
     def __init__(
-        self, model: ModelSection, assignment: Assignment | None = None, dispatch: Sequence[Dispatch] | None = None
+        self,
+        model: ModelSection,
+        assignment: Assignment | None = None,
+        dispatch: Sequence[Dispatch] | None = None,
+        ghosts: Sequence[Ghosts] | None = None,
     ) -> None:
         super().__init__()
         self.model = model
-        self.assignment = tuple(map(tuple, assignment or model.default_assignment()))
+        assignment = assignment or model.default_assignment()
+        ghosts = ghosts or [{}] * model.layers
         groups = model.n_clusters if model.experts == "clustered" else model.n_experts
         dispatch = dispatch or [LocalDispatch(groups) for _ in range(model.layers)]
         self.embedding = nn.Parameter(torch.empty(model.vocabulary, model.d_model))
@@ -120,9 +125,9 @@ class Transformer(nn.Module):
             self.head = nn.Parameter(torch.empty(model.vocabulary, model.d_model))
         self.final_norm = nn.Parameter(torch.empty(model.d_model))
         layers: list[Block] = []
-        for row, layer_dispatch in zip(self.assignment, dispatch, strict=True):
+        for row, moving, layer_dispatch in zip(assignment, ghosts, dispatch, strict=True):
             if model.experts == "clustered":
-                ffn: FFN = ClusteredExperts(model, row, layer_dispatch)
+                ffn: FFN = ClusteredExperts(model, row, layer_dispatch, moving)
             elif model.experts == "flat":
                 ffn = FlatExperts(model, layer_dispatch)
             else:
@@ -157,9 +162,10 @@ class Transformer(nn.Module):
     # Loads.
 
     def take_load(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Choices by cluster [L, C] and by expert [L, E], and rows computed here [L], since the last call.
+        """Choices by cluster [L, C] and by member [L, n·E], and rows computed here [L], since the last call.
 
-        Levels that the model does not have are empty.
+        Levels that the model does not have are empty. Members are experts, then their ghosts where the
+        model can have any: `by_expert` sums them.
         """
         clusters, experts, served = [], [], []
         for ffn in self.ffns:

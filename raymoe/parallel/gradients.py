@@ -23,6 +23,11 @@ class Gradients:
 
     def __init__(self, sharded: Sharded) -> None:
         self.sharded = sharded
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Find the parameters anew: a remap has exchanged some."""
+        sharded = self.sharded
         parameters = dict(sharded.transformer.named_parameters())
         stacked = {name for _, name, index, _ in sharded.transformer.slices() if index is not None}
         self.trunk = [p for name, p in parameters.items() if name not in stacked]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
 import numpy as np
 
@@ -51,6 +52,39 @@ def place(loads: Sequence[float], world: int) -> Placement:
         room[rank] -= 1
         carried[rank] += loads[g]
     return Placement(tuple(owners), world)
+
+
+WORTH_A_SWAP = 0.05
+"""Share by which the heaviest rank's load must fall for two groups to change places."""
+
+
+def rebalance(placement: Placement, loads: Sequence[float], swaps: int = 1) -> Placement:
+    """The same placement with at most `swaps` pairs of groups exchanged, each relieving the heaviest rank.
+
+    loads: load of each group. Ranks keep their numbers of groups and replicas. Deterministic.
+    """
+    owners = list(placement.owners)
+
+    def heaviest() -> float:
+        carried = [0.0] * placement.world
+        for ranks, load in zip(owners, loads, strict=True):
+            for rank in ranks:
+                carried[rank] += load / len(ranks)
+        return max(carried)
+
+    for _ in range(swaps):
+        now = heaviest()
+        best, pair = now * (1 - WORTH_A_SWAP), None
+        for a, b in combinations(range(len(owners)), 2):
+            owners[a], owners[b] = owners[b], owners[a]
+            if (then := heaviest()) < best:
+                best, pair = then, (a, b)
+            owners[a], owners[b] = owners[b], owners[a]
+        if pair is None:
+            break
+        a, b = pair
+        owners[a], owners[b] = owners[b], owners[a]
+    return Placement(tuple(owners), placement.world)
 
 
 def placements(model: ModelSection, assignment: Sequence[Sequence[int]], world: int) -> list[Placement]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch.distributed as dist
 
 from raymoe.config import ModelSection
+from raymoe.model.experts import Ghosts
 from raymoe.model.transformer import Transformer
 from raymoe.parallel.all_to_all import AllToAllDispatch, Meter
 from raymoe.parallel.groups import Placement, placements
@@ -37,14 +38,14 @@ class Sharded:
         return trunk[self.rank :: self.world] + (groups if self.primary else [])
 
 
-def shard(model: ModelSection, assignment: Sequence[Sequence[int]]) -> Sharded:
+def shard(model: ModelSection, assignment: Sequence[Sequence[int]], ghosts: Sequence[Ghosts] | None = None) -> Sharded:
     """This rank's share of a model, uninitialised. A collective where groups have replicas."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     meter = Meter()
     if world == 1 or model.experts == "dense":
-        return Sharded(Transformer(model, assignment), rank, world, meter, [], None)
+        return Sharded(Transformer(model, assignment, ghosts=ghosts), rank, world, meter, [], None)
     placed = placements(model, assignment, world)
-    transformer = Transformer(model, assignment, [AllToAllDispatch(p, rank, meter) for p in placed])
+    transformer = Transformer(model, assignment, [AllToAllDispatch(p, rank, meter) for p in placed], ghosts)
     n_groups = len(placed[0].owners)
     replicas: dist.ProcessGroup | None = None
     if world > n_groups:

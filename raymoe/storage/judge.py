@@ -14,7 +14,7 @@ from torch import Tensor
 
 from raymoe.data import Text
 from raymoe.evaluation import Perplexity, load_cv, load_max_vio, load_variance, perplexity
-from raymoe.model.experts import ClusteredExperts
+from raymoe.model.experts import ClusteredExperts, by_expert
 from raymoe.model.transformer import Transformer
 
 
@@ -68,7 +68,8 @@ def judge(
         for domain, text in texts.items()
     }  # fmt: skip
     seconds = time.perf_counter() - started
-    clusters, experts, _ = model.take_load()
+    clusters, members, _ = model.take_load()
+    experts = by_expert(members, model.model.n_experts)
     return Judgement(domains, clusters.numpy(), experts.numpy(), coactivation, seconds)
 
 

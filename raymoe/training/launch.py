@@ -30,6 +30,8 @@ from raymoe.model.transformer import Transformer
 from raymoe.storage.runs import run_folder
 from raymoe.training.journal import replace_file
 from raymoe.training.loop import Trainer, threads
+from raymoe.training.mailbox import Actor, Mailbox, Replay
+from raymoe.training.mailbox import start as start_clusterer
 from raymoe.training.report import write_report
 
 
@@ -51,7 +53,10 @@ def worker(job: dict[str, Any]) -> None:
         torch.distributed.all_gather_object(targets, target)
     if rank == 0:
         write_targets(run / "prometheus_targets.json", targets if world > 1 else [target])
-    outcome = Trainer(config, Corpus.open(job["corpus"]), run, metrics, device).train()
+    mailbox: Mailbox | None = Actor(job["clusterer"]) if job["clusterer"] else None
+    if config.regroups and config.regroup.mode == "replay":
+        mailbox = Replay(Path(config.regroup.replay))
+    outcome = Trainer(config, Corpus.open(job["corpus"]), run, metrics, device, mailbox).train()
     ray.train.report(outcome)
 
 
@@ -113,6 +118,8 @@ def launch(config: Config) -> tuple[Path, int]:
     run = run_folder(config.run.root, config.run.name)
     gpus = wants_gpus(config)
     check_capacity(config, gpus)
+    if config.regroup.replay:
+        Replay(Path(config.regroup.replay))  # refuses what it cannot read
     corpus = prepare(config)  # before the run's folder is there: a refused text leaves nothing
     run.mkdir(parents=True, exist_ok=True)
     about = {
@@ -124,9 +131,14 @@ def launch(config: Config) -> tuple[Path, int]:
     replace_file(run / "config.json", json.dumps(about, indent=1))
     (run / "stop").unlink(missing_ok=True)
     attempt = f"attempt-{time.time_ns()}"  # Ray Train resumes a run of the same name by itself: ours never is
+    clusterer, clusterer_name = None, ""
+    if config.regroups and config.regroup.mode != "replay":
+        clusterer_name = f"clusterer of {config.run.name}, {attempt}"
+        clusterer = start_clusterer(config.to_dict(), clusterer_name)
+    job = {"config": config.to_dict(), "run": str(run), "corpus": str(corpus), "clusterer": clusterer_name}
     trainer = TorchTrainer(
         worker,
-        train_loop_config={"config": config.to_dict(), "run": str(run), "corpus": str(corpus)},
+        train_loop_config=job,
         torch_config=TorchConfig(backend="nccl" if gpus else "gloo", timeout_s=int(config.train.collective_timeout_s)),
         scaling_config=ray.train.ScalingConfig(num_workers=config.train.workers, use_gpu=gpus),
         run_config=ray.train.RunConfig(
@@ -152,6 +164,8 @@ def launch(config: Config) -> tuple[Path, int]:
             thread.join(timeout=0.5)
             progress.update()
     progress.close()
+    if clusterer is not None:
+        ray.kill(clusterer)
     try:
         write_report(run)
     except (OSError, ValueError) as error:

@@ -9,17 +9,28 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from raymoe.model.experts import by_expert
+
 
 @dataclass
 class Load:
-    """Rows by cluster [L, C], by expert [L, E] and by worker [L, ranks] since the last reading, over all ranks."""
+    """Rows by cluster [L, C], by member [L, n·E] and by worker [L, ranks] since the last reading, over all ranks."""
 
     clusters: Tensor
-    experts: Tensor
+    members: Tensor
+    """Of experts, then of their ghosts where the model can have any."""
     workers: Tensor
+    n_experts: int
+
+    @property
+    def experts(self) -> Tensor:
+        """Rows by expert [L, E], a ghost's among its expert's."""
+        return by_expert(self.members, self.n_experts)
 
     def __add__(self, other: Load) -> Load:
-        return Load(self.clusters + other.clusters, self.experts + other.experts, self.workers + other.workers)
+        return Load(
+            self.clusters + other.clusters, self.members + other.members, self.workers + other.workers, self.n_experts
+        )
 
     def measures(self, of: Callable[[np.ndarray], float]) -> dict[str, float | None]:
         levels = {"experts": self.experts, "clusters": self.clusters, "workers": self.workers}
@@ -39,7 +50,7 @@ class Window:
         self.losses: list[float] = []
         self.norm = 0.0
         self.sent_bytes = 0.0
-        self.load = Load(torch.zeros(0), torch.zeros(0), torch.zeros(0))
+        self.load = Load(torch.zeros(0), torch.zeros(0), torch.zeros(0), 1)
 
     def add(self, loss: float | None, norm: float, load: Load, sent_bytes: float, tokens: int, seconds: float) -> None:
         self.steps += 1

@@ -11,8 +11,9 @@ import contextlib
 import math
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 import torch
@@ -28,28 +29,44 @@ from raymoe.parallel.gradients import Gradients
 from raymoe.parallel.sharded import shard
 from raymoe.training.journal import Journal
 from raymoe.training.load import Load, Window
+from raymoe.training.mailbox import Mailbox
 from raymoe.training.optimizer import Optimizer, bias_rate, learning_rate
+from raymoe.training.regroup import Regrouping
 from raymoe.training.state import Checkpointer, Position, find, restore
 
 SKIPS_IN_A_ROW = 20
 """Steps without a finite loss after which a run gives up."""
 
-FLAGS = ("loss", "stop", "sent_bytes", "pending", "failed")
-"""What each rank says of itself at a step, beside the loads: summed over ranks in one collective."""
+
+class Said(NamedTuple):
+    """What each rank says at a step, beside its loads: summed over ranks in one collective."""
+
+    loss: float = 0.0
+    stop: float = 0.0
+    sent_bytes: float = 0.0
+    pending: float = 0.0
+    failed: float = 0.0
+    plan: Sequence[float] = ()
+    """Of rank 0: a plan that it has heard of (`raymoe.training.regroup`)."""
 
 
 class Trainer:
-    """A worker's run. `run` is the run's folder, `stop` a file whose presence asks for an orderly stop."""
+    """A worker's run. `run` is the run's folder, a file `stop` in it asks for an orderly stop; `mailbox` reaches the clusterer."""
 
     def __init__(
-        self, config: Config, corpus: Corpus, run: Path, metrics: TrainingMetrics, device: torch.device
+        self,
+        config: Config,
+        corpus: Corpus,
+        run: Path,
+        metrics: TrainingMetrics,
+        device: torch.device,
+        mailbox: Mailbox | None = None,
     ) -> None:
         self.config, self.corpus, self.run, self.metrics, self.device = config, corpus, run, metrics, device
         checkpoint, passed_over = find(run / "checkpoints")
-        self.position = (
-            Position.of(checkpoint) if checkpoint else Position(assignment=config.model.default_assignment())
-        )
-        self.sharded = shard(config.model, self.position.assignment)
+        self.position = Position.of(checkpoint) if checkpoint else Position.start(config)
+        membership = self.position.membership
+        self.sharded = shard(config.model, membership.assignment, membership.ghosts)
         self.rank, self.world = self.sharded.rank, self.sharded.world
         self.model = self.sharded.transformer.to(device)
         self.gradients = Gradients(self.sharded)
@@ -61,6 +78,14 @@ class Trainer:
         self.checkpoints = Checkpointer(run / "checkpoints", config, self.sharded, self.optimizer)
         self.checkpoints.last_sealed = self.position.step if checkpoint else -1
         self.journal = Journal(run / "metrics.jsonl", self.position.step) if self.rank == 0 else None
+        self.plans = Journal(run / "plans.jsonl", self.position.step) if self.rank == 0 else None
+        self.regrouping: Regrouping | None = None
+        if config.model.experts == "clustered" and config.model.residual_width:
+            self.regrouping = Regrouping(
+                config, self.sharded, self.optimizer, self.gradients, self.position, mailbox, self.log_plan, self.probe
+            )
+            if checkpoint:
+                self.regrouping.recorder.restore(checkpoint)
         for reason in passed_over:
             self.log("event", what="checkpoint passed over", reason=reason)
         if checkpoint:
@@ -72,7 +97,7 @@ class Trainer:
                 checkpoint=str(checkpoint.folder),
             )
         else:
-            self.log("assignment", version=self.position.version, assignment=self.position.assignment)
+            self.log("assignment", version=self.position.version, assignment=membership.assignment)
 
     def log(self, kind: str, **fields: Any) -> None:
         """One record: to this worker's metrics, and from rank 0 to the run's journal."""
@@ -80,6 +105,15 @@ class Trainer:
         self.metrics.observe(record)
         if self.journal:
             self.journal.write(record)
+
+    def log_plan(self, what: str, **fields: Any) -> None:
+        """One record of regrouping: to this worker's metrics, and from rank 0 to the run's plans."""
+        record = {"kind": "plan", "step": self.position.step, "what": what, **fields}
+        self.metrics.observe(record)
+        if self.plans and what not in ("messages", "status"):
+            self.plans.write({**record, "time": time.time()})
+        if what == "applied":
+            self.log("assignment", version=self.position.version, assignment=self.position.membership.assignment)
 
     def train(self) -> dict[str, Any]:
         """Run to the last step or to an orderly stop. Returns where it stands."""
@@ -89,6 +123,8 @@ class Trainer:
         in_a_row = 0
         while position.step < train.steps and not stopped:
             started = time.perf_counter()
+            if self.regrouping:
+                self.regrouping.before(position.step)
             loss, norm, load, said = self.step(position.step)
             position.step += 1
             finite = math.isfinite(loss) and math.isfinite(norm)
@@ -106,16 +142,19 @@ class Trainer:
                         f"the loss was not finite for {in_a_row} steps in a row, up to step {position.step}: "
                         "lower train.lr, or resume from an earlier checkpoint"
                     )
+            if self.regrouping:
+                self.regrouping.hear(said.plan)
+                self.regrouping.after(load)
             tokens = train.global_batch * self.config.model.context
             position.tokens += tokens
-            window.add(loss if finite else None, norm, load, said["sent_bytes"], tokens, time.perf_counter() - started)
+            window.add(loss if finite else None, norm, load, said.sent_bytes, tokens, time.perf_counter() - started)
             last = position.step == train.steps
-            stopped = said["stop"] > 0
+            stopped = said.stop > 0
             if position.step % train.log_every == 0 or last or stopped:
                 self.report(window)
                 window = Window()
-            if self.checkpoints.unsealed and not said["pending"]:
-                self.settle(said["failed"] > 0)
+            if self.checkpoints.unsealed and not said.pending:
+                self.settle(said.failed > 0)
             if (position.step % train.validate_every == 0 or last) and not stopped:
                 self.validate(whole=last)
             if position.step % self.config.checkpoint.every == 0 or last or stopped:
@@ -127,16 +166,22 @@ class Trainer:
 
     # One step.
 
-    def step(self, step: int) -> tuple[float, float, Load, dict[str, float]]:
-        """Gradients of step `step` over the global batch, reduced and clipped: (loss, norm, load, flags)."""
+    def step(self, step: int) -> tuple[float, float, Load, Said]:
+        """Gradients of step `step` over the global batch, reduced and clipped: (loss, norm, load, what ranks said)."""
         train = self.config.train
         tokens = train.global_batch * self.config.model.context
         self.gradients.zero()
         loss = torch.zeros((), device=self.device)
-        for batch in self.grains(train.global_batch // train.grain, lambda rows: self.corpus.batch(
-            seed=self.config.run.seed, step=step, global_batch=train.global_batch, context=self.config.model.context,
-            rows=rows,
-        )):  # fmt: skip
+
+        def read(rows: range) -> Batch:
+            if self.regrouping:
+                self.regrouping.recorder.aim(rows)
+            return self.corpus.batch(
+                seed=self.config.run.seed, step=step, global_batch=train.global_batch,
+                context=self.config.model.context, rows=rows,
+            )  # fmt: skip
+
+        for batch in self.grains(train.global_batch // train.grain, read):
             inputs, targets = self.tensors(batch)
             with self.autocast():
                 hidden = self.model.hidden(inputs, auxiliary=self.config.aux_loss > 0)
@@ -149,10 +194,11 @@ class Trainer:
             loss += part.detach()
         stop = self.rank == 0 and (self.run / "stop").exists()
         pending, failed = self.checkpoints.pending, bool(self.checkpoints.failure)
-        load, said = self.agree([loss.item(), stop, self.sharded.meter.take(), pending, failed])
+        plan = self.regrouping.say() if self.regrouping else []
+        load, said = self.agree(Said(loss.item(), stop, self.sharded.meter.take(), pending, failed, plan))
         self.gradients.reduce()
         norm = self.gradients.clip(train.clip)
-        return said["loss"], norm, load, said
+        return said.loss, norm, load, said
 
     def grains(self, count: int, read: Any) -> Any:
         """This rank's grains of `count`; ranks with fewer join the others' collectives with zero rows."""
@@ -170,23 +216,26 @@ class Trainer:
         narrow = self.config.train.precision == "bfloat16"
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=narrow)
 
-    def agree(self, flags: list[float]) -> tuple[Load, dict[str, float]]:
-        """Sum flags and loads over ranks (integers below 2^53 are exact in float64). A collective."""
-        clusters, experts, rows = self.model.take_load()
+    def agree(self, says: Said) -> tuple[Load, Said]:
+        """Sum what ranks say and their loads (integers below 2^53 are exact in float64). A collective."""
+        clusters, members, rows = self.model.take_load()
         workers = torch.zeros(len(rows), self.world, dtype=torch.float64)
         workers[:, self.rank] = rows
-        parts = [torch.tensor([float(f) for f in flags], dtype=torch.float64), clusters, experts, workers]
+        *flags, plan = says
+        parts = [torch.tensor([*map(float, flags), *plan], dtype=torch.float64), clusters, members, workers]
         vector = torch.cat([p.double().flatten() for p in parts]).to(self.device)
         if self.world > 1:
             dist.all_reduce(vector)
         summed = vector.cpu().split([p.numel() for p in parts])
-        said, clusters, experts, workers = (s.view(p.shape) for s, p in zip(summed, parts, strict=True))
-        return Load(clusters, experts, workers), dict(zip(FLAGS, said.tolist(), strict=True))
+        said, clusters, members, workers = (s.view(p.shape) for s, p in zip(summed, parts, strict=True))
+        load = Load(clusters, members, workers, self.config.model.n_experts)
+        values = said.tolist()
+        return load, Said(*values[: len(flags)], plan=values[len(flags) :])
 
     def balance(self, load: Load, rate: float) -> None:
         for i, ffn in enumerate(self.model.ffns):
-            clusters, experts = (counts[i] if counts.numel() else counts for counts in (load.clusters, load.experts))
-            ffn.balance(clusters, experts, rate)
+            clusters, members = (counts[i] if counts.numel() else counts for counts in (load.clusters, load.members))
+            ffn.balance(clusters, members, rate)
 
     # Between steps.
 
@@ -239,7 +288,7 @@ class Trainer:
                     nll = linear_cross_entropy(hidden[i][counts], weight, targets[i][counts])
                     sums[domain] += torch.tensor([nll.item(), counts.sum().item()], dtype=torch.float64)
             self.model.count_by_domain(torch.from_numpy(batch.domain), mask, serving)
-        load, _ = self.agree([0.0] * len(FLAGS))
+        load, _ = self.agree(Said())
         self.sharded.meter.take()  # a train record counts the bytes of its steps alone
         if self.world > 1:
             both = torch.cat([sums.flatten(), serving.flatten()]).to(self.device)
@@ -261,10 +310,30 @@ class Trainer:
         )
         self.log("validation", **record)
 
+    @torch.no_grad()
+    def probe(self) -> float:
+        """Loss on a few held-out windows, the same ones always: one grain for each rank. A collective."""
+        context = self.config.model.context
+        total = self.corpus.validation_windows(context, self.config.train.grain * self.world)
+        rows = range(*(min(edge * self.config.train.grain, total) for edge in (self.rank, self.rank + 1)))
+        batch = self.corpus.validation(context=context, limit=self.config.train.grain * self.world, rows=rows)
+        inputs, targets = self.tensors(batch)
+        mask = torch.from_numpy(batch.mask).to(self.device)
+        with self.autocast():
+            hidden = self.model.hidden(inputs)
+            nll = linear_cross_entropy(hidden[mask], self.model.head_weight, targets[mask])
+        sums = torch.stack([nll.double(), mask.sum().double()])
+        if self.world > 1:
+            dist.all_reduce(sums)
+        self.model.take_load()
+        self.sharded.meter.take()
+        return (sums[0] / sums[1]).item()
+
     def checkpoint(self) -> None:
         if self.checkpoints.unsealed:  # the last one is still being written: training is faster than the disk
             self.drain()
-        self.checkpoints.begin(self.position)
+        extra = self.regrouping.recorder.tensors() if self.regrouping else {}
+        self.checkpoints.begin(self.position, extra)
 
     def settle(self, failed: bool) -> None:
         """Seal the checkpoint whose files are all written, or say why there is none."""
@@ -282,8 +351,8 @@ class Trainer:
         if not self.checkpoints.unsealed:
             return
         self.checkpoints.finish()
-        _, said = self.agree([0.0, 0.0, 0.0, 0.0, bool(self.checkpoints.failure)])
-        self.settle(said["failed"] > 0)
+        _, said = self.agree(Said(failed=bool(self.checkpoints.failure)))
+        self.settle(said.failed > 0)
 
     def finish(self) -> None:
         """The last checkpoint must be there: a run that cannot save it has failed."""

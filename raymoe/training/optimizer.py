@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -38,7 +39,15 @@ class Optimizer:
     """AdamW over what this rank holds. Moments are named like the weights, as `moments.m.KEY` and `moments.v.KEY`."""
 
     def __init__(self, transformer: Transformer, train: TrainSection) -> None:
+        self.train = train
+        self.adopt(transformer)
+
+    def adopt(
+        self, transformer: Transformer, moments: Mapping[str, Mapping[str, Tensor]] | None = None, updates: int = 0
+    ) -> None:
+        """Take over a model's parameters with their moments (zeros if none are given) after `updates` updates."""
         self.transformer = transformer
+        train = self.train
         self.parameters = dict(transformer.named_parameters())
         decayed = [p for name, p in self.parameters.items() if decays(name, p)]
         plain = [p for name, p in self.parameters.items() if not decays(name, p)]
@@ -48,23 +57,26 @@ class Optimizer:
             betas=(0.9, train.beta2),
             fused=True,
         )
-        for p in self.parameters.values():
-            self.adam.state[p] = {
-                "step": torch.zeros((), device=p.device),
-                "exp_avg": torch.zeros_like(p),
-                "exp_avg_sq": torch.zeros_like(p),
-            }
+        for name, p in self.parameters.items():
+            self.adam.state[p] = {"step": torch.full((), float(updates), device=p.device)}
+            for short, long in MOMENTS.items():
+                self.adam.state[p][long] = moments[short][name] if moments else torch.zeros_like(p)
 
     def step(self, rate: float) -> None:
         for group in self.adam.param_groups:
             group["lr"] = rate
         self.adam.step()
 
+    def moments(self) -> dict[str, dict[str, Tensor]]:
+        """The moments by kind and parameter name, as held."""
+        return {
+            short: {n: self.adam.state[p][name] for n, p in self.parameters.items()} for short, name in MOMENTS.items()
+        }
+
     def logical(self) -> dict[str, Tensor]:
         """Views of the moments by logical key."""
         views: dict[str, Tensor] = {}
-        for short, name in MOMENTS.items():
-            stacked = {n: self.adam.state[p][name] for n, p in self.parameters.items()}
+        for short, stacked in self.moments().items():
             views |= {f"moments.{short}.{key}": view for key, view in self.transformer.logical(stacked).items()}
         return views
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from torch import Tensor
 
 from raymoe.config import Config
+from raymoe.parallel.remap import Membership
 from raymoe.parallel.sharded import Sharded
 from raymoe.storage.checkpoint import BackgroundWriter, Checkpoint, newest, prune, step_folder, write_manifest
 from raymoe.training.optimizer import Optimizer
@@ -25,7 +28,12 @@ class Position:
     tokens: int = 0
     skipped: int = 0
     version: int = 0
-    assignment: tuple[tuple[int, ...], ...] = ()
+    """Of the assignment: the plans applied."""
+    membership: Membership = Membership((), ())
+    overlap_from: int = 0
+    """The step from which the ghosts of the membership fade, where it has any."""
+    forced: bool = False
+    """Whether the plan that `regroup.force` asks for was applied."""
     validation: dict[int, float] = field(default_factory=dict)
     """Validation loss by step."""
 
@@ -35,7 +43,10 @@ class Position:
             "tokens": self.tokens,
             "skipped": self.skipped,
             "version": self.version,
-            "assignment": self.assignment,
+            "assignment": self.membership.assignment,
+            "ghosts": [sorted(row.items()) for row in self.membership.ghosts],
+            "overlap_from": self.overlap_from,
+            "forced": self.forced,
             "validation": {str(step): loss for step, loss in self.validation.items() if math.isfinite(loss)},
             "config": config.to_dict(),
         }
@@ -43,10 +54,16 @@ class Position:
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> Position:
         meta = checkpoint.meta
+        membership = Membership(tuple(map(tuple, meta["assignment"])), tuple(dict(row) for row in meta["ghosts"]))
         return cls(
-            checkpoint.step, meta["updates"], meta["tokens"], meta["skipped"], meta["version"],
-            tuple(map(tuple, meta["assignment"])), {int(step): loss for step, loss in meta["validation"].items()},
+            checkpoint.step, meta["updates"], meta["tokens"], meta["skipped"], meta["version"], membership,
+            meta["overlap_from"], meta["forced"], {int(step): loss for step, loss in meta["validation"].items()},
         )  # fmt: skip
+
+    @classmethod
+    def start(cls, config: Config) -> Position:
+        """Before the first step."""
+        return cls(membership=Membership(config.model.default_assignment(), ({},) * config.model.layers))
 
 
 def find(folder: Path) -> tuple[Checkpoint | None, list[str]]:
@@ -89,15 +106,18 @@ class Checkpointer:
         self._unsealed: tuple[Path, int, dict[str, Any], float] | None = None
         self.last_sealed = -1
 
-    def begin(self, position: Position) -> float:
-        """Start writing a checkpoint of this position; returns the seconds it held up training."""
+    def begin(self, position: Position, extra: Mapping[str, Tensor]) -> float:
+        """Start writing a checkpoint of this position; returns the seconds it held up training.
+
+        `extra`: further tensors by key, of this rank.
+        """
         started = time.perf_counter()
         views = self.sharded.transformer.logical()
         owned = {key: views[key] for key in self.sharded.owned()}
         moments = self.optimizer.logical()
         owned |= {key: view for key, view in moments.items() if key.split(".", 2)[2] in owned}
         folder = step_folder(self.folder, position.step)
-        self.writer.submit(folder, self.sharded.rank, self.sharded.world, owned)
+        self.writer.submit(folder, self.sharded.rank, self.sharded.world, owned | dict(extra))
         self._unsealed = (folder, position.step, position.meta(self.config), started)
         return time.perf_counter() - started
 

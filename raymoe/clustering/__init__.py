@@ -1,0 +1,1 @@
+"""Statistics in, a plan out: pure functions in numpy, which decide which experts change clusters and move nothing."""

@@ -1,0 +1,258 @@
+"""A change of clusters applied: experts, their moments, router rows and biases to where they now belong.
+
+What moves as one is a unit: `clusters.c` (the bases of a cluster), `experts.e`, or `ghosts.e`, with
+everything under that prefix and its moments. Which rank holds which unit before and after follows from
+the memberships and placements alone, so all ranks know what crosses, and one all-to-all carries it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from raymoe.model.dispatch import LocalDispatch
+from raymoe.model.experts import ClusteredExperts, Ghosts, Slice, members
+from raymoe.model.fused import RESIDUALS
+from raymoe.model.lowrank import factor
+from raymoe.parallel.all_to_all import AllToAllDispatch
+from raymoe.parallel.groups import Placement
+from raymoe.parallel.sharded import Sharded
+
+Refit = Literal["keep", "svd", "weighted"]
+BASES = ("base_gate", "base_up", "base_down")
+Moments = dict[str, dict[str, Tensor]]
+"""By kind, then by parameter name: tensors of the parameters' shapes."""
+
+
+@dataclass(frozen=True)
+class Membership:
+    """Who is where in every layer: assignment [L][E], and the clusters that experts on the move leave."""
+
+    assignment: tuple[tuple[int, ...], ...]
+    ghosts: tuple[Ghosts, ...]
+
+
+def moved(before: Membership, assignment: Sequence[Sequence[int]]) -> Membership:
+    """The membership in which every expert whose cluster differs leaves a ghost in its old one."""
+    ghosts = tuple(
+        {e: old for e, (old, new) in enumerate(zip(was, row, strict=True)) if old != new}
+        for was, row in zip(before.assignment, assignment, strict=True)
+    )
+    return Membership(tuple(map(tuple, assignment)), ghosts)
+
+
+def units(assignment: Sequence[int], ghosts: Ghosts, clusters: Sequence[int]) -> list[str]:
+    """What a rank that holds these clusters has of a layer."""
+    held = [f"clusters.{c}" for c in clusters]
+    return held + [member.key for c in clusters for member in members(assignment, ghosts, c)]
+
+
+@dataclass(frozen=True)
+class LayerChange:
+    """One layer before and after: what each rank needs, and who has it."""
+
+    before: tuple[Sequence[int], Ghosts, Placement]
+    after: tuple[Sequence[int], Ghosts, Placement]
+
+    def source(self, unit: str) -> str:
+        """The unit of before that `unit` continues: a new ghost continues its expert."""
+        kind, e = unit.split(".")
+        return f"experts.{e}" if kind == "ghosts" and int(e) not in self.before[1] else unit
+
+    def movers(self) -> dict[int, tuple[int, int]]:
+        """expert -> (old cluster, new cluster)"""
+        pairs = zip(self.before[0], self.after[0], strict=True)
+        return {e: (old, new) for e, (old, new) in enumerate(pairs) if old != new}
+
+    def missing(self, rank: int, refit: Refit) -> list[str]:
+        """The units of before that a rank needs and does not hold; `bases.c` is a cluster without its moments."""
+        held = set(units(*self.before[:2], self.before[2].held(rank)))
+        mine = self.after[2].held(rank)
+        wanted = [self.source(unit) for unit in units(*self.after[:2], mine)]
+        if refit != "keep":
+            wanted += [f"bases.{old}" for old, new in self.movers().values() if new in mine]
+        have = held | {unit.replace("clusters", "bases") for unit in held}
+        return [unit for unit in dict.fromkeys(wanted) if unit not in have]
+
+    def holder(self, unit: str) -> int:
+        """The rank that sends a unit of before: the first owner of the cluster that it is in."""
+        kind, index = unit.split(".")
+        cluster = int(index)
+        if kind == "experts":
+            cluster = self.before[0][cluster]
+        elif kind == "ghosts":
+            cluster = self.before[1][cluster]
+        return self.before[2].owners[cluster][0]
+
+
+class Stacks:
+    """The stacked tensors of one layer on this rank, by unit: parameters, biases and moments."""
+
+    def __init__(self, ffn: ClusteredExperts, prefix: str, moments: Moments) -> None:
+        self.ffn, self.prefix, self.moments = ffn, prefix, moments
+        self.slices: dict[str, list[Slice]] = {}
+        for item in ffn.logical():
+            if item.index is not None:
+                self.slices.setdefault(".".join(item.key.split(".")[:2]), []).append(item)
+
+    def unit(self, unit: str) -> dict[str, Tensor]:
+        """Every tensor of a unit: `base_gate`, `m.base_gate`, …"""
+        weights_only = unit.startswith("bases.")
+        out: dict[str, Tensor] = {}
+        for item in self.slices[unit.replace("bases", "clusters")]:
+            leaf = item.key.rsplit(".", 1)[-1]
+            out[leaf] = getattr(self.ffn, item.name).detach()[item.index]
+            for kind, stacks in self.moments.items():
+                if not weights_only and self.prefix + item.name in stacks:
+                    out[f"{kind}.{leaf}"] = stacks[self.prefix + item.name][item.index]
+        return out
+
+
+def shapes(ffn: ClusteredExperts, unit: str, kinds: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    """Shapes of `Stacks.unit`, whether or not it is held here."""
+    d, f, w = ffn.model.d_model, ffn.model.d_expert, ffn.model.residual_width
+    if unit.startswith(("bases", "clusters")):
+        own: dict[str, tuple[int, ...]] = dict(zip(BASES, ((d, f), (d, f), (f, d)), strict=True))
+        kinds = [] if unit.startswith("bases") else kinds
+        learnt = list(own)
+    else:
+        own = dict(zip(RESIDUALS, ((d, w), (w, f), (d, w), (w, f), (f, w), (w, d)), strict=True))
+        own["router"] = (d,)
+        learnt = list(own)
+        own["bias"] = ()
+    return own | {f"{kind}.{leaf}": own[leaf] for leaf in learnt for kind in kinds}
+
+
+def remap(
+    sharded: Sharded,
+    before: Membership,
+    after: Membership,
+    placed: Sequence[Placement],
+    moments: Moments,
+    *,
+    refit: Refit = "keep",
+    inputs: Sequence[Tensor] | None = None,
+) -> tuple[Moments, int]:
+    """Change a clustered model in place to another membership and placement. A collective.
+
+    placed: the placement to come, by layer (ignored in a world of one). moments: by kind ("m", "v"), of
+    every parameter; returned are those of the new parameters, and the bytes that this rank sent. Units
+    that stay as they are move bit for bit, and the parameters of what does not change stay the same
+    objects. A re-fitted residual starts with m = 0 and v = the mean of its new cluster's incumbents.
+    `inputs` [layer][rows, D]: rows to weight a re-fit by; those that the new cluster would get are used.
+    """
+    layers = list(range(len(before.assignment)))
+    whole = Placement(tuple((0,) for _ in range(sharded.transformer.model.n_clusters)), 1)
+    was = sharded.placements or [whole for _ in layers]
+    will = list(placed) if sharded.placements else was
+    changes = [
+        LayerChange((before.assignment[i], before.ghosts[i], was[i]), (after.assignment[i], after.ghosts[i], will[i]))
+        for i in layers
+    ]
+    changed = [i for i in layers if changes[i].before != changes[i].after]
+    stacks = {i: Stacks(_ffn(sharded, i), f"layers.{i}.ffn.", moments) for i in changed}
+    arrived, sent = _exchange(sharded, {i: changes[i] for i in changed}, stacks, refit)
+    moments = {kind: dict(tensors) for kind, tensors in moments.items()}
+    for i in changed:
+        old, change = _ffn(sharded, i), changes[i]
+        assignment, ghosts, placement = change.after
+        dispatch = AllToAllDispatch(placement, sharded.rank, sharded.meter) if sharded.placements else old.dispatch
+        if isinstance(dispatch, LocalDispatch):
+            dispatch = LocalDispatch(old.model.n_clusters)
+        with torch.device(old.base_gate.device):
+            new = ClusteredExperts(old.model, assignment, dispatch, ghosts).to(old.base_gate.dtype)
+        new.router = old.router
+        kept = BASES if new.dispatch.held == old.dispatch.held else ()
+        for name in kept:
+            setattr(new, name, getattr(old, name))
+        built = Stacks(new, f"layers.{i}.ffn.", moments)
+        for name, p in new.named_parameters(recurse=False):
+            if name not in kept:
+                for tensors in moments.values():
+                    tensors[built.prefix + name] = torch.zeros_like(p)
+        source = lambda unit, i=i: arrived.get((i, unit)) or stacks[i].unit(unit)  # noqa: E731
+        with torch.no_grad():
+            for unit in built.slices:
+                if not (kept and unit.startswith("clusters.")):
+                    for leaf, value in source(change.source(unit)).items():
+                        built.unit(unit)[leaf].copy_(value)
+            if refit != "keep":
+                rows = inputs[i] if inputs is not None and refit == "weighted" else None
+                for e, (left, joined) in change.movers().items():
+                    if joined in new.dispatch.held:
+                        base = source(f"bases.{left}")
+                        _refit(built, e, base, joined, rows)
+        sharded.transformer.layers[i].ffn = new  # type: ignore[union-attr]
+    sharded.placements[:] = will if sharded.placements else []
+    return moments, sent
+
+
+def _ffn(sharded: Sharded, layer: int) -> ClusteredExperts:
+    ffn = sharded.transformer.ffns[layer]
+    assert isinstance(ffn, ClusteredExperts)
+    return ffn
+
+
+def _exchange(
+    sharded: Sharded, changes: Mapping[int, LayerChange], stacks: Mapping[int, Stacks], refit: Refit
+) -> tuple[dict[tuple[int, str], dict[str, Tensor]], int]:
+    """The units that this rank lacks, from those who have them, and the bytes sent. One all-to-all."""
+    if sharded.world == 1 or not changes:
+        return {}, 0
+    ranks = range(sharded.world)
+    # crossing[source][destination]: (layer, unit) in an order that both know
+    crossing: list[list[list[tuple[int, str]]]] = [[[] for _ in ranks] for _ in ranks]
+    for layer, change in changes.items():
+        for rank in ranks:
+            for unit in change.missing(rank, refit):
+                crossing[change.holder(unit.replace("bases", "clusters"))][rank].append((layer, unit))
+    ffn = next(iter(stacks.values())).ffn
+    kinds = list(next(iter(stacks.values())).moments)
+    like = ffn.base_gate.detach()
+    size = lambda pairs: sum(  # noqa: E731
+        torch.Size(shape).numel() for _, unit in pairs for shape in shapes(ffn, unit, kinds).values()
+    )
+    outgoing = [
+        stacks[layer].unit(unit)[leaf].flatten().to(like.dtype)
+        for rank in ranks
+        for layer, unit in crossing[sharded.rank][rank]
+        for leaf in shapes(ffn, unit, kinds)
+    ]
+    send = [size(crossing[sharded.rank][rank]) for rank in ranks]
+    receive = [size(crossing[rank][sharded.rank]) for rank in ranks]
+    buffer = like.new_empty(sum(receive))
+    dist.all_to_all_single(buffer, torch.cat(outgoing) if outgoing else like.new_empty(0), receive, send)
+    arrived: dict[tuple[int, str], dict[str, Tensor]] = {}
+    start = 0
+    for rank in ranks:
+        for layer, unit in crossing[rank][sharded.rank]:
+            tensors = arrived.setdefault((layer, unit), {})
+            for leaf, shape in shapes(ffn, unit, kinds).items():
+                count = torch.Size(shape).numel()
+                tensors[leaf] = buffer[start : start + count].view(shape)
+                start += count
+    return arrived, sum(send) * like.element_size()
+
+
+def _refit(built: Stacks, e: int, left: Mapping[str, Tensor], joined: int, rows: Tensor | None) -> None:
+    """Give expert e the residual that keeps its old function best on top of its new base."""
+    ffn = built.ffn
+    mine, base = built.unit(f"experts.{e}"), built.unit(f"clusters.{joined}")
+    if rows is not None:
+        rows = rows[(rows @ ffn.router.weight.detach().t() + ffn.router.bias).argmax(-1) == joined]
+    cluster = ffn.members[ffn.dispatch.held.index(joined)]
+    incumbents = [built.unit(m.key) for m in cluster if not (m.expert in ffn.ghosts and not m.ghost)]
+    for name in ("gate", "up", "down"):
+        first, second = f"{name}_in", f"{name}_out"
+        whole = left[f"base_{name}"] + mine[first] @ mine[second]
+        pair = factor(whole - base[f"base_{name}"], mine[first].shape[1], rows if name != "down" else None)
+        for leaf, value in zip((first, second), pair, strict=True):
+            mine[leaf].copy_(value)
+            for kind in built.moments:
+                mean = torch.stack([tensors[f"{kind}.{leaf}"] for tensors in incumbents]).mean(0) if incumbents else 0.0
+                mine[f"{kind}.{leaf}"].copy_(torch.as_tensor(mean if kind == "v" else 0.0).expand_as(mine[leaf]))
