@@ -21,7 +21,17 @@ M = TypeVar("M", bound=MetricWrapperBase)
 LEVELS = ("experts", "clusters", "workers")
 """Where load is measured: values of the label `level`."""
 
+PLAN_OUTCOMES = ("made", "applied", "refused", "none")
+"""What became of plans, or of looking for one: values of the label `outcome`."""
+
+REFUSALS = (
+    "malformed", "already applied", "stale", "late", "busy", "sizes", "nothing moves", "too many moves",
+    "unknown experts", "unknown clusters", "other",
+)  # fmt: skip
+"""Why plans are refused: values of the label `reason`."""
+
 STEP_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+PAUSE_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 CHECKPOINT_SECONDS = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
 
 
@@ -34,6 +44,7 @@ class TrainingMetrics:
         self._rank = int(worker)
         self._seen_step = 0
         self._seen_skipped = 0
+        self._totals: dict[Counter, float] = {}
         declare = self._declare
         self.step = declare(Gauge, "training_step", "Optimizer steps done.")
         self.loss = declare(Gauge, "training_loss", "Mean training loss since the last record, nats per token.")
@@ -66,6 +77,45 @@ class TrainingMetrics:
         self.checkpoint_last_step = declare(Gauge, "checkpoint_last_step", "Step of the newest checkpoint.")
         self.checkpoint_failures = declare(Counter, "checkpoint_failures", "Checkpoints that could not be written.")
         self.resident_bytes = declare(Gauge, "resident_bytes", "Resident memory of the worker.")
+        self.regroup_plans = declare(
+            Counter, "regroup_plans", "Plans made, applied and refused; none where one was looked for.", "outcome"
+        )
+        self.regroup_refusals = declare(Counter, "regroup_refusals", "Plans refused, by reason.", "reason")
+        self.regroup_moves = declare(Counter, "regroup_moves", "Experts that plans moved to another cluster.")
+        self.regroup_bytes = declare(Counter, "regroup_bytes", "Bytes that all workers sent to apply plans.")
+        self.regroup_pause_seconds = declare(
+            Histogram, "regroup_pause_seconds", "Time that applying a plan stopped training.", buckets=PAUSE_SECONDS
+        )
+        self.regroup_last_plan = declare(
+            Gauge, "regroup_last_plan_timestamp_seconds", "When the last plan was applied, Unix time; 0 before one."
+        )
+        self.regroup_lag = declare(
+            Gauge, "regroup_statistics_lag_steps", "Steps by which the clusterer's statistics are behind; NaN if none."
+        )
+        self.regroup_gain_expected = declare(
+            Gauge, "regroup_gain_expected", "Rise of the objective that the last applied plan expected."
+        )
+        self.regroup_gain_seen = declare(
+            Gauge, "regroup_gain_seen", "Rise of the objective by an applied plan, from statistics since."
+        )
+        self.regroup_messages_merged = declare(
+            Counter, "regroup_messages_merged", "Statistics of this worker merged into its next message."
+        )
+        self.regroup_messages_lost = declare(
+            Counter, "regroup_messages_lost", "Messages of this worker that the clusterer did not take."
+        )
+        self.regroup_messages_refused = declare(
+            Counter, "regroup_messages_refused", "Messages that the clusterer refused as malformed."
+        )
+        self.regroup_clusterer_restarts = declare(
+            Counter, "regroup_clusterer_restarts", "Times that a clusterer answered which had lost its statistics."
+        )
+        for gauge in (self.regroup_lag, self.regroup_gain_expected, self.regroup_gain_seen):
+            gauge.set(math.nan)  # nothing yet, and at workers other than 0, so that `max` takes no 0 of theirs
+        for outcome in PLAN_OUTCOMES:  # a series that is not there before its first event hides that event
+            self.regroup_plans.labels(**self._own, outcome=outcome)
+        for reason in REFUSALS:
+            self.regroup_refusals.labels(**self._own, reason=reason)
 
     def _declare(self, kind: type[M], name: str, help: str, *labels: str, **options: Any) -> M:
         """A metric of this worker; one with `labels` of its own is still to be given them, by `_labelled`."""
@@ -79,7 +129,7 @@ class TrainingMetrics:
                 gauge.labels(**self._own, **{label: value}).set(number)
 
     def observe(self, record: Mapping[str, Any]) -> None:
-        """Take in a record of `metrics.jsonl`. Kinds other than train, validation and event are ignored.
+        """Take in a record of `metrics.jsonl`. Kinds other than train, validation, event and plan are ignored.
 
         Counters count what this process saw: an event `resumed` sets the step from which they do.
         """
@@ -89,6 +139,8 @@ class TrainingMetrics:
             self.validation_loss.set(_number(record["loss"]))
         elif record["kind"] == "event":
             self._event(record)
+        elif record["kind"] == "plan":
+            self._plan(record)
 
     def _train(self, record: Mapping[str, Any]) -> None:
         seconds = record["step_ms"] / 1000
@@ -123,10 +175,45 @@ class TrainingMetrics:
         elif record["what"] == "checkpoint failed":
             self.checkpoint_failures.inc()
 
+    def _plan(self, record: Mapping[str, Any]) -> None:
+        """What the clusterer said is not trusted: what is no number sets NaN and counts nothing."""
+        what = record["what"]
+        if what in PLAN_OUTCOMES:
+            self.regroup_plans.labels(**self._own, outcome=what).inc()
+        if what == "applied":
+            self.regroup_moves.inc(record["moves"])
+            self.regroup_bytes.inc(record["bytes"])
+            self.regroup_pause_seconds.observe(record["pause_ms"] / 1000)
+            self.regroup_last_plan.set_to_current_time()
+            self.regroup_gain_expected.set(_number(record["plan"]["expected_gain"]))
+        elif what == "refused":
+            key = record["reason"].split(":")[0]
+            self.regroup_refusals.labels(**self._own, reason=key if key in REFUSALS else "other").inc()
+        elif what == "seen":
+            self.regroup_gain_seen.set(_number(record["gain"]))
+        elif what == "messages":
+            self._grow(self.regroup_messages_merged, record["merged"])
+            self._grow(self.regroup_messages_lost, record["lost"])
+        elif what == "status":
+            self.regroup_lag.set(_number(record["lag_steps"]))
+            self._grow(self.regroup_messages_refused, record["refused_messages"])
+        elif what == "clusterer restarted":
+            self.regroup_clusterer_restarts.inc()
 
-def _number(value: float | None) -> float:
-    """JSON's null, for a loss that was not finite, as NaN."""
-    return math.nan if value is None else value
+    def _grow(self, counter: Counter, total: Any) -> None:
+        """Count what `total` has grown by since it was last given; a smaller one has begun anew from 0."""
+        total, seen = _number(total), self._totals.get(counter, 0.0)
+        if 0 <= total < math.inf:
+            counter.inc(total - seen if total >= seen else total)
+            self._totals[counter] = total
+
+
+def _number(value: Any) -> float:
+    """NaN for JSON's null, a loss that was not finite, and for all else that is no number."""
+    try:
+        return float(value) if isinstance(value, (int, float)) else math.nan
+    except OverflowError:
+        return math.nan
 
 
 def serve(registry: CollectorRegistry, host: str = "127.0.0.1") -> int:

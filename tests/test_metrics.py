@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import urllib.request
@@ -15,7 +16,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
-from raymoe.metrics import TrainingMetrics, serve, write_targets
+from raymoe.metrics import REFUSALS, TrainingMetrics, serve, write_targets
 
 WORKER = {"run": "first", "worker": "1"}
 
@@ -104,12 +105,109 @@ def test_a_model_without_clusters_exports_none(exported: tuple[TrainingMetrics, 
     assert value(registry, "cluster_load_share", cluster="0") is None
 
 
+def plan_record(what: str, **fields: Any) -> dict[str, Any]:
+    return {"kind": "plan", "step": 36, "what": what, **fields}
+
+
+def applied(moves: int, sent: int, pause_ms: float, gain: float) -> dict[str, Any]:
+    return plan_record("applied", plan={"expected_gain": gain}, moves=moves, bytes=sent, pause_ms=pause_ms)
+
+
+def test_plans_are_counted_with_their_cost_and_gain(exported: tuple[TrainingMetrics, CollectorRegistry]) -> None:
+    metrics, registry = exported
+    for name in ("gain_expected", "gain_seen", "statistics_lag_steps"):
+        assert math.isnan(value(registry, f"regroup_{name}") or 0)  # not yet known is not 0
+    assert value(registry, "regroup_last_plan_timestamp_seconds") == 0
+    assert [value(registry, "regroup_plans_total", outcome=o) for o in ("made", "applied", "refused", "none")] == [
+        0
+    ] * 4
+    metrics.observe(plan_record("made", plan={"expected_gain": 0.5}, seconds=0.1, similarity=None))
+    metrics.observe(applied(8, 1000, 40.0, 0.5))
+    metrics.observe(applied(4, 500, 200.0, 0.25))
+    metrics.observe(plan_record("none", reason="nothing to gain: x", expected_gain=0.001))
+    metrics.observe(plan_record("seen", version=2, gain=-0.125))
+    metrics.observe(plan_record("overlap over", version=2, probe=4.0))
+    metrics.observe(plan_record("clusterer restarted"))
+    expected = {
+        "moves_total": 12, "bytes_total": 1500, "pause_seconds_count": 2, "gain_expected": 0.25, "gain_seen": -0.125,
+        "clusterer_restarts_total": 1,
+    }  # fmt: skip
+    assert {name: value(registry, f"regroup_{name}") for name in expected} == expected
+    assert value(registry, "regroup_pause_seconds_sum") == pytest.approx(0.24)
+    assert [value(registry, "regroup_plans_total", outcome=o) for o in ("made", "applied", "refused", "none")] == [
+        1,
+        2,
+        0,
+        1,
+    ]
+
+
+def test_the_last_plan_is_dated(
+    exported: tuple[TrainingMetrics, CollectorRegistry], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    metrics, registry = exported
+    monkeypatch.setattr("time.time", lambda: 1234.5)
+    metrics.observe(plan_record("refused", reason="late: 1", plan=None))
+    assert value(registry, "regroup_last_plan_timestamp_seconds") == 0
+    metrics.observe(applied(8, 1000, 40.0, 0.5))
+    assert value(registry, "regroup_last_plan_timestamp_seconds") == 1234.5
+
+
+def test_refusals_are_counted_by_a_reason_of_a_closed_set(
+    exported: tuple[TrainingMetrics, CollectorRegistry],
+) -> None:
+    metrics, registry = exported
+    for reason in ("late: by 3", "late: by 4", "nothing moves", "malformed: late", "my own: 1", "", "Late: 1"):
+        metrics.observe(plan_record("refused", reason=reason, plan=None))
+    counts = {reason: value(registry, "regroup_refusals_total", reason=reason) for reason in REFUSALS}
+    assert counts == dict.fromkeys(REFUSALS, 0) | {"late": 2, "nothing moves": 1, "malformed": 1, "other": 3}
+    assert value(registry, "regroup_plans_total", outcome="refused") == 7
+
+
+def test_all_reasons_that_the_code_gives_are_in_the_set() -> None:
+    root = Path(__file__).parents[1] / "raymoe"
+    given = set()
+    for file in ("clustering/plan.py", "training/regroup.py"):
+        given |= set(re.findall(r'return f?"([a-z ]+)(?::[^"]*)?"', (root / file).read_text()))
+        given |= set(re.findall(r'_refuse\(\w+, f?"([a-z ]+):', (root / file).read_text()))
+    assert given == set(REFUSALS) - {"other"}
+
+
+def test_totals_of_messages_grow_by_their_difference_and_may_begin_anew(
+    exported: tuple[TrainingMetrics, CollectorRegistry],
+) -> None:
+    metrics, registry = exported
+    for merged, lost in ((2, 0), (5, 1), (5, 1), (1, 0), (4, 3)):
+        metrics.observe(plan_record("messages", merged=merged, lost=lost))
+    assert value(registry, "regroup_messages_merged_total") == 5 + 4
+    assert value(registry, "regroup_messages_lost_total") == 1 + 3
+    for refused, lag in ((3, 7), (1, None)):
+        metrics.observe(plan_record("status", lag_steps=lag, refused_messages=refused))
+    assert value(registry, "regroup_messages_refused_total") == 3 + 1
+    assert math.isnan(value(registry, "regroup_statistics_lag_steps") or 0)
+    metrics.observe(plan_record("status", lag_steps=4, refused_messages=1))
+    assert value(registry, "regroup_statistics_lag_steps") == 4
+
+
+@pytest.mark.parametrize("garbage", [None, "5", [1], {}, -1, math.nan, math.inf, 10**400])
+def test_what_a_clusterer_makes_up_counts_nothing(
+    exported: tuple[TrainingMetrics, CollectorRegistry], garbage: Any
+) -> None:
+    metrics, registry = exported
+    metrics.observe(plan_record("status", lag_steps=garbage, refused_messages=garbage))
+    metrics.observe(plan_record("seen", version=1, gain=garbage))
+    assert value(registry, "regroup_messages_refused_total") == 0
+
+
 def test_unknown_kinds_change_nothing(exported: tuple[TrainingMetrics, CollectorRegistry]) -> None:
     metrics, registry = exported
     before = [sample for metric in registry.collect() for sample in metric.samples if "_created" not in sample.name]
     metrics.observe({"kind": "assignment", "step": 0})
     metrics.observe({"kind": "event", "step": 3, "what": "stopped"})
-    assert before == [s for metric in registry.collect() for s in metric.samples if "_created" not in s.name]
+    metrics.observe({"kind": "plan", "step": 3, "what": "overlap over", "version": 1, "probe": 4.0})
+    assert str(before) == str(
+        [s for metric in registry.collect() for s in metric.samples if "_created" not in s.name]
+    )  # NaN is unequal to itself
 
 
 def test_every_metric_follows_the_house_rules(exported: tuple[TrainingMetrics, CollectorRegistry]) -> None:
@@ -117,13 +215,13 @@ def test_every_metric_follows_the_house_rules(exported: tuple[TrainingMetrics, C
     metrics, registry = exported
     metrics.observe(record(10))
     families = list(registry.collect())
-    assert len(families) == 18
+    assert len(families) == 31
     for family in families:
         assert family.name.startswith("raymoe_") and family.documentation.endswith(".")
         assert not family.name.endswith(("_ms", "_mb", "_mib"))  # base units
         for sample in family.samples:
             assert WORKER.items() <= sample.labels.items()
-            assert sample.labels.keys() <= {"run", "worker", "level", "cluster", "le"}
+            assert sample.labels.keys() <= {"run", "worker", "level", "cluster", "outcome", "reason", "le"}
 
 
 def test_registries_do_not_share() -> None:

@@ -13,9 +13,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from raymoe.config import Config, override, preset
 from raymoe.training.plots import VARIABLES
+from raymoe.training.regroup_plots import _slots, decisions
 from raymoe.training.report import read_records, write_report
 
 Record = dict[str, Any]
@@ -85,11 +88,13 @@ def records(of: Config, domains: tuple[str, ...] = ("reference", "source", "lice
     return out
 
 
-def save(run: Path, of: Config, lines: list[Record], **about: Any) -> Path:
+def save(run: Path, of: Config, lines: list[Record], plans: list[Record] | None = None, **about: Any) -> Path:
     run.mkdir(parents=True, exist_ok=True)
     versions = {"raymoe": "0.1.0", "ray": "2.60.0", "torch": "2.15.0", "python": "3.11.9"}
     (run / "config.json").write_text(json.dumps({"config": of.to_dict(), "corpus": "c", "versions": versions, **about}))
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    if plans is not None:
+        (run / "plans.jsonl").write_text("".join(json.dumps(plan) + "\n" for plan in plans))
     return run
 
 
@@ -366,3 +371,291 @@ def test_the_same_records_make_the_same_report(tmp_path: Path) -> None:
     of = config()
     first, second = (write_report(save(tmp_path / name, of, records(of)[:12])).read_bytes() for name in "ab")
     assert first == second
+
+
+# Regrouping
+
+
+def swapped(assignment: list[list[int]], layer: int, *pairs: tuple[int, int]) -> list[list[int]]:
+    after = [list(row) for row in assignment]
+    for a, b in pairs:
+        after[layer][a], after[layer][b] = after[layer][b], after[layer][a]
+    return after
+
+
+def similar(layer: int, clusters: list[int], inside: float, across: float) -> Record:
+    matrix = [
+        [1.0 if i == j else inside if c == d else across for j, d in enumerate(clusters)]
+        for i, c in enumerate(clusters)
+    ]
+    return {"layer": layer, "matrix": matrix, "before": clusters, "after": clusters}
+
+
+def regrouped(of: Config) -> tuple[list[Record], list[Record]]:
+    """A run whose plan 1 gained, whose plan 2 was late, made again and applied, and lost; then garbage came."""
+    lines = records(of)
+    first = lines[0]["assignment"]
+    second = swapped(first, 1, (0, 1), (2, 3))
+    third = swapped(second, 0, (4, 5))
+
+    def plan(version: int, made_at: int, assignment: list[list[int]]) -> Record:
+        return {
+            "version": version, "made_at_step": made_at, "effective_step": made_at + 20, "assignment": assignment,
+            "reason": f"gain by {version}", "expected_gain": 0.01 * version,
+        }  # fmt: skip
+
+    def record(step: int, what: str, **fields: Any) -> Record:
+        return {"kind": "plan", "step": step, "what": what, **fields, "time": 1e9}
+
+    def applied(plan: Record, moves: int, pause: float) -> Record:
+        probes = {"probe_before": 4.5, "probe_after": 4.25}
+        return record(
+            plan["effective_step"], "applied", plan=plan, moves=moves, changes=[], bytes=4096000, pause_ms=pause, **probes
+        )  # fmt: skip
+
+    one, late, two = plan(1, 80, second), plan(2, 180, third), plan(2, 240, third)
+    plans = [
+        record(82, "made", plan=one, seconds=0.1, similarity=similar(1, first[1], 0.25, 0.125)),
+        applied(one, 4, 91.0),
+        record(132, "overlap over", version=1, probe=4.0),
+        record(182, "seen", version=1, gain=0.005, similarity=similar(1, second[1], 0.5, -0.25)),
+        record(182, "made", plan=late, seconds=0.1, similarity=None),
+        record(205, "refused", reason="late: takes effect at step 200, this is step 206", plan=late),
+        record(242, "made", plan=two, seconds=0.1, similarity=None),
+        applied(two, 2, 182.0),
+        record(302, "seen", version=2, gain=-0.001, similarity=None),
+        record(302, "none", made_at_step=300, reason="nothing to gain: best", expected_gain=0.003, seconds=0.1),
+        record(310, "clusterer restarted"),
+        record(320, "refused", reason="malformed: <b>", plan=["<i>"]),
+        record(330, "made", plan=plan(3, 330, first), seconds=0.1, similarity=None),
+    ]
+    for version, made in enumerate((one, two), 1):
+        at = {
+            "kind": "assignment",
+            "step": made["effective_step"],
+            "version": version,
+            "assignment": made["assignment"],
+        }
+        lines.insert(next(i for i, line in enumerate(lines) if line["step"] > at["step"]), at)
+    return lines, plans
+
+
+@pytest.fixture(scope="module")
+def regrouping(tmp_path_factory: pytest.TempPathFactory) -> Page:
+    lines, plans = regrouped(config())
+    return Page(write_report(save(tmp_path_factory.mktemp("regrouped"), config(), lines, plans)))
+
+
+def test_regrouping_is_told_after_the_domains(regrouping: Page, full: Page) -> None:
+    at = full.titles.index("Speed")
+    assert regrouping.titles == [
+        *full.titles[:at], "Membership in layer 0", "Membership in layer 1", "Similarity before plan 1, layer 1",
+        "Similarity after plan 1, layer 1", "Domain purity of clusters", "Training loss around plans", *full.titles[at:],
+    ]  # fmt: skip
+    test_the_page_stands_alone(regrouping)
+    test_references_inside_the_page_hold_and_are_unique(regrouping)
+    test_plots_follow_the_colour_scheme_and_can_be_read_aloud(regrouping)
+
+
+def test_regrouping_is_summed_up(regrouping: Page) -> None:
+    """Pauses of 91 and 182 ms, steps of 455 ms."""
+    expected = {
+        "Plans made": "4", "Plans applied": "2", "Plans refused": "2", "Gain seen positive": "50%, 1 of 2",
+        "Median pause": "136 ms, 0.30 steps", "Clusterer restarts": "1",
+    }  # fmt: skip
+    assert {term: regrouping.facts.get(term) for term in expected} == expected
+
+
+def test_each_plan_and_decision_is_a_row(regrouping: Page) -> None:
+    table = regrouping.source[regrouping.source.index("Plans and decisions (7)") :]
+    table = table[: table.index("</table>")]
+    none = "–"
+    assert [re.findall(r"<td>(.*?)</td>", row) for row in table.split("</tr>")[1:-1]] == [
+        [
+            "100",
+            "applied",
+            "1",
+            "4",
+            "4,096,000",
+            "91.0",
+            "0.0100",
+            "0.0050",
+            "4.5000",
+            "4.2500",
+            "4.0000",
+            "gain by 1",
+        ],
+        ["205", "refused", "2", *3 * [none], "0.0200", *4 * [none], "late: takes effect at step 200, this is step 206"],
+        ["260", "applied", "2", "2", "4,096,000", "182.0", "0.0200", "-0.0010", "4.5000", "4.2500", none, "gain by 2"],
+        ["302", "none", *4 * [none], "0.0030", *4 * [none], "nothing to gain: best"],
+        ["310", "clusterer restarted", *9 * [none], ""],
+        ["320", "refused", *9 * [none], "malformed: &lt;b&gt;"],
+        ["330", "made", "3", *3 * [none], "0.0300", *4 * [none], "gain by 3"],
+    ]
+
+
+def test_the_flow_tells_who_moved(regrouping: Page) -> None:
+    """At first expert e of layer l is in cluster (7e + l) mod 4."""
+    said = {layer: regrouping.says[f"Membership in layer {layer}"].split("clusters. ")[1] for layer in (0, 1)}
+    assert said[0] == "version 2 at step 260: 4 from 0 to 3, 5 from 3 to 0"
+    assert said[1] == "version 1 at step 100: 0 from 1 to 0, 1 from 0 to 1, 2 from 3 to 2, 3 from 2 to 3"
+    assert ">v2</text>" in regrouping.plots["Membership in layer 0"]
+    assert ">v1</text>" not in regrouping.plots["Membership in layer 0"]
+
+
+def test_similarity_is_sorted_by_the_clusters_of_its_time(regrouping: Page) -> None:
+    clusters = [(7 * e + 1) % 4 for e in range(16)]
+    for when, inside, across, swap in (("before", 0.25, 0.125, ()), ("after", 0.5, -0.25, ((0, 1), (2, 3)))):
+        (then,) = swapped([clusters], 0, *swap)
+        order = ", ".join(str(e) for e in sorted(range(16), key=lambda e: (then[e], e)))
+        said = regrouping.says[f"Similarity {when} plan 1, layer 1"]
+        assert f"Mean inside clusters {inside:.3f}, across {across:.3f}. Experts by cluster: {order}" in said
+
+
+def test_purity_is_the_share_of_the_commonest_domain(regrouping: Page) -> None:
+    """Domain g has (g + 1) x 1000 tokens in a cluster of its own and (g + 1) x 100 in the others; 4 of 10 are domain 3's."""
+    assert "clusters 0.769, all tokens 0.400" in regrouping.says["Domain purity of clusters"]  # 10 of 13
+    assert ">plan applied</text>" in regrouping.plots["Domain purity of clusters"]
+
+
+def test_the_loss_around_a_plan_is_told_from_the_record_before(regrouping: Page) -> None:
+    loss = {line["step"]: line["loss"] for line in records(config()) if line["kind"] == "train"}
+    said = regrouping.says["Training loss around plans"]
+    assert f"plan 1 at 100 {loss[300] - loss[100]:+.4f}, plan 2 at 260 {loss[400] - loss[260]:+.4f}" in said
+
+
+def test_a_run_without_plans_says_nothing_of_regrouping(tmp_path: Path) -> None:
+    of = config()
+    without, empty = (
+        write_report(save(tmp_path / name, of, records(of)[:12], plans)).read_bytes()
+        for name, plans in (("without", None), ("empty", []))
+    )
+    assert without == empty and b"Regrouping" not in without
+
+
+def test_of_many_layers_those_that_change_most_are_drawn(tmp_path: Path) -> None:
+    first = [[0, 0, 1, 1] for _ in range(10)]
+    second = first
+    for layer in range(1, 10):
+        second = swapped(second, layer, (0, 2), *[(1, 3)] * (layer != 4))
+    lines = [
+        {"kind": "assignment", "step": 9 * v, "version": v, "assignment": a} for v, a in enumerate((first, second))
+    ]
+    page = Page(write_report(save(tmp_path, config(), lines, [{"kind": "plan", "step": 9, "what": "applied"}])))
+    assert page.titles == [f"Membership in layer {layer}" for layer in (1, 2, 3, 5, 6, 7, 8, 9)]
+    assert "2 more are left out" in page.text
+
+
+@given(st.data(), st.integers(1, 4), st.integers(1, 12), st.integers(1, 6))
+@settings(deadline=None)
+def test_an_expert_keeps_its_place_in_the_flow_until_it_moves(
+    data: st.DataObject, n: int, experts: int, versions: int
+) -> None:
+    row = st.lists(st.integers(0, n - 1), min_size=experts, max_size=experts)
+    clusters_VE = np.array(data.draw(st.lists(row, min_size=versions, max_size=versions)))
+    size_C = np.array([(clusters_VE == c).sum(1).max() for c in range(n)])
+    base_C = 100 * np.arange(n)
+    slot_VE = _slots(clusters_VE, base_C, size_C)
+    assert (slot_VE // 100 == clusters_VE).all() and (slot_VE % 100 < size_C[clusters_VE]).all()
+    assert all(len(set(slots)) == experts for slots in slot_VE.tolist())
+    stays = clusters_VE[1:] == clusters_VE[:-1]
+    assert (slot_VE[1:] == slot_VE[:-1])[stays].all()
+
+
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.just(10**400) | st.floats() | st.text(max_size=8)
+    | st.sampled_from(["<script>", "$\\frac$", "</td>"]),
+    lambda inside: st.lists(inside, max_size=3) | st.dictionaries(st.text(max_size=3), inside, max_size=3),
+    max_leaves=6,
+)  # fmt: skip
+
+
+def mostly(strategy: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    return strategy | strategy | strategy | ANYTHING
+
+
+PICTURES = st.fixed_dictionaries({
+    "layer": mostly(st.integers(0, 2)), "before": mostly(st.just([0, 1])), "after": mostly(st.just([1, 0])),
+    "matrix": mostly(st.lists(st.lists(mostly(st.floats()), min_size=2, max_size=2), min_size=2, max_size=2)),
+})  # fmt: skip
+VERSION = mostly(st.integers(0, 2))
+HOSTILE = st.fixed_dictionaries(
+    {
+        "kind": mostly(st.just("plan")), "step": mostly(st.integers(0, 60)) | st.just(10**400),
+        "what": mostly(st.sampled_from(["made", "applied", "refused", "none", "seen", "overlap over", "clusterer restarted"])),
+    },
+    optional={
+        "plan": mostly(st.fixed_dictionaries({"version": VERSION, "made_at_step": mostly(st.just(5)), "reason": ANYTHING})),
+        "version": VERSION, "similarity": mostly(PICTURES), "reason": ANYTHING, "gain": ANYTHING, "probe": ANYTHING,
+        "moves": ANYTHING, "bytes": ANYTHING, "pause_ms": ANYTHING, "probe_before": ANYTHING, "expected_gain": ANYTHING,
+    },
+)  # fmt: skip
+
+
+@given(st.lists(HOSTILE, max_size=8))
+@settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
+def test_no_record_of_plans_breaks_the_page(tmp_path: Path, plans: list[Record]) -> None:
+    of = config()
+    assignment = records(of)[0]["assignment"]
+    lines = [
+        {"kind": "assignment", "step": 0, "version": 0, "assignment": assignment},
+        *({"kind": "train", "step": step, "loss": 5.0, "step_ms": 400.0} for step in (10, 20, 30)),
+    ]
+    kept = [plan for plan in plans if isinstance(plan["step"], int)]
+    page = Page(write_report(save(tmp_path, of, lines, kept)))
+    assert "script" not in {tag for tag, _ in page.tags}
+    assert ("Regrouping" in page.source) == any(plan["kind"] == "plan" for plan in kept)
+
+
+@given(st.lists(HOSTILE.filter(lambda plan: isinstance(plan["step"], int)), max_size=12))
+@settings(deadline=None)
+def test_any_records_of_plans_are_decisions(plans: list[Record]) -> None:
+    rows = decisions(plans)
+    whats = [plan["what"] for plan in plans]
+    assert sum(row.outcome == "applied" for row in rows) == whats.count("applied")
+    assert sum(row.outcome == "refused" for row in rows) == whats.count("refused")
+    for row in rows:
+        assert isinstance(row.reason, str) and isinstance(row.outcome, str)
+        for picture in (row.before, row.after):
+            assert picture is None or np.nanmax(abs(picture.similarity_EE)) <= 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "kept"),
+    [
+        ({}, [[None, 0.5], [-0.5, None]]),
+        ({"matrix": [[9, 1e308], [-1e308, 9]]}, [[None, 1], [-1, None]]),
+        ({"matrix": [[1, None], [0.25, 1]]}, [[None, None], [0.25, None]]),
+        ({"matrix": [[1, None], [None, 1]]}, None),
+        ({"matrix": [[1, 0.5]]}, None),
+        ({"matrix": [[1, "x"], [{}, 1]]}, None),
+        ({"matrix": []}, None),
+        ({"before": [0.0, 1.0]}, None),
+        ({"before": [0, -1]}, None),
+        ({"before": [0, 10**9]}, None),
+        ({"before": [0, 10**30]}, None),
+        ({"before": [[0], [1]]}, None),
+        ({"before": 0}, None),
+        ({"layer": None}, None),
+    ],
+)
+def test_a_similarity_is_a_picture_or_nothing(changes: Record, kept: list[list[float | None]] | None) -> None:
+    shown = {"layer": 0, "matrix": [[1, 0.5], [-0.5, 1]], "before": [1, 0], "after": [0, 1]} | changes
+    (row,) = decisions([{"kind": "plan", "step": 1, "what": "made", "similarity": shown}])
+    if kept is None:
+        assert row.before is None
+    else:
+        assert row.before is not None
+        np.testing.assert_array_equal(row.before.similarity_EE, np.array(kept, dtype=float))
+
+
+def test_plans_that_cannot_be_read_are_named_but_for_a_last_line_cut_short(tmp_path: Path) -> None:
+    run = save(tmp_path, config(), [], [{"kind": "plan", "step": 1, "what": "clusterer restarted"}])
+    whole = (run / "plans.jsonl").read_text()
+    (run / "plans.jsonl").write_text(whole + "[" * 100_000)
+    assert Page(write_report(run)).facts["Clusterer restarts"] == "1"
+    (run / "plans.jsonl").write_text('{"kind": "pl\n' + whole)
+    with pytest.raises(ValueError, match=r"plans\.jsonl, line 1: not a JSON object"):
+        write_report(run)

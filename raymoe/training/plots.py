@@ -44,19 +44,23 @@ MARKED_EVENTS = 12
 
 def number(value: Any) -> float:
     """`value`, or NaN for null and all else that is not a finite number."""
-    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else math.nan
+    try:
+        return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else math.nan
+    except OverflowError:  # an integer that no float can hold
+        return math.nan
+
+
+def find(record: Any, *keys: str | int) -> float:
+    """The number under nested `keys`, NaN where there is none."""
+    try:
+        return number(reduce(getitem, keys, record))
+    except (KeyError, IndexError, TypeError):
+        return math.nan
 
 
 def column(records: Iterable[Record], *keys: str | int) -> np.ndarray:
     """The number under nested `keys` in each record, NaN where there is none. Shape [records]."""
-
-    def find(record: Any) -> float:
-        try:
-            return number(reduce(getitem, keys, record))
-        except (KeyError, IndexError, TypeError):
-            return math.nan
-
-    return np.array([find(record) for record in records])
+    return np.array([find(record, *keys) for record in records])
 
 
 def over_steps(records: Sequence[Record], *keys: str | int) -> Line:
@@ -81,9 +85,9 @@ def show(value: Any, form: str) -> str:
 
 def lines_plot(
     title: str, caption: str, unit: str, lines: Mapping[str, Line], *,
-    form: str = ".4g", from_zero: bool = False, events: Sequence[Record] = (),
+    form: str = ".4g", from_zero: bool = False, events: Sequence[Record] = (), since: str = "",
 ) -> str:  # fmt: skip
-    """Lines by name, with events marked on them. Nothing where no line has a value."""
+    """Lines by name over steps, or over steps `since` something; events are marked. Nothing where no line has a value."""
     lines = {name: line for name, line in lines.items() if np.isfinite(line[1]).any()}
     if not lines:
         return ""
@@ -91,14 +95,18 @@ def lines_plot(
     def draw(axes: Axes) -> str:
         for i, (name, (steps, values)) in enumerate(lines.items()):
             axes.plot(
-                steps, values, label=_label(name), color=SERIES[i % len(SERIES)], linewidth=1.6, markersize=4,
+                steps, values, label=plot_label(name), color=SERIES[i % len(SERIES)], linewidth=1.6, markersize=4,
                 linestyle=DASHES[i // len(SERIES) % len(DASHES)], marker=MARKERS[i % len(MARKERS)] if len(steps) <= 25 else "",
             )  # fmt: skip
         _mark_events(axes, events)
         axes.grid(color=GRID, linewidth=0.6)
         axes.set_ylabel(unit)
-        _step_axis(axes)
-        axes.set_xlim(left=0)
+        step_axis(axes)
+        if since:
+            axes.set_xlabel(f"steps since {since}")
+            axes.axvline(0, color=INK, linewidth=1)
+        else:
+            axes.set_xlim(left=0)
         if from_zero:
             top = max(float(np.nanmax(values)) for _, values in lines.values())
             axes.set_ylim(0, 1.08 * top if top > 0 else 1)
@@ -107,7 +115,7 @@ def lines_plot(
         _legend(axes)
         return f"{title}, at the end: " + ", ".join(f"{n} {show(last(v), form)}" for n, (_, v) in lines.items())
 
-    return _figure(title, caption, draw)
+    return plot_figure(title, caption, draw)
 
 
 def load_maps(trains: Sequence[Record], of: str, assignment_LE: Sequence[Sequence[int]] | None = None) -> list[str]:
@@ -144,7 +152,7 @@ def _load_map(title: str, steps: np.ndarray, share_TG: np.ndarray, clusters: Seq
     def draw(axes: Axes) -> str:
         mesh = axes.pcolormesh(edges, np.arange(groups + 1), load_GT, cmap=BALANCE, vmin=0, vmax=2, rasterized=True)
         axes.invert_yaxis()
-        _step_axis(axes)
+        step_axis(axes)
         if clusters:
             members = np.asarray(clusters)[order]
             borders = [0, *(np.flatnonzero(np.diff(members)) + 1), groups]
@@ -160,7 +168,7 @@ def _load_map(title: str, steps: np.ndarray, share_TG: np.ndarray, clusters: Seq
         end = ", ".join(f"{g} {show(x, '.2f')}" for g, x in zip(order, load_GT[:, -1], strict=True))
         return f"{title}, load relative to an even share at the end: {end}"
 
-    return _figure(title, "", draw)
+    return plot_figure(title, "", draw)
 
 
 def _domain_map(title: str, domains: Sequence[str], share_GC: np.ndarray, top: float) -> str:
@@ -170,7 +178,7 @@ def _domain_map(title: str, domains: Sequence[str], share_GC: np.ndarray, top: f
         axes.pcolormesh(share_GC, cmap=SHARE, vmin=0, vmax=top, edgecolor="#ffffff", linewidth=0.8)
         axes.invert_yaxis()
         axes.spines[:].set_visible(False)
-        axes.set_yticks(np.arange(n_domains) + 0.5, [_label(domain) for domain in domains])
+        axes.set_yticks(np.arange(n_domains) + 0.5, [plot_label(domain) for domain in domains])
         axes.set_xticks(np.arange(n_clusters) + 0.5, [str(c) for c in range(n_clusters)])
         axes.set_xlabel("cluster")
         size = 9 if n_clusters <= 8 else 6
@@ -180,13 +188,13 @@ def _domain_map(title: str, domains: Sequence[str], share_GC: np.ndarray, top: f
         rows = (f"{d}: " + ", ".join(show(s, ".0%") for s in row) for d, row in zip(domains, share_GC, strict=True))
         return f"{title}, share of each domain's tokens by cluster. " + "; ".join(rows)
 
-    return _figure(title, "", draw, height=0.9 + 0.36 * n_domains)
+    return plot_figure(title, "", draw, height=0.9 + 0.36 * n_domains)
 
 
 # What the plots have in common
 
 
-def _figure(title: str, caption: str, draw: Callable[[Axes], str], height: float = 3.1) -> str:
+def plot_figure(title: str, caption: str, draw: Callable[[Axes], str], height: float = 3.1) -> str:
     """A plot as an HTML figure. `draw` fills the axes and returns in words what they show."""
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # the reader's fonts will have it
@@ -213,14 +221,14 @@ def _figure(title: str, caption: str, draw: Callable[[Axes], str], height: float
     return f"<figure><h3>{html.escape(title)}</h3>{svg}{caption}</figure>"
 
 
-def _label(text: str) -> str:
+def plot_label(text: str) -> str:
     """`text` for a plot: one line, not too long, never read as mathematics nor, for its `_`, as hidden."""
     text = " ".join(text.encode(errors="replace").decode().split())
     text = (text if len(text) <= 28 else text[:27] + "…").replace("$", r"\$")
     return "\u200b" + text if text.startswith("_") else text
 
 
-def _step_axis(axes: Axes) -> None:
+def step_axis(axes: Axes) -> None:
     axes.set_xlabel("step")
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
@@ -248,4 +256,4 @@ def _mark_events(axes: Axes, events: Sequence[Record]) -> None:
     for i, what in enumerate(sorted(steps)):
         colour, dashes = SERIES[(2 + i) % len(SERIES)], DASHES[1 + i % 3]
         for n, step in enumerate(steps[what][-MARKED_EVENTS:]):
-            axes.axvline(step, label=None if n else _label(what), color=colour, linestyle=dashes, linewidth=1.3)
+            axes.axvline(step, label=None if n else plot_label(what), color=colour, linestyle=dashes, linewidth=1.3)

@@ -55,7 +55,7 @@ class Regrouping:
     ) -> None:
         self.config, self.sharded, self.position = config, sharded, position
         self.optimizer, self.gradients = optimizer, gradients
-        self.mailbox, self.log, self.probe = mailbox, log, probe
+        self.mailbox, self.log, self.probe = mailbox if config.regroups else None, log, probe
         self.recorder = Recorder(config, sharded, position.version, position.step)
         self.pending: RemapPlan | None = None
         self._offers: deque[RemapPlan] = deque()
@@ -95,6 +95,8 @@ class Regrouping:
         after = moved(before, plan.assignment)
         # A swap of two clusters between ranks relieves a rank that the load of late has made heavy.
         placed = [rebalance(p, row) for p, row in zip(sharded.placements, self._load_LC.tolist(), strict=False)]
+        relocated = sum(a != b for p, q in zip(sharded.placements, placed, strict=True)
+                        for a, b in zip(p.owners, q.owners, strict=True))  # fmt: skip
         sent = self._change(after, placed, refit=regroup.refit)
         position.version, position.overlap_from = plan.version, position.step
         position.forced |= plan.reason == "forced"
@@ -104,14 +106,16 @@ class Regrouping:
         changed = moves(before.assignment, plan.assignment)
         self.log(
             "applied", plan=plan.to_dict(), moves=len(changed), changes=[list(move) for move in changed],
-            bytes=self._total(sent), pause_ms=1000 * pause, probe_before=probe, probe_after=self.probe(),
+            relocated_clusters=relocated, bytes=self._total(sent), pause_ms=1000 * pause, probe_before=probe, probe_after=self.probe(),
         )  # fmt: skip
 
     def _drop(self) -> None:
         """The overlap is over: the ghosts go. A collective."""
+        started = time.perf_counter()
         kept = replace(self.position.membership, ghosts=({},) * self.config.model.layers)
         self._change(kept, self.sharded.placements)
-        self.log("overlap over", version=self.position.version, probe=self.probe())
+        pause = time.perf_counter() - started
+        self.log("overlap over", version=self.position.version, pause_ms=1000 * pause, probe=self.probe())
 
     def _change(self, after: Membership, placed: list[Any], **options: Any) -> int:
         moments, sent = remap(
@@ -225,10 +229,12 @@ class Regrouping:
     def _listen(self, answer: Any) -> None:
         """Note what the clusterer decided. It is not trusted: what is not an answer is refused."""
         try:
-            if not isinstance(answer, Answer):
+            if not isinstance(answer, Answer) or type(answer.step) is not int:
                 raise ValueError(f"{type(answer).__name__} is not an answer")
             for decision in answer.decisions:
                 self._note(dict(decision))
+            lag = self.position.step - answer.step if answer.step >= 0 else None
+            self.log("status", lag_steps=lag, refused_messages=int(answer.refused_messages))
         except (ValueError, TypeError, KeyError) as error:
             self._refuse(None, f"malformed: {error}")
             return
@@ -236,8 +242,6 @@ class Regrouping:
             self._resend = True
             self.log("clusterer restarted")
         self._incarnation = answer.incarnation
-        lag = self.position.step - answer.step if answer.step >= 0 else None
-        self.log("status", lag_steps=lag, refused_messages=answer.refused_messages)
 
     def _note(self, decision: dict[str, Any]) -> None:
         kind = decision.pop("kind")

@@ -1,4 +1,6 @@
-"""A run on one page: `report.html`, made from `config.json` and `metrics.jsonl` in the run's folder alone.
+"""A run on one page: `report.html`, made from what its folder records of it alone.
+
+That is `config.json`, `metrics.jsonl` and, where clusters were regrouped, `plans.jsonl`.
 
 The page needs no network, no script and no display.
 """
@@ -9,7 +11,7 @@ import html
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,16 +28,27 @@ from raymoe.training.plots import (
     over_steps,
     show,
 )
+from raymoe.training.regroup_plots import (
+    Decision,
+    decisions,
+    flows,
+    purity_plot,
+    remap_losses,
+    similarities,
+)
 
 LEVELS = ("experts", "clusters", "workers")
+OPEN_ROWS = 20
+"""Decisions up to which their table stands open."""
 
 
 def write_report(run: Path) -> Path:
     """Write `report.html` into the folder of a run, by atomic rename; returns its path.
 
-    Raises FileNotFoundError without a config.json, ValueError for one, or for metrics, that cannot be read.
+    Raises FileNotFoundError without a config.json, ValueError for one, ValueError for one, for metrics or for plans that cannot be read., that cannot be read.
     """
-    page = _page(_read_config(run / "config.json"), read_records(run / "metrics.jsonl"))
+    about = _read_config(run / "config.json")
+    page = _page(about, read_records(run / "metrics.jsonl"), read_records(run / "plans.jsonl"))
     path, partial = run / "report.html", run / ".report.html.partial"
     try:
         partial.write_text(page, encoding="utf-8", errors="replace")
@@ -61,7 +74,7 @@ def _read_config(path: Path) -> Record:
 
 
 def read_records(path: Path) -> list[Record]:
-    """The records of a `metrics.jsonl`; none where there is no file yet.
+    """The records of a `metrics.jsonl` or a `plans.jsonl`; none where there is no file yet.
 
     A last line that a killed worker left unfinished is passed over. Any other that is not a record raises ValueError.
     """
@@ -70,7 +83,7 @@ def read_records(path: Path) -> list[Record]:
     for n, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             record = None
         if isinstance(record, dict) and "kind" in record and isinstance(record.get("step"), int):
             records.append(record)
@@ -82,24 +95,22 @@ def read_records(path: Path) -> list[Record]:
 # The page
 
 
-def _page(about: Record, records: Sequence[Record]) -> str:
+def _page(about: Record, records: Sequence[Record], plans: Sequence[Record]) -> str:
     trains, validations, events = ([r for r in records if r["kind"] == k] for k in ("train", "validation", "event"))
-    assignments = [r["assignment"] for r in records if r["kind"] == "assignment"]
+    assignments = [r for r in records if r["kind"] == "assignment"]
     name = html.escape(str(about["config"].get("run", {}).get("name") or "run"))
-    facts = "".join(
-        f"<div><dt>{html.escape(term)}</dt><dd>{html.escape(value)}</dd></div>"
-        for term, value in _facts(about, trains, validations, events).items()
-    )
+    facts = _terms(_facts(about, trains, validations, events))
     return (
         f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>{name} · raymoe</title>'
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head><body>'
-        f"<header><p>raymoe training run</p><h1>{name}</h1><dl>{facts}</dl></header><main>"
+        f"<header><p>raymoe training run</p><h1>{name}</h1>{facts}</header><main>"
         + ("" if trains else "<p>No training step has been recorded yet.</p>")
         + _loss(trains, validations, events)
         + _schedule(trains)
         + _balance(trains)
-        + _loads(trains, assignments)
+        + _loads(trains, [r["assignment"] for r in assignments])
         + _domains(validations)
+        + _regrouping(plans, assignments, trains, validations)
         + _cost(trains)
         + _event_table(events)
         + _config_list(about["config"])
@@ -144,12 +155,23 @@ def _facts(
     return facts | {what: str(version) for what, version in (versions if isinstance(versions, dict) else {}).items()}
 
 
-def _section(title: str, figures: Sequence[str], lead: str = "") -> str:
-    """Nothing where there is no figure."""
-    if not any(figures):
+def _terms(facts: Mapping[str, str]) -> str:
+    items = (f"<div><dt>{html.escape(term)}</dt><dd>{html.escape(value)}</dd></div>" for term, value in facts.items())
+    return f"<dl>{''.join(items)}</dl>"
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    columns = "".join(f'<th scope="col">{html.escape(name)}</th>' for name in head)
+    cells = ("".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows)
+    return f"<table><tr>{columns}</tr>{''.join(f'<tr>{row}</tr>' for row in cells)}</table>"
+
+
+def _section(title: str, figures: Sequence[str], lead: str = "", more: str = "") -> str:
+    """Nothing where there is no figure and nothing `more`, which is HTML to stand before them."""
+    if not any(figures) and not more:
         return ""
     lead = f"<p>{html.escape(lead)}</p>" if lead else ""
-    return f'<section><h2>{title}</h2>{lead}<div class="figures">{"".join(figures)}</div></section>'
+    return f'<section><h2>{title}</h2>{lead}{more}<div class="figures">{"".join(figures)}</div></section>'
 
 
 def _loss(trains: Sequence[Record], validations: Sequence[Record], events: Sequence[Record]) -> str:
@@ -206,6 +228,63 @@ def _domains(validations: Sequence[Record]) -> str:
     return _section("Which domains each cluster serves", domain_maps(record), lead)
 
 
+def _regrouping(
+    plans: Sequence[Record], assignments: Sequence[Record], trains: Sequence[Record], validations: Sequence[Record]
+) -> str:
+    plans = [record for record in plans if record["kind"] == "plan"]
+    if not plans:
+        return ""
+    rows = decisions(plans)
+    applied = [row for row in rows if row.outcome == "applied"]
+    recorded = [record["step"] for record in (*assignments, *trains, *validations)]
+    marked = [row for row in applied if 0 <= row.step <= max(recorded, default=-1)]
+    membership, left_out = flows(assignments, max(recorded, default=0))
+    lead = f"Membership is drawn for the layers that change most, {left_out} more are left out." if left_out else ""
+    figures = [
+        *membership,
+        *similarities(rows),
+        purity_plot(validations, marked),
+        remap_losses(trains, marked),
+    ]
+    return _section("Regrouping", figures, lead, _terms(_plan_facts(plans, applied, trains)) + _plan_table(rows))
+
+
+def _plan_facts(plans: Sequence[Record], applied: Sequence[Decision], trains: Sequence[Record]) -> dict[str, str]:
+    facts = {
+        f"Plans {what}": f"{sum(r.get('what') == what for r in plans):,}" for what in ("made", "applied", "refused")
+    }
+    gains = [row.gain_seen for row in applied if not math.isnan(row.gain_seen)]
+    if gains:
+        rose = sum(gain > 0 for gain in gains)
+        facts["Gain seen positive"] = f"{rose / len(gains):.0%}, {rose} of {len(gains)}"
+    pauses = [row.pause_ms for row in applied if not math.isnan(row.pause_ms)]
+    if pauses:
+        pause, step = float(np.median(pauses)), column(trains, "step_ms")
+        steps = pause / float(np.nanmedian(step)) if np.isfinite(step).any() else math.nan
+        facts["Median pause"] = f"{pause:,.0f} ms, {show(steps, '.2f')} steps"
+    restarts = sum(record.get("what") == "clusterer restarted" for record in plans)
+    return facts | ({"Clusterer restarts": f"{restarts:,}"} if restarts else {})
+
+
+def _plan_table(rows: Sequence[Decision]) -> str:
+    if not rows:
+        return ""
+    columns = {
+        "version": ("version", ".0f"), "moves": ("moves", ",.0f"), "bytes": ("bytes", ",.0f"),
+        "pause ms": ("pause_ms", ",.1f"), "gain expected": ("gain_expected", ".4f"), "gain seen": ("gain_seen", ".4f"),
+        "probe before": ("probe_before", ".4f"), "probe after": ("probe_after", ".4f"),
+        "probe after overlap": ("probe_settled", ".4f"),
+    }  # fmt: skip
+
+    def row(decision: Decision) -> tuple[str, ...]:
+        numbers = (show(getattr(decision, field), form) for field, form in columns.values())
+        return f"{decision.step:,}", decision.outcome, *numbers, decision.reason
+
+    table = _table(("step", "outcome", *columns, "reason"), map(row, rows))
+    opened = " open" if len(rows) <= OPEN_ROWS else ""
+    return f'<details class="wide"{opened}><summary>Plans and decisions ({len(rows)})</summary>{table}</details>'
+
+
 def _cost(trains: Sequence[Record]) -> str:
     def plot(title: str, caption: str, unit: str, lines: dict[str, Line]) -> str:
         return lines_plot(title, caption, unit, lines, form=",.0f", from_zero=True)
@@ -226,17 +305,15 @@ def _event_table(events: Sequence[Record]) -> str:
     if not events:
         return ""
 
-    def row(event: Record) -> str:
+    def row(event: Record) -> tuple[str, ...]:
         rest = {key: value for key, value in event.items() if key not in ("kind", "step", "what")}
         details = (
             f"{key} {format(value, '.4g') if isinstance(value, float) else value}" for key, value in rest.items()
         )
-        cells = (f"{event['step']:,}", str(event.get("what")), ", ".join(details))
-        return f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in cells)}</tr>"
+        return f"{event['step']:,}", str(event.get("what")), ", ".join(details)
 
-    head = '<tr><th scope="col">step</th><th scope="col">what</th><th scope="col">details</th></tr>'
-    rows = "".join(map(row, events))
-    return f"<details><summary>Events ({len(events)})</summary><table>{head}{rows}</table></details>"
+    table = _table(("step", "what", "details"), map(row, events))
+    return f"<details><summary>Events ({len(events)})</summary>{table}</details>"
 
 
 def _config_list(config: Record) -> str:
@@ -277,4 +354,7 @@ th, td { padding: .3rem .75rem .3rem 0; border-bottom: 1px solid var(--grid); te
 th, td:not(:last-child) { font-variant-numeric: tabular-nums; white-space: nowrap; }
 td:last-child { width: 100%; }
 pre { overflow-x: auto; font-size: .85rem; }
+.wide { margin-bottom: 1rem; overflow-x: auto; }
+.wide th { vertical-align: bottom; white-space: normal; overflow-wrap: normal; }
+.wide td:last-child { min-width: 12rem; }
 """
