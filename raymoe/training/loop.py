@@ -78,6 +78,8 @@ class Trainer:
         self.checkpoints = Checkpointer(run / "checkpoints", config, self.sharded, self.optimizer)
         self.checkpoints.last_sealed = self.position.step if checkpoint else -1
         self.journal = Journal(run / "metrics.jsonl", self.position.step) if self.rank == 0 else None
+        self.window = Window()
+        self.skipped_in_a_row = 0
         self.plans = Journal(run / "plans.jsonl", self.position.step) if self.rank == 0 else None
         self.regrouping: Regrouping | None = None
         if config.model.experts == "clustered" and config.model.residual_width:
@@ -118,41 +120,14 @@ class Trainer:
     def train(self) -> dict[str, Any]:
         """Run to the last step or to an orderly stop. Returns where it stands."""
         train, position = self.config.train, self.position
-        window = Window()
         stopped = False
-        in_a_row = 0
         while position.step < train.steps and not stopped:
-            started = time.perf_counter()
-            if self.regrouping:
-                self.regrouping.before(position.step)
-            loss, norm, load, said = self.step(position.step)
-            position.step += 1
-            finite = math.isfinite(loss) and math.isfinite(norm)
-            if finite:
-                self.optimizer.step(learning_rate(train, position.step - 1))
-                self.balance(load, bias_rate(train, position.step - 1))
-                position.updates += 1
-                in_a_row = 0
-            else:
-                position.skipped += 1
-                in_a_row += 1
-                self.log("event", what="skipped", loss=loss, grad_norm=norm)
-                if in_a_row == SKIPS_IN_A_ROW:
-                    raise FloatingPointError(
-                        f"the loss was not finite for {in_a_row} steps in a row, up to step {position.step}: "
-                        "lower train.lr, or resume from an earlier checkpoint"
-                    )
-            if self.regrouping:
-                self.regrouping.hear(said.plan)
-                self.regrouping.after(load)
-            tokens = train.global_batch * self.config.model.context
-            position.tokens += tokens
-            window.add(loss if finite else None, norm, load, said.sent_bytes, tokens, time.perf_counter() - started)
+            said = self.advance()
             last = position.step == train.steps
             stopped = said.stop > 0
             if position.step % train.log_every == 0 or last or stopped:
-                self.report(window)
-                window = Window()
+                self.report(self.window)
+                self.window = Window()
             if self.checkpoints.unsealed and not said.pending:
                 self.settle(said.failed > 0)
             if (position.step % train.validate_every == 0 or last) and not stopped:
@@ -163,6 +138,38 @@ class Trainer:
         if stopped:
             self.log("event", what="stopped")
         return {"step": position.step, "stopped": stopped, "skipped": position.skipped}
+
+    def advance(self) -> Said:
+        """One step, with the regrouping before and after it. Raises FloatingPointError once too many were skipped."""
+        train, position = self.config.train, self.position
+        started = time.perf_counter()
+        if self.regrouping:
+            self.regrouping.before(position.step)
+        loss, norm, load, said = self.step(position.step)
+        position.step += 1
+        finite = math.isfinite(loss) and math.isfinite(norm)
+        if finite:
+            self.optimizer.step(learning_rate(train, position.step - 1))
+            self.balance(load, bias_rate(train, position.step - 1))
+            position.updates += 1
+            self.skipped_in_a_row = 0
+        else:
+            position.skipped += 1
+            self.skipped_in_a_row += 1
+            self.log("event", what="skipped", loss=loss, grad_norm=norm)
+            if self.skipped_in_a_row == SKIPS_IN_A_ROW:
+                raise FloatingPointError(
+                    f"the loss was not finite for {SKIPS_IN_A_ROW} steps in a row, up to step {position.step}: "
+                    "lower train.lr, or resume from an earlier checkpoint"
+                )
+        if self.regrouping:
+            self.regrouping.hear(said.plan)
+            self.regrouping.after(load)
+        tokens = train.global_batch * self.config.model.context
+        position.tokens += tokens
+        seconds = time.perf_counter() - started
+        self.window.add(loss if finite else None, norm, load, said.sent_bytes, tokens, seconds)
+        return said
 
     # One step.
 
