@@ -1,10 +1,11 @@
-"""The whole path on this machine: a Ray head, four trainings by real job submission, export, evaluation, one table.
+"""The whole path on this machine: a Ray head, four trainings by real job submission, export, evaluation, two tables.
 
     python jobs/demo.py [--root FOLDER] [--steps N]
 
 Trains `tiny` on the built-in corpus with 2 workers, the same tokens in the same order for each: clustered
 experts, flat experts, the clusters' bases alone (residual_width=0), and a flat model of as many parameters
-(E=C, K=1). Needs no download and no account. The head uses free ports and a folder of its own, and is ended
+(E=C, K=1). The clustered run regroups its experts as it trains: one plan is forced, so that there always is one;
+what became of each is shown. Needs no download and no account. The head uses free ports and a folder of its own, and is ended
 at the end. Exit status: 0 done, 1 if a job failed.
 """
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -23,12 +25,14 @@ from raymoe.config import default_root, preset
 from raymoe.storage.export import sizes
 from raymoe.storage.runs import artifact_folder, open_artifact, open_run, run_folder
 from raymoe.training.head import Head, head
+from raymoe.training.regroup_plots import decisions
+from raymoe.training.report import read_records
 
 HOUSE = Path(__file__).resolve().parent.parent
 CLUSTERS = preset("tiny").model.n_clusters
 
 VARIANTS = {
-    "clustered": [],
+    "clustered": [f"regroup.force={preset('tiny').regroup.burn_in}"],
     "flat": ["model.experts=flat"],
     "bases-alone": ["model.residual_width=0"],
     "flat-same-size": ["model.experts=flat", f"model.n_experts={CLUSTERS}", "model.experts_per_token=1"],
@@ -91,6 +95,24 @@ def show(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def regrouping(root: str, name: str) -> str:
+    """What became of each plan of a run."""
+    head_line = (
+        f"{'step':>5}{'outcome':>10}{'moves':>7}{'KB':>8}{'pause ms':>10}{'gain expected':>15}{'gain seen':>11}"
+        f"{'probe before':>14}{'after':>9}{'overlap over':>14}  reason"
+    )
+    lines = [head_line, "-" * len(head_line)]
+    for d in decisions(read_records(run_folder(root, name) / "plans.jsonl")):
+        number = lambda value, form: "-" if math.isnan(value) else format(value, form)  # noqa: E731
+        lines.append(
+            f"{d.step:>5}{d.outcome:>10}{number(d.moves, '.0f'):>7}{number(d.bytes / 1000, ',.0f'):>8}"
+            f"{number(d.pause_ms, '.0f'):>10}{number(d.gain_expected, '.4f'):>15}{number(d.gain_seen, '.4f'):>11}"
+            f"{number(d.probe_before, '.5f'):>14}{number(d.probe_after, '.5f'):>9}{number(d.probe_settled, '.5f'):>14}"
+            f"  {d.reason}"
+        )
+    return "\n".join(lines)
+
+
 def parser() -> argparse.ArgumentParser:
     parse = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parse.add_argument("--root", default=default_root(), help="where runs and exports go (default: %(default)s)")
@@ -145,6 +167,8 @@ def main() -> int:
     print(f"\n{tokens / 1e6:.1f} million training tokens each; perplexity per token on the whole validation set; "
           "bytes at rest: float16, the export FP16 + INT4; a2a: sent between workers, forward and backward\n")  # fmt: skip
     print(show([rows[0], exported, *rows[1:]]))
+    print("\nregrouping of the clustered run: plans made, applied or refused; probe: loss on a few held-out windows\n")
+    print(regrouping(root, names["clustered"]))
     print(f"\nreport   {run_folder(root, names['clustered']) / 'report.html'}")
     print(f"artifact {artifact}")
     print(f"took {time.monotonic() - started:.0f} s")

@@ -293,10 +293,10 @@ class Config:
         if self.regroups:
             lag, overlap = regroup.plan_lag, regroup.overlap
             _require(
-                lag + overlap < period,
-                "regroup.overlap",
-                overlap,
-                f"with plan_lag={lag} less than the period of {period} steps",
+                0 < lag < period - overlap,
+                "regroup.plan_lag",
+                lag,
+                f"at least 1, and with regroup.overlap={overlap} less than the period of {period} steps",
             )
             _require(
                 regroup.stats_every <= period,
@@ -307,6 +307,12 @@ class Config:
         if regroup.start == "dense":
             _require(
                 self.regroups, "regroup.start", "dense", "needs clustered experts with residuals, and a regroup.mode"
+            )
+            _require(
+                0 < regroup.burn_in < self.train.steps,
+                "regroup.burn_in",
+                regroup.burn_in,
+                f"a dense start is folded at its end, before train.steps={self.train.steps}",
             )
 
     def to_dict(self) -> dict[str, Any]:
@@ -436,9 +442,8 @@ def override(config: Config, assignments: typing.Iterable[str]) -> Config:
             near = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
             raise ValueError(f"unknown key {key!r}" + (f": did you mean {near[0]!r}?" if near else ""))
         changes.setdefault(section, {})[name] = _parse(key, _hints(section)[name], text)
-    for section, values in changes.items():
-        config = replace(config, **{section: replace(getattr(config, section), **values)})
-    return config
+    sections: dict[str, Any] = {s: replace(getattr(config, s), **values) for s, values in changes.items()}
+    return replace(config, **sections)
 
 
 def from_dict(data: Any) -> Config:

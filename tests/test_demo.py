@@ -15,7 +15,7 @@ HOUSE = Path(__file__).resolve().parent.parent
 
 
 @pytest.mark.soak
-def test_the_demo_ends_with_its_table(tmp_path: Path) -> None:
+def test_the_demo_ends_with_its_tables(tmp_path: Path) -> None:
     started = time.monotonic()
     line = [sys.executable, str(HOUSE / "jobs" / "demo.py"), "--root", str(tmp_path)]
     done = subprocess.run(line, capture_output=True, text=True, timeout=1500)
@@ -35,6 +35,12 @@ def test_the_demo_ends_with_its_table(tmp_path: Path) -> None:
         perplexity[label] = float(row[3])
     assert perplexity["clustered, exported INT4"] == pytest.approx(perplexity["clustered"], rel=0.02)
     assert all(2 < value < 1000 for value in perplexity.values())
+    plans = done.stdout[done.stdout.index("regrouping of") :]
+    forced = re.search(
+        r"^\s+\d+\s+applied\s+8\s+[\d,]+\s+[\d,]+ .* ([\d.]+)\s+([\d.]+)\s+[\d.]+\s+forced$", plans, re.MULTILINE
+    )
+    assert forced, f"no forced plan in\n{plans}"
+    assert float(forced[2]) == pytest.approx(float(forced[1]), rel=1e-3)  # bfloat16
     report = Path(re.findall(r"^report\s+(\S+)$", done.stdout, re.MULTILINE)[-1])
     assert report.stat().st_size > 50_000
     manifest = Path(re.findall(r"^artifact (\S+)$", done.stdout, re.MULTILINE)[-1]) / "manifest.json"

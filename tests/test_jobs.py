@@ -161,6 +161,59 @@ def test_a_killed_worker_a_stop_and_a_resume_lose_nothing(ray: Head, text: Path,
 
 
 @pytest.mark.ray
+def test_regrouping_outlives_its_clusterer_and_training_does_not_wait_for_it(
+    ray: Head, text: Path, tmp_path: Path
+) -> None:
+    """Plans are applied while it lives; killed it comes back; frozen it holds nothing up."""
+    run = tmp_path / "regrouped"
+    often = ["burn_in=10", "period=10", "plan_lag=4", "overlap=4", "stats_every=2", "min_gain=0", "force=10"]
+    options = [f"run.root={tmp_path}", f"data.path={text}", *QUICK, *(f"regroup.{value}" for value in often)]
+    begun = submit(
+        ray, "jobs/train.py", "tiny", "run.name=regrouped", "train.steps=100000", *options, name="regrouped", wait=False
+    )
+    assert begun.returncode == 0, begun.stderr
+
+    def plans(*what: str) -> list[dict[str, Any]]:
+        path = run / "plans.jsonl"
+        lines = path.read_text().split("\n")[:-1] if path.exists() else []
+        return [r for r in map(json.loads, lines) if r["what"] in what]
+
+    def clusterer() -> psutil.Process | None:
+        named = (p for p in psutil.process_iter(["cmdline"]) if "ray::Clusterer" in " ".join(p.info["cmdline"] or []))
+        return next((p for p in named if p.status() != psutil.STATUS_ZOMBIE), None)
+
+    first = until(lambda: plans("applied"), "a plan")[0]
+    assert first["plan"]["reason"] == "forced" and first["moves"] == 8 and first["bytes"] > 0
+    assert first["probe_after"] == pytest.approx(first["probe_before"], rel=1e-3)  # bfloat16
+    old = clusterer()
+    assert old is not None
+    old.send_signal(signal.SIGKILL)
+    until(lambda: plans("clusterer restarted"), "the clusterer's restart")
+    since = plans("clusterer restarted")[0]["step"]
+    until(lambda: [r for r in plans("made", "none") if r["step"] > since], "decisions after the restart")
+    frozen = until(clusterer, "the new clusterer")
+    assert frozen.pid != old.pid
+    frozen.send_signal(signal.SIGSTOP)
+    try:
+        at = steps(run)[-1]
+        until(lambda: steps(run)[-1] >= at + 40, "forty steps without an answer")
+        assert not [r for r in plans("made", "none") if r["step"] > at + 20]
+    finally:
+        frozen.send_signal(signal.SIGCONT)
+    at = steps(run)[-1]
+    until(lambda: [r for r in plans("made", "none", "refused") if r["step"] > at], "decisions after the thaw")
+
+    command = [str(Path(sys.executable).with_name("ray")), "job", "stop", "--address", ray.dashboard, "regrouped"]
+    subprocess.run(command, env=ray.environment, check=True, capture_output=True, timeout=180)
+    until(lambda: [r for r in records(run, "event") if r["what"] == "stopped"], "the stop")
+    until(lambda: clusterer() is None, "the clusterer's end")
+    assert not [r for r in records(run, "event") if r["what"] == "resumed"]
+    assert "Regrouping" in until(
+        lambda: (run / "report.html").exists() and (run / "report.html").read_text(), "the report"
+    )
+
+
+@pytest.mark.ray
 def test_an_interrupt_of_a_plain_run_checkpoints_and_says_how_to_go_on(text: Path, tmp_path: Path) -> None:
     """python jobs/train.py without a head: a local Ray is started, Ctrl-C stops at a step."""
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {

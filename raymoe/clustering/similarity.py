@@ -22,16 +22,16 @@ def similarity(stats: Statistics, kind: str, alpha: float) -> np.ndarray:
     untouched residual) is like no other. Raises NotSampled.
     """
     if kind == "counterfactual":
-        parameters_LEE = _cosine(_sampled(stats, "residual"))
+        parameters_LEE = cosine(_sampled(stats, "residual"))
         answer_LEE = _sampled(stats, "answer")
         centred_LEE = answer_LEE - answer_LEE.mean(1, keepdims=True)
         centred_LEE -= centred_LEE.mean(2, keepdims=True)
         # What centring leaves of equal answers is rounding, not an answer.
-        activations_LEE = _cosine(centred_LEE, 1e-12 * _squares(answer_LEE).max(1))
+        activations_LEE = cosine(centred_LEE, 1e-12 * _squares(answer_LEE).max(1))
     elif kind == "paper":
-        parameters_LEE = _cosine(_sampled(stats, "weight"))
+        parameters_LEE = cosine(_sampled(stats, "weight"))
         # The cosine of sums is that of means: counts cancel.
-        activations_LEE = _cosine(stats.input_sum_LED @ stats.input_sum_LED.swapaxes(1, 2))
+        activations_LEE = cosine(stats.input_sum_LED @ stats.input_sum_LED.swapaxes(1, 2))
     else:
         raise ValueError(f"similarity={kind!r} is not allowed: counterfactual or paper")
     return alpha * parameters_LEE + (1 - alpha) * activations_LEE
@@ -52,7 +52,7 @@ def _squares(gram_LEE: np.ndarray) -> np.ndarray:
     return gram_LEE.diagonal(axis1=1, axis2=2)
 
 
-def _cosine(gram_LEE: np.ndarray, floor_L: np.ndarray | float = 0.0) -> np.ndarray:
+def cosine(gram_LEE: np.ndarray, floor_L: np.ndarray | float = 0.0) -> np.ndarray:
     """Inner products as cosines; vectors whose square is at most the floor count as zero."""
     squares_LE = _squares(gram_LEE)
     is_vector_LE = squares_LE > np.reshape(floor_L, (-1, 1))

@@ -224,9 +224,14 @@ class FlatExperts(nn.Module):
         self.register_buffer("expert_load", torch.zeros(model.n_experts, dtype=torch.int64), persistent=False)
         self.served = 0
         self.auxiliary: Tensor | None = None
+        self.sampled_rows: Tensor | None = None
+        """Positions of the rows that the next forward keeps in `samples`."""
+        self.samples: list[Tensor] = []
 
     def forward(self, x_TD: Tensor, *, auxiliary: bool = False) -> Tensor:
         rows = x_TD.to(compute_dtype(x_TD))
+        if self.sampled_rows is not None:
+            self.samples.append(rows.detach()[self.sampled_rows])
         choice = self.router(rows)
         self.auxiliary = auxiliary_loss(choice, self.model.n_experts) if auxiliary else None
         self.expert_load += torch.bincount(choice.index.flatten(), minlength=self.model.n_experts)

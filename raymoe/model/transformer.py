@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -234,8 +235,10 @@ class Transformer(nn.Module):
             view.copy_(tensors[key])
 
     @torch.no_grad()
-    def initialise(self, seed: int) -> None:
+    def initialise(self, seed: int, *, common: bool = False) -> None:
         """Draw each logical tensor from its own stream, so that the result depends on seed and key alone.
+
+        `common`: all experts of a layer start with the same matrices; their router rows differ.
 
         Matrices: normal with std 1/√fan-in; those that write to the residual stream 1/√(2·layers) of that;
         norms one, biases zero, embeddings and routers std 0.02.
@@ -252,7 +255,8 @@ class Transformer(nn.Module):
                 std *= quieter
             if leaf in RESIDUALS and leaf.endswith("out"):
                 std *= RESIDUAL_START
-            digest = hashlib.sha256(f"{seed}/{key}".encode()).digest()
+            stream = re.sub(r"\.experts\.\d+\.", ".experts.", key) if common else key
+            digest = hashlib.sha256(f"{seed}/{stream}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
             values = torch.empty(views[key].shape).normal_(0.0, std, generator=generator)
             views[key].copy_(values)

@@ -1,7 +1,4 @@
-"""Inner products of all experts of a layer, wherever they are held: of their residuals, their answers, their weights.
-
-Layer l is worked out by rank l mod world, to which the others send what they hold of it, in one all-to-all.
-"""
+"""Inner products of all experts of a layer, wherever they are held: of their residuals, their answers, their weights."""
 
 from __future__ import annotations
 
@@ -10,11 +7,11 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from raymoe.model.experts import ClusteredExperts, Member, members
+from raymoe.model.experts import ClusteredExperts, Member
 from raymoe.model.fused import RESIDUALS
+from raymoe.parallel.by_layer import collect, experts_of, spoken_for
 from raymoe.parallel.remap import BASES, shapes
 from raymoe.parallel.sharded import Sharded
 
@@ -31,18 +28,14 @@ def grams(
     answer: of what experts add to their bases' answers on the rows `samples_LND` [L, N, D], per row.
     weight: of whole matrices, base and residual together (paper equation 1).
     """
-    model, world = sharded.transformer.model, sharded.world
+    model = sharded.transformer.model
     n_layers, n = model.layers, samples_LND.shape[1]
     ffns: list[ClusteredExperts] = sharded.transformer.ffns  # type: ignore[assignment]
 
     def held(rank: int, layer: int) -> tuple[list[int], list[int]]:
         """The clusters of a layer that a rank speaks for, and their experts."""
-        if not sharded.placements:
-            clusters = list(range(model.n_clusters))
-        else:
-            placement = sharded.placements[layer]
-            clusters = [c for c in placement.held(rank) if placement.owners[c][0] == rank]
-        return clusters, [member.expert for c in clusters for member in members(assignment[layer], {}, c)]
+        clusters = spoken_for(sharded, rank, layer)
+        return clusters, experts_of(clusters, assignment[layer])
 
     def parcel(layer: int) -> list[Tensor]:
         """What this rank sends of a layer: for each expert answers and factors, for each cluster bases."""
@@ -56,7 +49,7 @@ def grams(
         if weights:
             bases = [ffn.dispatch.held.index(c) for c in clusters]
             tensors += [getattr(ffn, name).detach()[bases] for name in BASES]
-        return [t.float().flatten() for t in tensors]
+        return [t.float() for t in tensors]
 
     sizes = shapes(ffns[0], "experts.0", ()) | shapes(ffns[0], "clusters.0", ())
     sizes = {"answer": (n, model.d_model)} | {name: sizes[name] for name in (*RESIDUALS, *(BASES if weights else ()))}
@@ -68,29 +61,19 @@ def grams(
             for name, size in sizes.items()
         )
 
-    mine = range(sharded.rank, n_layers, world)
-    sent = [t for rank in range(world) for layer in range(rank, n_layers, world) for t in parcel(layer)]
-    buffer = torch.cat(sent) if sent else samples_LND.new_empty(0)
-    if world > 1:
-        send = [sum(volume(sharded.rank, i) for i in range(rank, n_layers, world)) for rank in range(world)]
-        receive = [sum(volume(rank, i) for i in mine) for rank in range(world)]
-        arrived = buffer.new_empty(sum(receive))
-        dist.all_to_all_single(arrived, buffer, receive, send)
-        buffer = arrived
     whole: dict[int, dict[str, Tensor]] = {}
-    for layer in mine:
+    for layer, parts in collect(sharded, parcel, volume, samples_LND).items():
         whole[layer] = {
-            name: buffer.new_zeros(model.n_clusters if name in BASES else model.n_experts, *size)
+            name: samples_LND.new_zeros(model.n_clusters if name in BASES else model.n_experts, *size)
             for name, size in sizes.items()
         }
-    start = 0
-    for rank in range(world):
-        for layer in mine:
+        for rank, part in enumerate(parts):
             clusters, experts = held(rank, layer)
+            start = 0
             for name, size in sizes.items():
                 index = clusters if name in BASES else experts
                 count = len(index) * torch.Size(size).numel()
-                whole[layer][name][index] = buffer[start : start + count].view(len(index), *size)
+                whole[layer][name][index] = part[start : start + count].view(len(index), *size)
                 start += count
     shape = (n_layers, model.n_experts, model.n_experts)
     out: dict[str, Any] = {name: np.zeros(shape) for name in ("residual", "answer", *(["weight"] if weights else []))}

@@ -12,6 +12,7 @@ import math
 import os
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +25,9 @@ from raymoe.config import Config
 from raymoe.data import Batch, Corpus
 from raymoe.evaluation import load_cv, load_max_vio
 from raymoe.metrics import TrainingMetrics
+from raymoe.model.experts import FlatExperts
 from raymoe.model.loss import linear_cross_entropy
+from raymoe.parallel.fold import fold
 from raymoe.parallel.gradients import Gradients
 from raymoe.parallel.sharded import shard
 from raymoe.training.journal import Journal
@@ -63,31 +66,22 @@ class Trainer:
         mailbox: Mailbox | None = None,
     ) -> None:
         self.config, self.corpus, self.run, self.metrics, self.device = config, corpus, run, metrics, device
+        self.mailbox = mailbox
         checkpoint, passed_over = find(run / "checkpoints")
         self.position = Position.of(checkpoint) if checkpoint else Position.start(config)
-        membership = self.position.membership
-        self.sharded = shard(config.model, membership.assignment, membership.ghosts)
-        self.rank, self.world = self.sharded.rank, self.sharded.world
-        self.model = self.sharded.transformer.to(device)
-        self.gradients = Gradients(self.sharded)
-        self.optimizer = Optimizer(self.model, config.train)
-        if checkpoint:
-            restore(checkpoint, self.sharded, self.optimizer)
-        else:
-            self.model.initialise(config.run.seed)
-        self.checkpoints = Checkpointer(run / "checkpoints", config, self.sharded, self.optimizer)
-        self.checkpoints.last_sealed = self.position.step if checkpoint else -1
-        self.journal = Journal(run / "metrics.jsonl", self.position.step) if self.rank == 0 else None
         self.window = Window()
         self.skipped_in_a_row = 0
-        self.plans = Journal(run / "plans.jsonl", self.position.step) if self.rank == 0 else None
-        self.regrouping: Regrouping | None = None
-        if config.model.experts == "clustered" and config.model.residual_width:
-            self.regrouping = Regrouping(
-                config, self.sharded, self.optimizer, self.gradients, self.position, mailbox, self.log_plan, self.probe
-            )
-            if checkpoint:
+        self.hold()
+        self.rank, self.world = self.sharded.rank, self.sharded.world
+        if checkpoint:
+            restore(checkpoint, self.sharded, self.optimizer)
+            self.checkpoints.last_sealed = self.position.step
+            if self.regrouping:
                 self.regrouping.recorder.restore(checkpoint)
+        else:
+            self.model.initialise(config.run.seed, common=not self.position.folded)
+        self.journal = Journal(run / "metrics.jsonl", self.position.step) if self.rank == 0 else None
+        self.plans = Journal(run / "plans.jsonl", self.position.step) if self.rank == 0 else None
         for reason in passed_over:
             self.log("event", what="checkpoint passed over", reason=reason)
         if checkpoint:
@@ -99,7 +93,22 @@ class Trainer:
                 checkpoint=str(checkpoint.folder),
             )
         else:
-            self.log("assignment", version=self.position.version, assignment=membership.assignment)
+            self.log("assignment", version=self.position.version, assignment=self.position.membership.assignment)
+
+    def hold(self) -> None:
+        """Make room for what this rank holds of the model as it stands, uninitialised. A collective."""
+        config, membership = self.position.config_now(self.config), self.position.membership
+        self.sharded = shard(config.model, membership.assignment, membership.ghosts)
+        self.model = self.sharded.transformer.to(self.device)
+        self.gradients = Gradients(self.sharded)
+        self.optimizer = Optimizer(self.model, config.train)
+        self.checkpoints = Checkpointer(self.run / "checkpoints", self.config, self.sharded, self.optimizer)
+        self.regrouping: Regrouping | None = None
+        if config.model.experts == "clustered" and config.model.residual_width:
+            self.regrouping = Regrouping(
+                config, self.sharded, self.optimizer, self.gradients, self.position, self.mailbox, self.log_plan,
+                self.probe,
+            )  # fmt: skip
 
     def log(self, kind: str, **fields: Any) -> None:
         """One record: to this worker's metrics, and from rank 0 to the run's journal."""
@@ -143,6 +152,8 @@ class Trainer:
         """One step, with the regrouping before and after it. Raises FloatingPointError once too many were skipped."""
         train, position = self.config.train, self.position
         started = time.perf_counter()
+        if not position.folded and position.step >= self.config.regroup.burn_in:
+            self.fold()
         if self.regrouping:
             self.regrouping.before(position.step)
         loss, norm, load, said = self.step(position.step)
@@ -275,7 +286,7 @@ class Trainer:
     @torch.no_grad()
     def validate(self, *, whole: bool) -> None:
         """Loss over held-out windows, per domain, and which cluster serves which domain."""
-        train, model = self.config.train, self.config.model
+        train, model = self.config.train, self.model.model
         limit = None if whole else train.validate_windows
         total = self.corpus.validation_windows(model.context, limit)
         domains = len(self.corpus.domains)
@@ -335,6 +346,53 @@ class Trainer:
         self.model.take_load()
         self.sharded.meter.take()
         return (sums[0] / sums[1]).item()
+
+    def fold(self) -> None:
+        """The burn-in of a dense start is over: independent experts become clusters. A collective."""
+        config, position = self.config, self.position
+        self.drain()  # the checkpoint being written is of the model that was
+        before = self.probe()
+        started = time.perf_counter()
+        assignment, tensors = fold(
+            self.sharded, self.optimizer.moments(), self.sample(config.regroup.sample), clustered=config.model,
+            alpha=config.regroup.alpha, seed=config.run.seed,
+        )  # fmt: skip
+        position.membership, position.folded = replace(position.membership, assignment=assignment), True
+        sealed = self.checkpoints.last_sealed
+        self.hold()
+        self.checkpoints.last_sealed = sealed
+        with torch.no_grad():
+            for key, view in (self.model.logical() | self.optimizer.logical()).items():
+                view.copy_(tensors[key])
+        self.optimizer.restore(position.updates)
+        pause = time.perf_counter() - started
+        self.log_plan("folded", pause_ms=1000 * pause, probe_before=before, probe_after=self.probe())
+        self.log("assignment", version=position.version, assignment=assignment)
+
+    @torch.no_grad()
+    def sample(self, count: int) -> Tensor:
+        """About `count` inputs of each layer [L, N, D] from the next step's batch, the same on all ranks. A collective."""
+        train, context = self.config.train, self.config.model.context
+        grain = self.rank % (train.global_batch // train.grain)
+        batch = self.corpus.batch(
+            seed=self.config.run.seed, step=self.position.step, global_batch=train.global_batch, context=context,
+            rows=range(grain * train.grain, (grain + 1) * train.grain),
+        )  # fmt: skip
+        each = max(1, count // self.world)
+        ffns = [ffn for ffn in self.model.ffns if isinstance(ffn, FlatExperts)]
+        for ffn in ffns:
+            ffn.sampled_rows = torch.arange(each) * (train.grain * context) // each
+        with self.autocast():
+            self.model.hidden(self.tensors(batch)[0])
+        rows = torch.zeros(len(ffns), self.world, each, self.config.model.d_model, device=self.device)
+        for row, ffn in zip(rows, ffns, strict=True):
+            row[self.rank] = ffn.samples.pop().to(rows)
+            ffn.sampled_rows = None
+        if self.world > 1:
+            dist.all_reduce(rows)
+        self.model.take_load()
+        self.sharded.meter.take()
+        return rows.flatten(1, 2)
 
     def checkpoint(self) -> None:
         if self.checkpoints.unsealed:  # the last one is still being written: training is faster than the disk

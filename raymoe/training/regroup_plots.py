@@ -80,7 +80,7 @@ def decisions(plans: Sequence[Record]) -> list[Decision]:
     for record in plans:
         what, plan = record.get("what"), record.get("plan")
         key = find(plan, "version"), find(plan, "made_at_step")
-        if what in ("made", "none", "clusterer restarted"):
+        if what in ("made", "none", "folded", "clusterer restarted"):
             row = Decision(reason=_text(record, "reason") or _text(plan, "reason"))
             row.gain_expected = find(plan if what == "made" else record, "expected_gain")
             row.before = _picture(record.get("similarity"), "before")

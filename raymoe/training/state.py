@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,8 @@ class Position:
     membership: Membership = Membership((), ())
     overlap_from: int = 0
     """The step from which the ghosts of the membership fade, where it has any."""
+    folded: bool = True
+    """Whether experts are in clusters: false until the burn-in of a run that starts dense has ended."""
     forced: bool = False
     """Whether the plan that `regroup.force` asks for was applied."""
     validation: dict[int, float] = field(default_factory=dict)
@@ -46,9 +48,10 @@ class Position:
             "assignment": self.membership.assignment,
             "ghosts": [sorted(row.items()) for row in self.membership.ghosts],
             "overlap_from": self.overlap_from,
+            "folded": self.folded,
             "forced": self.forced,
             "validation": {str(step): loss for step, loss in self.validation.items() if math.isfinite(loss)},
-            "config": config.to_dict(),
+            "config": self.config_now(config).to_dict(),
         }
 
     @classmethod
@@ -57,13 +60,22 @@ class Position:
         membership = Membership(tuple(map(tuple, meta["assignment"])), tuple(dict(row) for row in meta["ghosts"]))
         return cls(
             checkpoint.step, meta["updates"], meta["tokens"], meta["skipped"], meta["version"], membership,
-            meta["overlap_from"], meta["forced"], {int(step): loss for step, loss in meta["validation"].items()},
+            meta["overlap_from"], meta["folded"], meta["forced"], {int(step): loss for step, loss in meta["validation"].items()},
         )  # fmt: skip
 
     @classmethod
     def start(cls, config: Config) -> Position:
         """Before the first step."""
-        return cls(membership=Membership(config.model.default_assignment(), ({},) * config.model.layers))
+        membership = Membership(config.model.default_assignment(), ({},) * config.model.layers)
+        return cls(membership=membership, folded=config.regroup.start == "factored")
+
+    def config_now(self, config: Config) -> Config:
+        """The run's config as its model stands: flat until it is folded."""
+        if self.folded:
+            return config
+        return replace(
+            config, model=replace(config.model, experts="flat"), regroup=replace(config.regroup, start="factored")
+        )
 
 
 def find(folder: Path) -> tuple[Checkpoint | None, list[str]]:

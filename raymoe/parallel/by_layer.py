@@ -1,0 +1,51 @@
+"""Work that needs all of a layer's experts in one place: layer l is done by rank l mod world."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from raymoe.model.experts import Ghosts, members
+from raymoe.parallel.sharded import Sharded
+
+
+def spoken_for(sharded: Sharded, rank: int, layer: int) -> list[int]:
+    """The groups of a layer (clusters, or experts of a flat model) that a rank holds as the first of their owners."""
+    model = sharded.transformer.model
+    if not sharded.placements:
+        return list(range(model.n_clusters if model.experts == "clustered" else model.n_experts))
+    placement = sharded.placements[layer]
+    return [g for g in placement.held(rank) if placement.owners[g][0] == rank]
+
+
+def experts_of(clusters: Sequence[int], assignment: Sequence[int], ghosts: Ghosts | None = None) -> list[int]:
+    """The experts of these clusters, in the order in which a rank holds them."""
+    return [member.expert for c in clusters for member in members(assignment, ghosts or {}, c)]
+
+
+def collect(
+    sharded: Sharded, parcel: Callable[[int], Sequence[Tensor]], volume: Callable[[int, int], int], like: Tensor
+) -> dict[int, list[Tensor]]:
+    """For each layer of this rank what every rank sent of it, flat, by rank. One all-to-all.
+
+    parcel(layer): this rank's tensors of a layer; volume(rank, layer): how many numbers they are.
+    """
+    world, n_layers = sharded.world, sharded.transformer.model.layers
+    mine = range(sharded.rank, n_layers, world)
+    sent = [t.flatten() for rank in range(world) for layer in range(rank, n_layers, world) for t in parcel(layer)]
+    buffer = torch.cat(sent) if sent else like.new_empty(0)
+    if world > 1:
+        send = [sum(volume(sharded.rank, i) for i in range(rank, n_layers, world)) for rank in range(world)]
+        receive = [sum(volume(rank, i) for i in mine) for rank in range(world)]
+        arrived = like.new_empty(sum(receive))
+        dist.all_to_all_single(arrived, buffer, receive, send)
+        buffer = arrived
+    parts = iter(buffer.split([volume(rank, i) for rank in range(world) for i in mine]))
+    out: dict[int, list[Tensor]] = {i: [] for i in mine}
+    for _ in range(world):
+        for i in mine:
+            out[i].append(next(parts))
+    return out

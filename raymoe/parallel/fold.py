@@ -1,0 +1,181 @@
+"""Independent experts become clusters: by similarity, each a mean base and residuals by truncated SVD.
+
+The paper's way (arXiv 2510.02345, sections 3.1 and 3.2), for experts that grew from one initialisation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from raymoe.clustering.kmeans import balanced_kmeans, embed
+from raymoe.clustering.plan import improve
+from raymoe.clustering.similarity import cosine
+from raymoe.config import ModelSection
+from raymoe.model.experts import FlatExperts
+from raymoe.model.lowrank import factor
+from raymoe.parallel.by_layer import collect, spoken_for
+from raymoe.parallel.sharded import Sharded
+
+MATRICES = ("gate", "up", "down")
+
+
+@torch.no_grad()
+def fold(
+    sharded: Sharded,
+    moments: Mapping[str, Mapping[str, Tensor]],
+    samples_LND: Tensor,
+    *,
+    clustered: ModelSection,
+    alpha: float,
+    seed: int,
+) -> tuple[tuple[tuple[int, ...], ...], dict[str, Tensor]]:
+    """The assignment [L][E] and every tensor of the clustered model by logical key, with `moments.m.…` and `.v.…`.
+
+    sharded: a flat model; moments by kind and parameter name; samples_LND [L, N, D]: inputs of its
+    layers, the same on all ranks. Balanced k-means over `alpha` · cos(W_i − mean, W_j − mean) + the rest ·
+    cos of the answers on the samples, mean removed. Moments of a base are the mean of its experts', those
+    of residuals and of the stage-1 router start at zero. A collective.
+    """
+    model = sharded.transformer.model
+    d, f = model.d_model, model.d_expert
+    ffns: list[FlatExperts] = sharded.transformer.ffns  # type: ignore[assignment]
+    kinds = list(moments)
+    sizes = {"gate": (d, f), "up": (d, f), "down": (f, d)}
+    sizes |= {f"{kind}.{name}": sizes[name] for kind in kinds for name in MATRICES}
+    per_expert = sum(torch.Size(size).numel() for size in sizes.values())
+
+    def parcel(layer: int) -> list[Tensor]:
+        ffn = ffns[layer]
+        at = [ffn.dispatch.held.index(e) for e in spoken_for(sharded, sharded.rank, layer)]
+        stacks = {name: getattr(ffn, name).detach() for name in MATRICES}
+        for kind in kinds:
+            stacks |= {f"{kind}.{name}": moments[kind][f"layers.{layer}.ffn.{name}"] for name in MATRICES}
+        return [stacks[name][i].float() for i in at for name in sizes]
+
+    parts = collect(sharded, parcel, lambda rank, i: per_expert * len(spoken_for(sharded, rank, i)), samples_LND)
+    assignment: list[tuple[int, ...]] = []
+    out: dict[str, Tensor] = {}
+    trunk = {key for key, _, index, _ in sharded.transformer.slices() if index is None}
+    for key in trunk - {f"layers.{i}.router.{leaf}" for i in range(model.layers) for leaf in ("weight", "bias")}:
+        out[key] = sharded.transformer.logical()[key]
+        for kind in kinds:
+            out[f"moments.{kind}.{key}"] = sharded.transformer.logical(moments[kind])[key]
+    for layer, ffn in enumerate(ffns):
+        prefix = f"layers.{layer}."
+        folded: dict[str, Tensor] = {}
+        if layer in parts:
+            experts: dict[int, dict[str, Tensor]] = {}
+            for rank, part in enumerate(parts[layer]):
+                for e, flat in zip(spoken_for(sharded, rank, layer), part.split(per_expert), strict=True):
+                    numbers = flat.split([torch.Size(size).numel() for size in sizes.values()])
+                    experts[e] = {n: x.view(size) for (n, size), x in zip(sizes.items(), numbers, strict=True)}
+            stacked = {name: torch.stack([experts[e][name] for e in range(model.n_experts)]) for name in sizes}
+            folded = _layer(stacked, ffn, samples_LND[layer], clustered, alpha, seed)
+        folded = _broadcast(folded, layer % sharded.world, ffn, clustered, kinds)
+        assignment.append(tuple(folded.pop("assignment").long().tolist()))
+        for key, value in folded.items():
+            kind, dot, rest = key.partition("|")
+            out[f"moments.{kind}.{prefix}{rest}" if dot else prefix + key] = value
+        _routers(
+            out, prefix, ffn, {k: moments[k][f"{prefix}ffn.router.weight"] for k in kinds}, assignment[-1], clustered
+        )
+    return tuple(assignment), out
+
+
+def _layer(
+    stacked: Mapping[str, Tensor],
+    ffn: FlatExperts,
+    samples_ND: Tensor,
+    clustered: ModelSection,
+    alpha: float,
+    seed: int,
+) -> dict[str, Tensor]:
+    """One layer's assignment, bases and residuals with moments (`m|KEY`), from the experts' stacks [E, …]."""
+    n_experts, n_clusters = clustered.n_experts, clustered.n_clusters
+    x = samples_ND.to(stacked["gate"])
+    hidden = F.silu(x @ stacked["gate"]) * (x @ stacked["up"])
+    answers = (hidden @ stacked["down"]).flatten(1)
+    weights = torch.cat([stacked[name].flatten(1) for name in MATRICES], 1)
+    alike = lambda rows: cosine((rows @ rows.t()).double().cpu().numpy()[None])[0]  # noqa: E731
+    # The common initialisation is in all weights and says nothing: the mean goes first.
+    weights, answers = weights - weights.mean(0), answers - answers.mean(0)
+    S_EE = alpha * alike(weights) + (1 - alpha) * alike(answers)
+    sizes = np.bincount(np.arange(n_experts) * n_clusters // n_experts, minlength=n_clusters)
+    found = balanced_kmeans(embed(S_EE), sizes, None, seed)
+    load = np.zeros(n_experts)
+    found, _ = improve(S_EE, found, load, proposal_E=found, max_moves=n_experts, load_weight=0.0, n_clusters=n_clusters)
+    assignment = torch.from_numpy(np.asarray(found)).to(x.device)
+    out = {"assignment": assignment.to(x)}
+    # p(cluster | x) multiplies what the flat layer weighted by 1 in all: the down projections make up for it.
+    up_C = _mean_router(ffn.router.weight.detach(), assignment, n_clusters)
+    scale = 1 / (
+        clustered.gate_scale * (x @ up_C.t()).softmax(-1).topk(clustered.clusters_per_token).values.sum(-1).mean()
+    )
+    for name in MATRICES:
+        factor_of = scale if name == "down" else 1.0
+        for c in range(n_clusters):
+            cluster = assignment == c
+            base = stacked[name][cluster].mean(0)
+            out[f"clusters.{c}.base_{name}"] = base * factor_of
+            for kind in ("m", "v"):
+                out[f"{kind}|clusters.{c}.base_{name}"] = stacked[f"{kind}.{name}"][cluster].mean(0)
+            for e in cluster.nonzero().flatten().tolist():
+                first, second = factor((stacked[name][e] - base) * factor_of, clustered.residual_width)
+                out[f"experts.{e}.{name}_in"], out[f"experts.{e}.{name}_out"] = first, second
+                for kind in ("m", "v"):
+                    out[f"{kind}|experts.{e}.{name}_in"] = torch.zeros_like(first)
+                    out[f"{kind}|experts.{e}.{name}_out"] = torch.zeros_like(second)
+    return out
+
+
+def _mean_router(weight_ED: Tensor, assignment: Tensor, n_clusters: int) -> Tensor:
+    """u_c [C, D]: the mean row of a cluster's experts; softmax over clusters then is about the mass of theirs."""
+    one_hot = F.one_hot(assignment, n_clusters).to(weight_ED)
+    return one_hot.t() @ weight_ED / one_hot.sum(0)[:, None].clamp(min=1)
+
+
+def _broadcast(
+    folded: Mapping[str, Tensor], source: int, ffn: FlatExperts, clustered: ModelSection, kinds: list[str]
+) -> dict[str, Tensor]:
+    """What `source` has folded of a layer, on all ranks. A collective."""
+    d, f, w = clustered.d_model, clustered.d_expert, clustered.residual_width
+    shapes: dict[str, tuple[int, ...]] = {"assignment": (clustered.n_experts,)}
+    for name, (m, n) in zip(MATRICES, ((d, f), (d, f), (f, d)), strict=True):
+        own = {f"clusters.{c}.base_{name}": (m, n) for c in range(clustered.n_clusters)}
+        own |= {f"experts.{e}.{name}_in": (m, w) for e in range(clustered.n_experts)}
+        own |= {f"experts.{e}.{name}_out": (w, n) for e in range(clustered.n_experts)}
+        shapes |= own | {f"{kind}|{key}": shape for kind in kinds for key, shape in own.items()}
+    sizes = [torch.Size(shape).numel() for shape in shapes.values()]
+    flat = ffn.gate.detach().new_empty(sum(sizes))
+    if folded:
+        torch.cat([folded[key].flatten() for key in shapes], out=flat)
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.broadcast(flat, source)
+    return {key: part.view(shapes[key]) for key, part in zip(shapes, flat.split(sizes), strict=True)}
+
+
+def _routers(
+    out: dict[str, Tensor],
+    prefix: str,
+    ffn: FlatExperts,
+    moments: Mapping[str, Tensor],
+    assignment: tuple[int, ...],
+    clustered: ModelSection,
+) -> None:
+    """Both stages' routers from the flat one: experts keep their rows, clusters get the mean."""
+    weight, bias = ffn.router.weight.detach(), ffn.router.bias
+    cluster = torch.tensor(assignment, device=weight.device)
+    mean = _mean_router(weight, cluster, clustered.n_clusters)
+    mean_bias = _mean_router(bias[:, None], cluster, clustered.n_clusters)[:, 0]
+    out[f"{prefix}router.weight"], out[f"{prefix}router.bias"] = mean, mean_bias
+    for kind, rows in moments.items():
+        out[f"moments.{kind}.{prefix}router.weight"] = torch.zeros_like(mean)
+        out |= {f"moments.{kind}.{prefix}experts.{e}.router": rows[e] for e in range(clustered.n_experts)}
+    out |= {f"{prefix}experts.{e}.router": weight[e] for e in range(clustered.n_experts)}
+    out |= {f"{prefix}experts.{e}.bias": bias[e] - mean_bias[cluster[e]] for e in range(clustered.n_experts)}
