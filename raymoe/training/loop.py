@@ -7,7 +7,6 @@ step boundaries, on all ranks or on none.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 import time
@@ -19,23 +18,24 @@ from typing import Any, NamedTuple
 import psutil
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from raymoe.config import Config
-from raymoe.data import Batch, Corpus
+from raymoe.data import Corpus
 from raymoe.evaluation import load_cv, load_max_vio
 from raymoe.metrics import TrainingMetrics
-from raymoe.model.experts import FlatExperts
 from raymoe.model.loss import linear_cross_entropy
 from raymoe.parallel.fold import fold
 from raymoe.parallel.gradients import Gradients
 from raymoe.parallel.sharded import shard
+from raymoe.training.grains import Grains
 from raymoe.training.journal import Journal
 from raymoe.training.load import Load, Window
 from raymoe.training.mailbox import Mailbox
 from raymoe.training.optimizer import Optimizer, bias_rate, learning_rate
+from raymoe.training.recorder import sample_inputs
 from raymoe.training.regroup import Regrouping
 from raymoe.training.state import Checkpointer, Position, find, restore
+from raymoe.training.validation import probe, validate
 
 SKIPS_IN_A_ROW = 20
 """Steps without a finite loss after which a run gives up."""
@@ -100,6 +100,7 @@ class Trainer:
         config, membership = self.position.config_now(self.config), self.position.membership
         self.sharded = shard(config.model, membership.assignment, membership.ghosts)
         self.model = self.sharded.transformer.to(self.device)
+        self.grains = Grains(self.config, self.corpus, self.device, self.sharded.rank, self.sharded.world)
         self.gradients = Gradients(self.sharded)
         self.optimizer = Optimizer(self.model, config.train)
         self.checkpoints = Checkpointer(self.run / "checkpoints", self.config, self.sharded, self.optimizer)
@@ -190,18 +191,11 @@ class Trainer:
         tokens = train.global_batch * self.config.model.context
         self.gradients.zero()
         loss = torch.zeros((), device=self.device)
-
-        def read(rows: range) -> Batch:
+        for rows, batch in self.grains.training(step):
             if self.regrouping:
                 self.regrouping.recorder.aim(rows)
-            return self.corpus.batch(
-                seed=self.config.run.seed, step=step, global_batch=train.global_batch,
-                context=self.config.model.context, rows=rows,
-            )  # fmt: skip
-
-        for batch in self.grains(train.global_batch // train.grain, read):
-            inputs, targets = self.tensors(batch)
-            with self.autocast():
+            inputs, targets = self.grains.tensors(batch)
+            with self.grains.autocast():
                 hidden = self.model.hidden(inputs, auxiliary=self.config.aux_loss > 0)
                 part = linear_cross_entropy(hidden.flatten(0, 1), self.model.head_weight, targets.flatten()) / tokens
             objective = part
@@ -217,22 +211,6 @@ class Trainer:
         self.gradients.reduce()
         norm = self.gradients.clip(train.clip)
         return said.loss, norm, load, said
-
-    def grains(self, count: int, read: Any) -> Any:
-        """This rank's grains of `count`; ranks with fewer join the others' collectives with zero rows."""
-        size = self.config.train.grain
-        for turn in range(-(-count // self.world)):
-            index = turn * self.world + self.rank
-            rows = range(index * size, (index + 1) * size) if index < count else range(0)
-            yield read(rows)
-
-    def tensors(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        tokens = torch.from_numpy(batch.tokens).to(self.device)
-        return tokens[:, :-1], tokens[:, 1:]
-
-    def autocast(self) -> contextlib.AbstractContextManager:
-        narrow = self.config.train.precision == "bfloat16"
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=narrow)
 
     def agree(self, says: Said) -> tuple[Load, Said]:
         """Sum what ranks say and their loads (integers below 2^53 are exact in float64). A collective."""
@@ -283,69 +261,26 @@ class Trainer:
         )
         self.log("train", **record)
 
-    @torch.no_grad()
     def validate(self, *, whole: bool) -> None:
-        """Loss over held-out windows, per domain, and which cluster serves which domain."""
-        train, model = self.config.train, self.model.model
-        limit = None if whole else train.validate_windows
-        total = self.corpus.validation_windows(model.context, limit)
-        domains = len(self.corpus.domains)
-        sums = torch.zeros(domains, 2, dtype=torch.float64)
-        serving = torch.zeros(model.layers, domains, model.n_clusters, dtype=torch.float64)
+        """One validation record: loss over held-out windows, per domain, and which cluster serves which domain."""
         self.model.take_load()
-        for batch in self.grains(-(-total // train.grain), lambda rows: self.corpus.validation(
-            context=model.context, limit=limit, rows=range(min(rows.start, total), min(rows.stop, total))
-        )):  # fmt: skip
-            inputs, targets = self.tensors(batch)
-            mask = torch.from_numpy(batch.mask).to(self.device)
-            with self.autocast():
-                hidden = self.model.hidden(inputs)
-                weight = self.model.head_weight
-                for i, domain in enumerate(batch.domain.tolist()):
-                    counts = mask[i]
-                    nll = linear_cross_entropy(hidden[i][counts], weight, targets[i][counts])
-                    sums[domain] += torch.tensor([nll.item(), counts.sum().item()], dtype=torch.float64)
-            self.model.count_by_domain(torch.from_numpy(batch.domain), mask, serving)
+        found = validate(self.model, self.grains, None if whole else self.config.train.validate_windows)
         load, _ = self.agree(Said())
         self.sharded.meter.take()  # a train record counts the bytes of its steps alone
-        if self.world > 1:
-            both = torch.cat([sums.flatten(), serving.flatten()]).to(self.device)
-            dist.all_reduce(both)
-            a, b = both.cpu().split([sums.numel(), serving.numel()])
-            sums, serving = a.view_as(sums), b.view_as(serving)
-        loss = (sums[:, 0].sum() / sums[:, 1].sum()).item()
-        self.position.validation[self.position.step] = loss
-        per_domain = [nll / count if count else None for nll, count in sums.tolist()]
+        self.position.validation[self.position.step] = found.loss
         record = dict(
-            loss=loss,
-            perplexity=math.exp(min(loss, 700.0)),
-            domains=dict(zip(self.corpus.domains, per_domain, strict=True)),
+            perplexity=math.exp(min(found.loss, 700.0)),
             load_cv=load.measures(load_cv),
             load_max_vio=load.measures(load_max_vio),
-            cluster_by_domain=serving.tolist() if model.experts == "clustered" else [],
-            windows=total,
             whole=whole,
         )
-        self.log("validation", **record)
+        self.log("validation", **vars(found), **record)
 
-    @torch.no_grad()
     def probe(self) -> float:
-        """Loss on a few held-out windows, the same ones always: one grain for each rank. A collective."""
-        context = self.config.model.context
-        total = self.corpus.validation_windows(context, self.config.train.grain * self.world)
-        rows = range(*(min(edge * self.config.train.grain, total) for edge in (self.rank, self.rank + 1)))
-        batch = self.corpus.validation(context=context, limit=self.config.train.grain * self.world, rows=rows)
-        inputs, targets = self.tensors(batch)
-        mask = torch.from_numpy(batch.mask).to(self.device)
-        with self.autocast():
-            hidden = self.model.hidden(inputs)
-            nll = linear_cross_entropy(hidden[mask], self.model.head_weight, targets[mask])
-        sums = torch.stack([nll.double(), mask.sum().double()])
-        if self.world > 1:
-            dist.all_reduce(sums)
-        self.model.take_load()
+        """Loss on a few held-out windows. A collective."""
+        loss = probe(self.model, self.grains)
         self.sharded.meter.take()
-        return (sums[0] / sums[1]).item()
+        return loss
 
     def fold(self) -> None:
         """The burn-in of a dense start is over: independent experts become clusters. A collective."""
@@ -354,8 +289,8 @@ class Trainer:
         before = self.probe()
         started = time.perf_counter()
         assignment, tensors = fold(
-            self.sharded, self.optimizer.moments(), self.sample(config.regroup.sample), clustered=config.model,
-            alpha=config.regroup.alpha, seed=config.run.seed,
+            self.sharded, self.optimizer.moments(), sample_inputs(self.model, self.grains, position.step),
+            clustered=config.model, alpha=config.regroup.alpha, seed=config.run.seed,
         )  # fmt: skip
         position.membership, position.folded = replace(position.membership, assignment=assignment), True
         sealed = self.checkpoints.last_sealed
@@ -368,31 +303,6 @@ class Trainer:
         pause = time.perf_counter() - started
         self.log_plan("folded", pause_ms=1000 * pause, probe_before=before, probe_after=self.probe())
         self.log("assignment", version=position.version, assignment=assignment)
-
-    @torch.no_grad()
-    def sample(self, count: int) -> Tensor:
-        """About `count` inputs of each layer [L, N, D] from the next step's batch, the same on all ranks. A collective."""
-        train, context = self.config.train, self.config.model.context
-        grain = self.rank % (train.global_batch // train.grain)
-        batch = self.corpus.batch(
-            seed=self.config.run.seed, step=self.position.step, global_batch=train.global_batch, context=context,
-            rows=range(grain * train.grain, (grain + 1) * train.grain),
-        )  # fmt: skip
-        each = max(1, count // self.world)
-        ffns = [ffn for ffn in self.model.ffns if isinstance(ffn, FlatExperts)]
-        for ffn in ffns:
-            ffn.sampled_rows = torch.arange(each) * (train.grain * context) // each
-        with self.autocast():
-            self.model.hidden(self.tensors(batch)[0])
-        rows = torch.zeros(len(ffns), self.world, each, self.config.model.d_model, device=self.device)
-        for row, ffn in zip(rows, ffns, strict=True):
-            row[self.rank] = ffn.samples.pop().to(rows)
-            ffn.sampled_rows = None
-        if self.world > 1:
-            dist.all_reduce(rows)
-        self.model.take_load()
-        self.sharded.meter.take()
-        return rows.flatten(1, 2)
 
     def checkpoint(self) -> None:
         if self.checkpoints.unsealed:  # the last one is still being written: training is faster than the disk

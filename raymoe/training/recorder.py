@@ -15,10 +15,12 @@ from torch import Tensor
 
 from raymoe.clustering.statistics import Statistics, merge
 from raymoe.config import Config
-from raymoe.model.experts import ClusteredExperts
+from raymoe.model.experts import ClusteredExperts, DenseFFN
+from raymoe.model.transformer import Transformer
 from raymoe.parallel.gram import grams
 from raymoe.parallel.sharded import Sharded
 from raymoe.storage.checkpoint import Checkpoint
+from raymoe.training.grains import Grains
 from raymoe.training.load import Load
 
 
@@ -137,3 +139,25 @@ class Recorder:
             arrays = {key.split(".", 1)[1]: tensor.numpy() for key, tensor in checkpoint.read(keys).items()}
             whole = Statistics.from_arrays(arrays)
             self.total = self.unsent = whole if self.sharded.rank == 0 else whole.emptied()
+
+
+@torch.no_grad()
+def sample_inputs(model: Transformer, grains: Grains, step: int) -> Tensor:
+    """About `regroup.sample` inputs of each FFN [L, N, D] in step `step`'s batch, the same on all ranks. A collective."""
+    train, context = grains.config.train, grains.config.model.context
+    grain = grains.rank % (train.global_batch // train.grain)
+    batch = grains.read(step, range(grain * train.grain, (grain + 1) * train.grain))
+    each = max(1, grains.config.regroup.sample // grains.world)
+    ffns = [ffn for ffn in model.ffns if not isinstance(ffn, DenseFFN)]
+    for ffn in ffns:
+        ffn.sampled_rows = torch.arange(each) * (train.grain * context) // each
+    with grains.autocast():
+        model.hidden(grains.tensors(batch)[0])
+    rows = torch.zeros(len(ffns), grains.world, each, model.model.d_model, device=grains.device)
+    for row, ffn in zip(rows, ffns, strict=True):
+        row[grains.rank] = ffn.samples.pop().to(rows)
+        ffn.sampled_rows = None
+    if grains.world > 1:
+        dist.all_reduce(rows)
+    model.take_load()
+    return rows.flatten(1, 2)

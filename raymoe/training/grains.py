@@ -1,0 +1,59 @@
+"""This rank's part of every batch. Ranks with fewer grains than others join their collectives with zero rows."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from raymoe.config import Config
+from raymoe.data import Batch, Corpus
+
+
+class Grains:
+    """Reads and prepares what rank `rank` of `world` computes with."""
+
+    def __init__(self, config: Config, corpus: Corpus, device: torch.device, rank: int, world: int) -> None:
+        self.config, self.corpus, self.device = config, corpus, device
+        self.rank, self.world = rank, world
+
+    def training(self, step: int) -> Iterator[tuple[range, Batch]]:
+        """The grains of step `step`, each with its sequences of the global batch."""
+        train = self.config.train
+        yield from self._split(train.global_batch // train.grain, lambda rows: self.read(step, rows))
+
+    def read(self, step: int, rows: range) -> Batch:
+        """Sequences `rows` of the global batch of a step."""
+        return self.corpus.batch(
+            seed=self.config.run.seed, step=step, global_batch=self.config.train.global_batch,
+            context=self.config.model.context, rows=rows,
+        )  # fmt: skip
+
+    def validation(self, limit: int | None) -> Iterator[tuple[range, Batch]]:
+        """The grains of the validation windows (`Corpus.validation`)."""
+        context = self.config.model.context
+        total = self.corpus.validation_windows(context, limit)
+
+        def read(rows: range) -> Batch:
+            rows = range(min(rows.start, total), min(rows.stop, total))
+            return self.corpus.validation(context=context, limit=limit, rows=rows)
+
+        yield from self._split(-(-total // self.config.train.grain), read)
+
+    def _split(self, count: int, read: Callable[[range], Batch]) -> Iterator[tuple[range, Batch]]:
+        size = self.config.train.grain
+        for turn in range(-(-count // self.world)):
+            index = turn * self.world + self.rank
+            rows = range(index * size, (index + 1) * size) if index < count else range(0)
+            yield rows, read(rows)
+
+    def tensors(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Inputs and targets [B, S]."""
+        tokens = torch.from_numpy(batch.tokens).to(self.device)
+        return tokens[:, :-1], tokens[:, 1:]
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        narrow = self.config.train.precision == "bfloat16"
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=narrow)

@@ -1,0 +1,63 @@
+"""Loss on held-out windows while a run trains: by domain, and on a few windows as a probe."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from raymoe.model.loss import linear_cross_entropy
+from raymoe.model.transformer import Transformer
+from raymoe.training.grains import Grains
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Sums over windows and ranks."""
+
+    loss: float
+    """Nats per token."""
+    domains: dict[str, float | None]
+    """Loss by domain; None where no window is of it."""
+    cluster_by_domain: list[list[list[float]]]
+    """Tokens by layer, domain and cluster; empty for a model without clusters."""
+    windows: int
+
+
+@torch.no_grad()
+def validate(model: Transformer, grains: Grains, limit: int | None) -> Validation:
+    """Loss over `limit` windows evenly spread over the held-out text, or all. A collective. Loads go on counting."""
+    corpus, section = grains.corpus, model.model
+    domains = len(corpus.domains)
+    sums = torch.zeros(domains, 2, dtype=torch.float64)
+    serving = torch.zeros(section.layers, domains, section.n_clusters, dtype=torch.float64)
+    for _, batch in grains.validation(limit):
+        inputs, targets = grains.tensors(batch)
+        mask = torch.from_numpy(batch.mask).to(grains.device)
+        with grains.autocast():
+            hidden = model.hidden(inputs)
+            for i, domain in enumerate(batch.domain.tolist()):
+                counts = mask[i]
+                nll = linear_cross_entropy(hidden[i][counts], model.head_weight, targets[i][counts])
+                sums[domain] += torch.tensor([nll.item(), counts.sum().item()], dtype=torch.float64)
+        model.count_by_domain(torch.from_numpy(batch.domain), mask, serving)
+    if grains.world > 1:
+        both = torch.cat([sums.flatten(), serving.flatten()]).to(grains.device)
+        dist.all_reduce(both)
+        a, b = both.cpu().split([sums.numel(), serving.numel()])
+        sums, serving = a.view_as(sums), b.view_as(serving)
+    per_domain = [nll / count if count else None for nll, count in sums.tolist()]
+    return Validation(
+        loss=(sums[:, 0].sum() / sums[:, 1].sum()).item(),
+        domains=dict(zip(corpus.domains, per_domain, strict=True)),
+        cluster_by_domain=serving.tolist() if section.experts == "clustered" else [],
+        windows=corpus.validation_windows(section.context, limit),
+    )
+
+
+def probe(model: Transformer, grains: Grains) -> float:
+    """Loss on one grain of held-out windows for each rank, the same ones always. A collective; leaves no load behind."""
+    loss = validate(model, grains, grains.config.train.grain * grains.world).loss
+    model.take_load()
+    return loss
