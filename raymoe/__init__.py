@@ -8,6 +8,8 @@ The words
     width        the low rank of a residual ("rank" is a process)
     assignment   expert -> cluster, one vector per layer
     placement    cluster -> expert-parallel ranks
+    plan         the next assignment, and the step from which it holds (a remap applies it)
+    ghost        a moving expert in the cluster that it leaves, for as long as it fades
     trunk        everything but the clusters: embeddings, attention, norms, stage-1 routers
     worker       a Ray Train process
     grain        a micro-batch: the unit in which a global batch is split over workers
@@ -19,7 +21,7 @@ Shape suffixes
 
     x_TD, base_gate_CDF, gate_in_EDW
 
-The rooms import one way: config, metrics <- data, model <- parallel, storage <- training.
+The rooms import one way: config, metrics <- data, model, clustering <- parallel, storage <- training.
 """
 
 __version__ = "0.1.0"

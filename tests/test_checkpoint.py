@@ -232,7 +232,7 @@ def first(content: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (lambda m: m.update(format_version=2), "format_version 2, which is not supported"),
+        (lambda m: m.update(format_version=1), "format_version 1, which is not supported"),
         (lambda m: m.update(format_version=True), "'format_version' is missing, or not of type int"),
         (lambda m: m.pop("format_version"), "'format_version' is missing"),
         (lambda m: m.update(step="7"), "'step' is missing, or not of type int"),

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from raymoe.storage.manifest import MANIFEST, Corrupt, Manifest, header, read_json, write_json, write_tensors
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 class CorruptCheckpoint(Corrupt):

@@ -43,7 +43,10 @@ class Stored:
     """Folder of the corpus that a run was trained on."""
 
     def model(self, residuals: Literal["full", "int4", "zero"] | None = None) -> Transformer:
-        """The whole model in this process, float32. A checkpoint's residuals are full, an artifact's INT4 or zero."""
+        """The whole model in this process, float32. A checkpoint's residuals are full, an artifact's INT4 or zero.
+
+        A checkpoint in the middle of an overlap is read without its ghosts, as it would be after it.
+        """
         transformer = Transformer(self.config.model, self.assignment)
         if isinstance(self.source, Artifact):
             if residuals == "full":
