@@ -86,8 +86,8 @@ def test_families_become_clusters_and_at_full_width_every_expert_is_what_it_was(
         assert len(scales) == 1 and 1 <= scales.pop() <= 4
         for c in range(4):
             of_c = [flat[f"moments.v.layers.{layer}.experts.{e}.gate"] for e in range(8) if row[e] == c]
-            mean = tensors[f"moments.v.layers.{layer}.clusters.{c}.base_gate"]
-            torch.testing.assert_close(mean, torch.stack(of_c).mean(0))
+            total = tensors[f"moments.v.layers.{layer}.clusters.{c}.base_gate"]
+            torch.testing.assert_close(total, torch.stack(of_c).sum(0))
 
 
 def test_a_narrow_residual_keeps_most_of_what_is_an_experts_own() -> None:

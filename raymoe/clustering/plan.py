@@ -69,7 +69,8 @@ class RemapPlan:
 
 
 def _is_natural(value: object) -> bool:
-    return type(value) is int and value >= 0
+    """An int that float64 holds exactly: plans cross between ranks as floats."""
+    return type(value) is int and 0 <= value < 1 << 53
 
 
 def _is_list(value: object) -> bool:

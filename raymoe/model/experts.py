@@ -96,7 +96,8 @@ class ClusteredExperts(nn.Module):
         self.register_buffer("cluster_load", torch.zeros(model.n_clusters, dtype=torch.int64), persistent=False)
         self.register_buffer("expert_load", torch.zeros(2 * model.n_experts, dtype=torch.int64), persistent=False)
         """Of experts, then of their ghosts."""
-        self.share = torch.ones(e)
+        self.share = torch.ones(e, device="cpu")
+        """[e]: parts of a full load that the members should have; on the CPU, like the counts it is used with."""
         self.fade: Tensor | None = None
         self.served = 0
         self.choice_TP = torch.empty(0, dtype=torch.int64)

@@ -23,27 +23,27 @@ def factor(target: Tensor, width: int, inputs: Tensor | None = None) -> tuple[Te
         square.diagonal().add_(RIDGE * square.diagonal().mean())
         unweight = torch.linalg.cholesky(square).t()  # [m, m], upper
         a = unweight @ a
-    rank = min(width, *a.shape)
-    u, s, v = _svd(a, rank)
+    kept = min(width, *a.shape)
+    u, s, v = _svd(a, kept)
     root = s.sqrt()
     first = u * root
     if unweight is not None:
         first = torch.linalg.solve_triangular(unweight, first, upper=True)
     out = target.new_zeros(target.shape[0], width), target.new_zeros(width, target.shape[1])
-    out[0][:, :rank], out[1][:rank] = first.to(target), (root[:, None] * v.t()).to(target)
+    out[0][:, :kept], out[1][:kept] = first.to(target), (root[:, None] * v.t()).to(target)
     return out
 
 
-def _svd(a: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The leading `rank` singular triples: u [m, r], s [r], v [n, r]."""
-    wide = rank + OVERSAMPLING
+def _svd(a: Tensor, kept: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The leading `kept` singular triples: u [m, kept], s [kept], v [n, kept]."""
+    wide = kept + OVERSAMPLING
     if 2 * wide >= min(a.shape):
         u, s, vh = torch.linalg.svd(a, full_matrices=False)
-        return u[:, :rank], s[:rank], vh[:rank].t()
+        return u[:, :kept], s[:kept], vh[:kept].t()
     start = torch.randn(a.shape[1], wide, generator=torch.Generator().manual_seed(0)).to(a)
     basis = torch.linalg.qr(a @ start).Q
     for _ in range(POWER_ITERATIONS):
         basis = torch.linalg.qr(a.t() @ basis).Q
         basis = torch.linalg.qr(a @ basis).Q
     u, s, vh = torch.linalg.svd(basis.t() @ a, full_matrices=False)
-    return (basis @ u)[:, :rank], s[:rank], vh[:rank].t()
+    return (basis @ u)[:, :kept], s[:kept], vh[:kept].t()

@@ -39,8 +39,8 @@ def fold(
 
     sharded: a flat model; moments by kind and parameter name; samples_LND [L, N, D]: inputs of its
     layers, the same on all ranks. Balanced k-means over `alpha` · cos(W_i − mean, W_j − mean) + the rest ·
-    cos of the answers on the samples, mean removed. Moments of a base are the mean of its experts', those
-    of residuals and of the stage-1 router start at zero. A collective.
+    cos of the answers on the samples, mean removed. Moments of a base are the sum of its experts' (its
+    gradient is the sum of theirs), those of residuals and of the stage-1 router start at zero. A collective.
     """
     model = sharded.transformer.model
     d, f = model.d_model, model.d_expert
@@ -123,8 +123,8 @@ def _layer(
             cluster = assignment == c
             base = stacked[name][cluster].mean(0)
             out[f"clusters.{c}.base_{name}"] = base * factor_of
-            for kind in ("m", "v"):
-                out[f"{kind}|clusters.{c}.base_{name}"] = stacked[f"{kind}.{name}"][cluster].mean(0)
+            for kind, power in (("m", 1), ("v", 2)):
+                out[f"{kind}|clusters.{c}.base_{name}"] = stacked[f"{kind}.{name}"][cluster].sum(0) / factor_of**power
             for e in cluster.nonzero().flatten().tolist():
                 first, second = factor((stacked[name][e] - base) * factor_of, clustered.residual_width)
                 out[f"experts.{e}.{name}_in"], out[f"experts.{e}.{name}_out"] = first, second

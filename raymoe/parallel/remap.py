@@ -61,8 +61,10 @@ class LayerChange:
 
     def source(self, unit: str) -> str:
         """The unit of before that `unit` continues: a new ghost continues its expert."""
-        kind, e = unit.split(".")
-        return f"experts.{e}" if kind == "ghosts" and int(e) not in self.before[1] else unit
+        kind, index = unit.split(".")
+        e = int(index)
+        is_new = kind == "ghosts" and self.before[1].get(e) != self.after[1][e]
+        return f"experts.{e}" if is_new else unit
 
     def movers(self) -> dict[int, tuple[int, int]]:
         """expert -> (old cluster, new cluster)"""
@@ -179,8 +181,9 @@ def remap(
         with torch.no_grad():
             for unit in built.slices:
                 if not (kept and unit.startswith("clusters.")):
+                    target = built.unit(unit)
                     for leaf, value in source(change.source(unit)).items():
-                        built.unit(unit)[leaf].copy_(value)
+                        target[leaf].copy_(value)
             if refit != "keep":
                 rows = inputs[i] if inputs is not None and refit == "weighted" else None
                 for e, (left, joined) in change.movers().items():
@@ -244,7 +247,8 @@ def _refit(built: Stacks, e: int, left: Mapping[str, Tensor], joined: int, rows:
     ffn = built.ffn
     mine, base = built.unit(f"experts.{e}"), built.unit(f"clusters.{joined}")
     if rows is not None:
-        rows = rows[(rows @ ffn.router.weight.detach().t() + ffn.router.bias).argmax(-1) == joined]
+        scores = rows @ ffn.router.weight.detach().t() + ffn.router.bias
+        rows = rows[(scores.topk(ffn.router.k).indices == joined).any(-1)]
     cluster = ffn.members[ffn.dispatch.held.index(joined)]
     incumbents = [built.unit(m.key) for m in cluster if not (m.expert in ffn.ghosts and not m.ghost)]
     for name in ("gate", "up", "down"):

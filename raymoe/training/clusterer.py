@@ -1,7 +1,7 @@
 """The clustering actor: merges the workers' statistics, plans off the training path, answers when asked.
 
-A plain class; the driver makes it an actor. It keeps nothing that the workers could not send it again:
-each message carries what it needs (attempt, version, assignment), and one from a newer attempt begins anew.
+A plain class; the driver makes it an actor. Each message carries all that its worker has gathered, and the
+assignment: one that was lost, or an actor that has to start again, costs nothing but the gain seen of the last plan.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from raymoe.clustering.statistics import Statistics, check, merge
 from raymoe.config import from_dict
 
 HISTORY = 64
-"""Answers kept for a worker that asks late, and plans kept to look back on."""
+"""Decisions kept for a worker that asks late; older ones are dropped."""
 
 PICTURED = 64
 """Experts in a layer up to which plans carry a similarity matrix."""
@@ -28,7 +28,7 @@ class Message:
     """From a worker to the clusterer, every `regroup.stats_every` steps."""
 
     attempt: int
-    """Start of the worker group; a later one is of a run that went back to a checkpoint."""
+    """Number of the worker group; a later one is of a run that went back to a checkpoint."""
     rank: int
     world: int
     assignment: tuple[tuple[int, ...], ...]
@@ -36,6 +36,7 @@ class Message:
     forced: bool
     """Whether the plan that `regroup.force` asks for was applied."""
     statistics: Statistics
+    """All that this worker has gathered under the assignment."""
 
 
 @dataclass(frozen=True)
@@ -83,8 +84,9 @@ class Clusterer:
             return
         if message.attempt > self._attempt:
             self._begin(message.attempt)
-        known = self._by_rank.get(message.rank)
-        self._by_rank[message.rank] = merge(known, message.statistics) if known else message.statistics
+        known, new = self._by_rank.get(message.rank), message.statistics
+        if known is None or (new.version, new.step) >= (known.version, known.step):
+            self._by_rank[message.rank] = new
         if self._last is None or message.statistics.version >= self._last.statistics.version:
             self._last = message
         self._plan_if_due(self._last)
@@ -96,12 +98,20 @@ class Clusterer:
         return min(steps) if len(steps) == world else -1
 
     def _plan_if_due(self, last: Message) -> None:
-        regroup, period = self.config.regroup, self.config.period
         heard = self._heard(last.world)
-        at = heard - heard % period
-        if heard < 0 or at < regroup.burn_in or at <= self._planned_at:
+        at = heard - heard % self.config.period
+        if heard < 0 or at < self.config.regroup.burn_in or at <= self._planned_at:
             return
         self._planned_at = at
+        try:
+            self._plan(last, at)
+        except Exception as error:  # whatever it is, training goes on and its record says why there was no plan
+            reason = f"failed: {type(error).__name__}: {error}"
+            self._decide("none", made_at_step=heard, reason=reason, expected_gain=0.0)
+
+    def _plan(self, last: Message, at: int) -> None:
+        """Decide on the statistics of the period that ended at step `at`."""
+        regroup = self.config.regroup
         whole = self._by_rank[0]
         for rank in range(1, last.world):  # in order, so that sums do not depend on who was first
             whole = merge(whole, self._by_rank[rank])

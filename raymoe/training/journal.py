@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import sys
 from pathlib import Path
 from typing import Any
+
+import torch.distributed as dist
 
 
 def replace_file(path: Path, content: str) -> None:
@@ -28,8 +31,25 @@ def finite(value: Any) -> Any:
     return value
 
 
+def next_attempt(run: Path) -> int:
+    """The number of this worker group in a run's folder, the same on all of its ranks: one more each time. A collective."""
+    told = [0]
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        path = run / "attempt"
+        with contextlib.suppress(OSError, ValueError):  # there is none yet
+            told = [int(path.read_text())]
+        told[0] += 1
+        replace_file(path, f"{told[0]}\n")
+    if dist.is_initialized():
+        dist.broadcast_object_list(told)
+    return told[0]
+
+
 class Journal:
-    """Appends records; on a restart cuts back to the restored step, so that each step stands there once."""
+    """Appends records; on a restart cuts back to the restored step, so that each step stands there once.
+
+    A record with `ahead` is of what happens between its step and the next: a checkpoint of its step was taken before.
+    """
 
     def __init__(self, path: Path, step: int) -> None:
         kept: list[str] = []
@@ -39,8 +59,10 @@ class Journal:
                     record = json.loads(line)
                 except json.JSONDecodeError:
                     break  # the line that a killed worker left behind
-                if record.get("step", 0) <= step:
-                    kept.append(line)
+                at = record.get("step", 0)
+                if not isinstance(at, int) or at > step or (at == step and record.get("ahead")):
+                    continue
+                kept.append(line)
         replace_file(path, "".join(line + "\n" for line in kept))
         self._path = path
         self._backlog = ""

@@ -158,14 +158,16 @@ def launch(config: Config) -> tuple[Path, int]:
 
     thread = threading.Thread(target=fit, name="ray-train", daemon=True)
     progress = Progress(run / "metrics.jsonl", config.train.steps)
-    with stop_on_signal(run / "stop") as received:
-        thread.start()
-        while thread.is_alive():
-            thread.join(timeout=0.5)
-            progress.update()
-    progress.close()
-    if clusterer is not None:
-        ray.kill(clusterer)
+    try:
+        with stop_on_signal(run / "stop") as received:
+            thread.start()
+            while thread.is_alive():
+                thread.join(timeout=0.5)
+                progress.update()
+        progress.close()
+    finally:
+        if clusterer is not None:
+            ray.kill(clusterer)
     try:
         write_report(run)
     except (OSError, ValueError) as error:

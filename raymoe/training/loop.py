@@ -28,7 +28,7 @@ from raymoe.parallel.fold import fold
 from raymoe.parallel.gradients import Gradients
 from raymoe.parallel.sharded import shard
 from raymoe.training.grains import Grains
-from raymoe.training.journal import Journal
+from raymoe.training.journal import Journal, next_attempt
 from raymoe.training.load import Load, Window
 from raymoe.training.mailbox import Mailbox
 from raymoe.training.optimizer import Optimizer, bias_rate, learning_rate
@@ -66,7 +66,7 @@ class Trainer:
         mailbox: Mailbox | None = None,
     ) -> None:
         self.config, self.corpus, self.run, self.metrics, self.device = config, corpus, run, metrics, device
-        self.mailbox = mailbox
+        self.mailbox, self.attempt = mailbox, next_attempt(run)
         checkpoint, passed_over = find(run / "checkpoints")
         self.position = Position.of(checkpoint) if checkpoint else Position.start(config)
         self.window = Window()
@@ -108,24 +108,25 @@ class Trainer:
         if config.model.experts == "clustered" and config.model.residual_width:
             self.regrouping = Regrouping(
                 config, self.sharded, self.optimizer, self.gradients, self.position, self.mailbox, self.log_plan,
-                self.probe,
+                self.probe, self.attempt,
             )  # fmt: skip
 
     def log(self, kind: str, **fields: Any) -> None:
         """One record: to this worker's metrics, and from rank 0 to the run's journal."""
-        record = {"kind": kind, "step": self.position.step, **fields}
+        record = {**fields, "kind": kind, "step": self.position.step}
         self.metrics.observe(record)
         if self.journal:
             self.journal.write(record)
 
     def log_plan(self, what: str, **fields: Any) -> None:
         """One record of regrouping: to this worker's metrics, and from rank 0 to the run's plans."""
-        record = {"kind": "plan", "step": self.position.step, "what": what, **fields}
+        record = {**fields, "kind": "plan", "step": self.position.step, "what": what}
         self.metrics.observe(record)
         if self.plans and what not in ("messages", "status"):
             self.plans.write({**record, "time": time.time()})
-        if what == "applied":
-            self.log("assignment", version=self.position.version, assignment=self.position.membership.assignment)
+        if what in ("applied", "folded"):
+            position = self.position
+            self.log("assignment", ahead=True, version=position.version, assignment=position.membership.assignment)
 
     def train(self) -> dict[str, Any]:
         """Run to the last step or to an orderly stop. Returns where it stands."""
@@ -294,6 +295,7 @@ class Trainer:
         )  # fmt: skip
         position.membership, position.folded = replace(position.membership, assignment=assignment), True
         sealed = self.checkpoints.last_sealed
+        self.checkpoints.writer.close()
         self.hold()
         self.checkpoints.last_sealed = sealed
         with torch.no_grad():
@@ -301,8 +303,7 @@ class Trainer:
                 view.copy_(tensors[key])
         self.optimizer.restore(position.updates)
         pause = time.perf_counter() - started
-        self.log_plan("folded", pause_ms=1000 * pause, probe_before=before, probe_after=self.probe())
-        self.log("assignment", version=position.version, assignment=assignment)
+        self.log_plan("folded", ahead=True, pause_ms=1000 * pause, probe_before=before, probe_after=self.probe())
 
     def checkpoint(self) -> None:
         if self.checkpoints.unsealed:  # the last one is still being written: training is faster than the disk

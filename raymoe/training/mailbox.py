@@ -117,7 +117,7 @@ class Actor:
     def _get(future: Any) -> Any:
         try:
             return ray.get(future)
-        except RayError:
+        except Exception:  # of Ray, or whatever the clusterer raised
             return None
 
     def ready(self) -> bool:
@@ -136,7 +136,7 @@ class Actor:
         if self._sent is not None:
             try:
                 ray.get(self._sent)
-            except RayError:
+            except Exception:
                 self.lost += 1
             self._sent = None
 

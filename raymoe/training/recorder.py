@@ -6,6 +6,7 @@ same few hundred tokens, spread over the global batch, whether routed to it or n
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -15,13 +16,56 @@ from torch import Tensor
 
 from raymoe.clustering.statistics import Statistics, merge
 from raymoe.config import Config
-from raymoe.model.experts import ClusteredExperts, DenseFFN
+from raymoe.model.experts import ClusteredExperts, FlatExperts
 from raymoe.model.transformer import Transformer
 from raymoe.parallel.gram import grams
 from raymoe.parallel.sharded import Sharded
 from raymoe.storage.checkpoint import Checkpoint
 from raymoe.training.grains import Grains
 from raymoe.training.load import Load
+
+
+class Sample:
+    """The inputs of each FFN for the same tokens of a global batch, whichever ranks compute them."""
+
+    def __init__(self, config: Config, ffns: Sequence[ClusteredExperts | FlatExperts]) -> None:
+        self.config, self.ffns = config, ffns
+        tokens = config.train.global_batch * config.model.context
+        count = min(config.regroup.sample, tokens)
+        self._at = torch.arange(count) * tokens // count
+        self._taken: list[Tensor] = []
+
+    def aim(self, rows: range) -> None:
+        """The next forward is of these sequences of the global batch."""
+        start, stop = (edge * self.config.model.context for edge in (rows.start, rows.stop))
+        mine = (self._at >= start) & (self._at < stop)
+        self._taken.append(mine.nonzero().flatten())
+        for ffn in self.ffns:
+            ffn.sampled_rows = self._at[mine] - start
+
+    def gather(self) -> Tensor:
+        """What all ranks have taken since they began to aim: [L, N, D] float32. A collective."""
+        device = next(self.ffns[0].parameters()).device
+        rows = torch.zeros(len(self.ffns), len(self._at), self.config.model.d_model, device=device)
+        for layer, ffn in enumerate(self.ffns):
+            if self._taken:
+                rows[layer, torch.cat(self._taken).to(device)] = torch.cat(ffn.samples).to(rows)
+            ffn.samples, ffn.sampled_rows = [], None
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(rows)
+        return rows
+
+
+@torch.no_grad()
+def sample_inputs(model: Transformer, grains: Grains, step: int) -> Tensor:
+    """`regroup.sample` inputs of each FFN [L, N, D] in step `step`'s batch, by a forward of it. A collective."""
+    sample = Sample(grains.config, [ffn for ffn in model.ffns if isinstance(ffn, (ClusteredExperts, FlatExperts))])
+    for rows, batch in grains.training(step):
+        sample.aim(rows)
+        with grains.autocast():
+            model.hidden(grains.tensors(batch)[0])
+    model.take_load()
+    return sample.gather()
 
 
 class Recorder:
@@ -32,45 +76,38 @@ class Recorder:
         self.restart(version, step)
         self.samples_LND: Tensor | None = None
         """The rows of the last sample, the same on all ranks."""
-        tokens = config.train.global_batch * config.model.context
-        n = min(config.regroup.sample, tokens)
-        self._at = torch.arange(n) * tokens // n
-        self._taken: list[Tensor] = []
-        self._watching = self._sampling = False
+        self._sample: Sample | None = None
+        self._watching = False
 
     def restart(self, version: int, step: int) -> None:
         """Begin anew: what was gathered under another assignment says nothing of this one."""
-        model = self.config.model
-        empty = Statistics.empty(version, model.layers, model.n_experts, model.d_model, self.config.regroup.beta, step)
-        self.total = self.unsent = empty
+        model, beta = self.config.model, self.config.regroup.beta
+        self.total = Statistics.empty(version, model.layers, model.n_experts, model.d_model, beta, step)
 
     def _ffns(self) -> list[ClusteredExperts]:
         return [ffn for ffn in self.sharded.transformer.ffns if isinstance(ffn, ClusteredExperts)]
 
     def arm(self, step: int) -> None:
         """Before step `step` (counted from 1) runs: watch it, if it is one to be watched."""
-        regroup = self.config.regroup
-        self._sampling = step % self.config.period == 0 and step >= regroup.burn_in
-        self._watching = self._sampling or step % regroup.stats_every == 0
+        regroup, ffns = self.config.regroup, self._ffns()
+        is_last = step % self.config.period == 0 and step >= regroup.burn_in
+        self._sample = Sample(self.config, ffns) if is_last else None
+        self._watching = is_last or step % regroup.stats_every == 0
         if self._watching:
-            for ffn in self._ffns():
+            for ffn in ffns:
                 held = len(ffn.held_members), self.config.model.d_model
                 ffn.input_sum = torch.zeros(held, device=ffn.base_gate.device)
 
     def aim(self, rows: range) -> None:
         """The next forward is of these sequences of the global batch."""
-        if not self._sampling:
-            return
-        start, stop = (edge * self.config.model.context for edge in (rows.start, rows.stop))
-        mine = (self._at >= start) & (self._at < stop)
-        self._taken.append(mine.nonzero().flatten())
-        for ffn in self._ffns():
-            ffn.sampled_rows = self._at[mine] - start
+        if self._sample:
+            self._sample.aim(rows)
 
     def read(self, step: int, load: Load, assignment: tuple[tuple[int, ...], ...]) -> None:
         """After step `step`: take in what was watched. A collective where the step was a period's last."""
         if not self._watching:
             return
+        self._watching = False
         model = self.config.model
         rows = load.experts.numpy() if self.sharded.rank == 0 else np.zeros((model.layers, model.n_experts))
         inputs = np.zeros((model.layers, model.n_experts, model.d_model))
@@ -83,43 +120,21 @@ class Recorder:
             self.total, step=step, rows_LE=rows.astype(np.int64), count_LE=rows.astype(np.float64),
             input_sum_LED=inputs, gram={}, sampled=0,
         )  # fmt: skip
-        if self._sampling:
-            self.samples_LND = self._gather()
+        if self._sample:
+            self.samples_LND, self._sample = self._sample.gather(), None
             weights = self.config.regroup.similarity == "paper"
             found = grams(self.sharded, assignment, self.samples_LND, weights=weights)
-            seen = replace(seen, gram=found, sampled=len(self._at) if self.sharded.rank == 0 else 0)
-        self.total, self.unsent = merge(self.total, seen), merge(self.unsent, seen)
-        self._watching = self._sampling = False
-
-    def _gather(self) -> Tensor:
-        """The sampled rows of all ranks [L, N, D]. A collective."""
-        ffns = self._ffns()
-        model = self.config.model
-        rows = torch.zeros(len(ffns), len(self._at), model.d_model, device=ffns[0].base_gate.device)
-        taken = torch.cat(self._taken) if self._taken else torch.zeros(0, dtype=torch.int64)
-        for layer, ffn in enumerate(ffns):
-            if len(taken):
-                rows[layer, taken] = torch.cat(ffn.samples).to(rows)
-            ffn.samples, ffn.sampled_rows = [], None
-        self._taken = []
-        if self.sharded.world > 1:
-            dist.all_reduce(rows)
-        return rows
-
-    def take(self) -> Statistics:
-        """What has not been sent yet."""
-        unsent, self.unsent = self.unsent, self.unsent.emptied()
-        return unsent
-
-    def resend(self) -> None:
-        """The receiver has lost everything: send all again."""
-        self.unsent = self.total
+            count = self.samples_LND.shape[1] if self.sharded.rank == 0 else 0
+            seen = replace(seen, gram=found, sampled=count)
+        if not all(np.isfinite(array).all() for array in (inputs, *seen.gram.values())):
+            seen = replace(self.total.emptied(), step=step, gram={})  # what a diverged step says would never decay
+        self.total = merge(self.total, seen)
 
     # Checkpoints hold the sum over ranks.
 
     def tensors(self) -> dict[str, Tensor]:
         """The statistics of all ranks by key, on rank 0. A collective."""
-        arrays = self.total.arrays()
+        arrays = self._with_same_grams().arrays()
         if self.sharded.world > 1:
             summed = [key for key in arrays if key not in ("version", "step", "beta")]
             # Integers below 2^53 are exact in float64.
@@ -130,7 +145,14 @@ class Recorder:
                 arrays[key] = part.numpy().reshape(arrays[key].shape).astype(arrays[key].dtype)
         if self.sharded.rank:
             return {}
-        return {f"statistics.{key}": torch.from_numpy(a) for key, a in arrays.items()}
+        return {f"statistics.{key}": torch.from_numpy(np.ascontiguousarray(a)) for key, a in arrays.items()}
+
+    def _with_same_grams(self) -> Statistics:
+        """The total with the same grams on every rank, zeros where there are none: a rank's diverged step leaves none."""
+        model = self.config.model
+        names = ("residual", "answer", *(["weight"] if self.config.regroup.similarity == "paper" else []))
+        zeros = np.zeros((model.layers, model.n_experts, model.n_experts))
+        return replace(self.total, gram={name: self.total.gram.get(name, zeros) for name in names})
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go on from what `tensors` gave: rank 0 with all of it, the others with zeros."""
@@ -138,26 +160,4 @@ class Recorder:
         if keys:
             arrays = {key.split(".", 1)[1]: tensor.numpy() for key, tensor in checkpoint.read(keys).items()}
             whole = Statistics.from_arrays(arrays)
-            self.total = self.unsent = whole if self.sharded.rank == 0 else whole.emptied()
-
-
-@torch.no_grad()
-def sample_inputs(model: Transformer, grains: Grains, step: int) -> Tensor:
-    """About `regroup.sample` inputs of each FFN [L, N, D] in step `step`'s batch, the same on all ranks. A collective."""
-    train, context = grains.config.train, grains.config.model.context
-    grain = grains.rank % (train.global_batch // train.grain)
-    batch = grains.read(step, range(grain * train.grain, (grain + 1) * train.grain))
-    each = max(1, grains.config.regroup.sample // grains.world)
-    ffns = [ffn for ffn in model.ffns if not isinstance(ffn, DenseFFN)]
-    for ffn in ffns:
-        ffn.sampled_rows = torch.arange(each) * (train.grain * context) // each
-    with grains.autocast():
-        model.hidden(grains.tensors(batch)[0])
-    rows = torch.zeros(len(ffns), grains.world, each, model.model.d_model, device=grains.device)
-    for row, ffn in zip(rows, ffns, strict=True):
-        row[grains.rank] = ffn.samples.pop().to(rows)
-        ffn.sampled_rows = None
-    if grains.world > 1:
-        dist.all_reduce(rows)
-    model.take_load()
-    return rows.flatten(1, 2)
+            self.total = whole if self.sharded.rank == 0 else whole.emptied()

@@ -31,7 +31,7 @@ from raymoe.training.optimizer import Optimizer
 from raymoe.training.recorder import Recorder
 from raymoe.training.state import Position
 
-HEADER = ("announced", "resend", "version", "made_at_step", "effective_step", "expected_gain", "forced")
+HEADER = ("announced", "version", "made_at_step", "effective_step", "expected_gain", "forced")
 """What rank 0 says of a plan at a step, before the plan's assignment."""
 
 
@@ -39,7 +39,8 @@ class Regrouping:
     """Keeps a run's membership.
 
     `mailbox` is how this rank reaches the clusterer; without one, what is on the move arrives and nothing
-    else happens. `log` takes a record of plans, `probe` measures the loss on a few held-out windows.
+    else happens. `log` takes a record of plans, `probe` measures the loss on a few held-out windows, `attempt` is
+    the number of this worker group.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class Regrouping:
         mailbox: Mailbox | None,
         log: Callable[..., None],
         probe: Callable[[], float],
+        attempt: int,
     ) -> None:
         self.config, self.sharded, self.position = config, sharded, position
         self.optimizer, self.gradients = optimizer, gradients
@@ -60,14 +62,9 @@ class Regrouping:
         self.pending: RemapPlan | None = None
         self._offers: deque[RemapPlan] = deque()
         self._incarnation = 0
-        self._resend = False
         self._merged = 0
         self._load_LC = np.zeros((config.model.layers, config.model.n_clusters))
-        attempt = torch.tensor(time.time_ns() // 1000 if sharded.rank == 0 else 0, dtype=torch.int64)
-        if sharded.world > 1:
-            attempt = attempt.to(gradients.buffer.device)
-            dist.all_reduce(attempt)
-        self._attempt = int(attempt)
+        self._attempt = attempt
 
     # Before a step.
 
@@ -87,7 +84,10 @@ class Regrouping:
             self.recorder.arm(step + 1)
 
     def _apply(self, plan: RemapPlan) -> None:
-        """Change clusters to those of the plan. A collective."""
+        """Change clusters to those of the plan. A collective.
+
+        `pause_ms` is the exchange and the change of parameters; the two probes around it come on top.
+        """
         regroup, position, sharded = self.config.regroup, self.position, self.sharded
         self.pending = None
         before, probe = position.membership, self.probe()
@@ -105,7 +105,7 @@ class Regrouping:
         self.recorder.restart(position.version, position.step)
         changed = moves(before.assignment, plan.assignment)
         self.log(
-            "applied", plan=plan.to_dict(), moves=len(changed), changes=[list(move) for move in changed],
+            "applied", ahead=True, plan=plan.to_dict(), moves=len(changed), changes=[list(move) for move in changed],
             relocated_clusters=relocated, bytes=self._total(sent), pause_ms=1000 * pause, probe_before=probe, probe_after=self.probe(),
         )  # fmt: skip
 
@@ -115,7 +115,7 @@ class Regrouping:
         kept = replace(self.position.membership, ghosts=({},) * self.config.model.layers)
         self._change(kept, self.sharded.placements)
         pause = time.perf_counter() - started
-        self.log("overlap over", version=self.position.version, pause_ms=1000 * pause, probe=self.probe())
+        self.log("overlap over", ahead=True, version=self.position.version, pause_ms=1000 * pause, probe=self.probe())
 
     def _change(self, after: Membership, placed: list[Any], **options: Any) -> int:
         moments, sent = remap(
@@ -146,20 +146,16 @@ class Regrouping:
         blank = [0.0] * (len(HEADER) + model.layers * model.n_experts)
         if self.sharded.rank:
             return blank
-        blank[1] = float(self._resend)
-        self._resend = False
         if not self._offers or self.pending:
             return blank
         plan = self._offers[0]
-        header = [1.0, blank[1], plan.version, plan.made_at_step, plan.effective_step, plan.expected_gain]
+        header = [1.0, plan.version, plan.made_at_step, plan.effective_step, plan.expected_gain]
         assignment = [float(c) for row in plan.assignment for c in row]
         return [*map(float, header), float(plan.reason == "forced"), *assignment]
 
     def hear(self, said: Sequence[float]) -> None:
         """What all ranks have heard after the step: a plan, accepted or refused by all alike."""
         header = dict(zip(HEADER, said, strict=False))
-        if header["resend"]:
-            self.recorder.resend()
         if not header["announced"]:
             return
         flat = torch.tensor(said[len(HEADER) :]).long().view(self.config.model.layers, -1).tolist()
@@ -201,15 +197,18 @@ class Regrouping:
             self._load_LC = 0.9 * self._load_LC + load.clusters.numpy()
         self.recorder.read(step, load, self.position.membership.assignment)
         due = step % self.config.regroup.stats_every == 0 or step % self.config.period == 0
+        if mode == "lockstep" and due:
+            self.mailbox.settle()  # so that what is sent does not depend on the clusterer's pace
         if due and mode != "replay":
             self._tell(self.mailbox)
-        if mode == "lockstep" and step % self.config.period == 0:
+        answer = None
+        if mode != "lockstep":
+            answer = self.mailbox.poll(self._attempt) if self.sharded.rank == 0 else None
+        elif step % self.config.period == 0:
             self.mailbox.settle()
             if self.sharded.world > 1:
                 dist.barrier()
             answer = self.mailbox.ask(self._attempt) if self.sharded.rank == 0 else None
-        else:
-            answer = self.mailbox.poll(self._attempt) if self.sharded.rank == 0 else None
         if answer is not None:
             self._listen(answer)
 
@@ -219,7 +218,7 @@ class Regrouping:
         if mailbox.ready():
             message = Message(
                 self._attempt, self.sharded.rank, self.sharded.world, position.membership.assignment, position.forced,
-                self.recorder.take(),
+                self.recorder.total,
             )  # fmt: skip
             mailbox.post(message)
         else:
@@ -227,21 +226,19 @@ class Regrouping:
         self.log("messages", merged=self._merged, lost=mailbox.lost)
 
     def _listen(self, answer: Any) -> None:
-        """Note what the clusterer decided. It is not trusted: what is not an answer is refused."""
+        """Note what the clusterer decided. It is not trusted: what is not an answer is refused, whatever it is."""
         try:
-            if not isinstance(answer, Answer) or type(answer.step) is not int:
+            if not isinstance(answer, Answer) or {type(answer.step), type(answer.incarnation)} != {int}:
                 raise ValueError(f"{type(answer).__name__} is not an answer")
+            if self._incarnation and answer.incarnation != self._incarnation:
+                self.log("clusterer restarted")
+            self._incarnation = answer.incarnation
             for decision in answer.decisions:
                 self._note(dict(decision))
             lag = self.position.step - answer.step if answer.step >= 0 else None
             self.log("status", lag_steps=lag, refused_messages=int(answer.refused_messages))
-        except (ValueError, TypeError, KeyError) as error:
+        except Exception as error:
             self._refuse(None, f"malformed: {error}")
-            return
-        if self._incarnation and answer.incarnation != self._incarnation:
-            self._resend = True
-            self.log("clusterer restarted")
-        self._incarnation = answer.incarnation
 
     def _note(self, decision: dict[str, Any]) -> None:
         kind = decision.pop("kind")
@@ -258,8 +255,17 @@ class Regrouping:
             except ValueError as error:
                 self._refuse(raw, f"malformed: {error}")
                 return
-            if self.config.regroup.mode == "replay" and plan.version <= self.position.version:
-                return  # applied before the checkpoint from which this run goes on
+            if self.config.regroup.mode == "replay":
+                if plan.version <= self.position.version:
+                    return  # applied before the checkpoint from which this run goes on
+            elif plan.effective_step != plan.made_at_step + self.config.regroup.plan_lag:
+                self._refuse(
+                    raw, f"malformed: effective_step is not plan_lag={self.config.regroup.plan_lag} after made_at_step"
+                )
+                return
+            elif plan.made_at_step > self.position.step:
+                self._refuse(raw, f"malformed: made at step {plan.made_at_step}, which is still to come")
+                return
             self.log("made", **decision)
             self._offers.append(plan)
         elif kind == "none":
