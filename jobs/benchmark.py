@@ -3,6 +3,11 @@
     python jobs/benchmark.py layer     one MoE layer, forward + backward: clustered against flat, dense, torch's grouped_mm
     python jobs/benchmark.py step      a training step on 1 and 2 workers: clustered, flat, bases alone; bytes that cross
     python jobs/benchmark.py memory    parameters and bytes at rest of a preset; all-to-all payload per token
+    python jobs/benchmark.py remap     a forced plan on 2 workers: pause, bytes moved, validation loss against a branch without it
+    python jobs/benchmark.py regroup   all of regrouping on 2 workers: its share of the training time; and what it does, and gains,
+                                       when the domains of the training text change half-way
+
+`remap` and `regroup` take tens of minutes on 2 cores: --data, --seeds, --steps and --part make them smaller.
 
 A speed is a ratio within one run: sides are interleaved (A B A B …) after warm-up, with the same threads
 and types; medians are quoted, with minimum and maximum. Nothing here is a test.
@@ -228,9 +233,24 @@ def memory(name: str) -> dict[str, Any]:
 
 def parser() -> argparse.ArgumentParser:
     parse = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parse.add_argument("name", choices=["layer", "step", "memory"])
-    parse.add_argument("--preset", choices=["tiny", "small", "paper"], help="default: paper for memory, small for step")
+    parse.add_argument("name", choices=["layer", "step", "memory", "remap", "regroup"])
+    parse.add_argument("--preset", choices=["tiny", "small", "paper"], help="default: paper for memory, else small")
     parse.add_argument("--rounds", type=int, default=15, help="measured rounds (default: %(default)s)")
+    parse.add_argument(
+        "--data", default="builtin", metavar="PATH", help="remap, regroup: text to train on (default: %(default)s)"
+    )
+    parse.add_argument("--seeds", type=int, default=3, help="remap, regroup: seeds (default: %(default)s)")
+    parse.add_argument(
+        "--steps",
+        type=int,
+        help="remap: steps before the plan (default: 300); regroup: steps of a run that shifts (default: 1000)",
+    )
+    parse.add_argument(
+        "--periods", type=int, default=2, help="regroup: periods to measure the overhead over (default: %(default)s)"
+    )
+    parse.add_argument(
+        "--part", choices=["overhead", "shift"], help="regroup: one of its two questions (default: both)"
+    )
     parse.add_argument("--json", type=Path, help="write the result to this file")
     return parse
 
@@ -241,6 +261,16 @@ def main() -> int:
         result = layer(arguments.rounds)
     elif arguments.name == "step":
         result = step(arguments.rounds, arguments.preset or "small")
+    elif arguments.name == "remap":
+        from regroup_benchmarks import remap  # late: it needs Ray installed, the others do not
+
+        result = remap(arguments.preset or "small", arguments.data, arguments.seeds, arguments.steps or 300)
+    elif arguments.name == "regroup":
+        from regroup_benchmarks import regroup
+
+        parts = [arguments.part] if arguments.part else ["overhead", "shift"]
+        steps = arguments.steps or 1000
+        result = regroup(arguments.preset or "small", arguments.data, arguments.seeds, steps, arguments.periods, parts)
     else:
         result = memory(arguments.preset or "paper")
     about = {"cores": os.cpu_count(), "machine": platform.processor() or platform.machine(), "torch": torch.__version__}

@@ -238,8 +238,8 @@ class RegroupSection:
     """A layer keeps its clusters unless the objective rises by this much [δ]."""
     max_moves: int = 4
     """Experts that a plan moves in a layer at most."""
-    load_weight: float = 0.1
-    """Weight of the clusters' load (its squared CV) against their similarity in the objective."""
+    load_weight: float = 0.01
+    """Weight of the clusters' load (its squared CV) against their similarity in the objective. Small: the stage-1 biases balance clusters whatever their members, and a larger one follows what passes by itself."""
     plan_lag: int = 20
     """Steps from the statistics of a plan to its effect. A plan that comes later than that is refused."""
     stats_every: int = 10
