@@ -56,7 +56,7 @@ def column(history: list[list[int]], c: int = 0) -> list[int]:
 def test_a_step_is_met_and_left_once() -> None:
     counts = column(follow(POLICY, [lambda t: 2.4 if 50 < t <= 200 else 0.3], 400))
     assert counts[8] == 1
-    assert max(counts) >= 4 and counts[39] == 5  # 2.4 busy at 0.6 with room for the tolerance
+    assert counts[10] == counts[39] == 4  # 2.4 busy at 0.6
     assert counts[-1] == 1 and turns(counts) == 1
 
 
@@ -72,7 +72,7 @@ def test_the_hot_cluster_is_at_its_maximum_after_two_decisions_and_the_others_st
 @pytest.mark.parametrize("lag", [0, 1, 3])
 def test_a_ramp_is_followed_without_turning_back(lag: int) -> None:
     counts = column(follow(POLICY, [lambda t: 0.3 + t / 100], 400, lag=lag))
-    assert counts[-1] == POLICY.maximum and turns(counts) <= 2 * (lag > 0)
+    assert counts[-1] == 7 and turns(counts) == 0  # 4.3 busy at 0.6, within the tolerance
     down = column(follow(POLICY, [lambda t: max(0.3, 4.3 - t / 100)], 600, lag=lag))
     assert down[-1] == 1 and turns(down) <= 1
 

@@ -136,18 +136,19 @@ def _observe(policy: Policy, state: ClusterState, load: Load | None, now: float)
 
 
 def _demand(policy: Policy, load: Load, speed: float) -> float:
-    """Busy replicas that the load asks for."""
+    """Busy replicas that the load asks for, at most the maximum."""
     if load.rows_per_s <= 0:
         return 0.0
-    if load.replicas == 0:
-        return load.rows_per_s / speed if speed else policy.target
     fine = load.replicas * policy.target
-    if load.busy >= policy.saturated:
-        return fine * policy.surge
-    demand = load.replicas * load.busy
-    if load.latency_s > policy.latency_s and load.busy >= policy.target / 2:
-        demand = max(demand, fine * min(policy.surge, load.latency_s / policy.latency_s))
-    return demand
+    if load.replicas == 0:
+        demand = load.rows_per_s / speed if speed else policy.target
+    elif load.busy >= policy.saturated:
+        demand = fine * policy.surge
+    elif load.latency_s > policy.latency_s and load.busy >= policy.target / 2:
+        demand = max(load.replicas * load.busy, fine * min(policy.surge, load.latency_s / policy.latency_s))
+    else:
+        demand = load.replicas * load.busy
+    return min(demand, policy.maximum)
 
 
 def _wish(policy: Policy, state: ClusterState, now: float) -> int:

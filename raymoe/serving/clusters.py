@@ -120,7 +120,9 @@ class LocalClusters:
         return {c: self.held[layer, c](part) for c, part in rows.items()}
 
 
-def regroup(rows: Tensor, group_TP: Tensor, groups: int, compute: Callable[[Mapping[int, Tensor]], Mapping[int, Tensor]]) -> Tensor:
+def regroup(
+    rows: Tensor, group_TP: Tensor, groups: int, compute: Callable[[Mapping[int, Tensor]], Mapping[int, Tensor]]
+) -> Tensor:
     """rows [T, D], group [T, P] -> [T, P, D]: for each row the answer of each of its P groups."""
     order = torch.argsort(group_TP.flatten(), stable=True)
     ends = [0, *torch.bincount(group_TP.flatten(), minlength=groups).cumsum(0).tolist()]

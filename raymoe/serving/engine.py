@@ -186,7 +186,9 @@ class Engine:
             not request.resumed or len(request.resumed) < request.max_tokens,
             f"max_tokens={request.max_tokens} leaves nothing to add to {len(request.resumed)} resumed tokens",
         )
-        require(request.logprobs is None or request.logprobs >= 0, f"logprobs={request.logprobs} is not allowed: 0 or more")
+        require(
+            request.logprobs is None or request.logprobs >= 0, f"logprobs={request.logprobs} is not allowed: 0 or more"
+        )
         limit = min(self.trunk.length, self.cache.capacity)
         require(
             request.length <= limit,

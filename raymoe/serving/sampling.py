@@ -88,7 +88,7 @@ def choose(logits_BV: Tensor, draws: Sequence[Draw]) -> Tensor:
     if random:
         chosen = [draws[i] for i in random]
         weights = eligible(logits_BV[random], [draw.sampling for draw in chosen])
-        tokens[random] = pick(weights, noise([d.sampling.seed for d in chosen], [d.position for d in chosen]))
+        tokens[random] = pick(weights, [d.sampling.seed for d in chosen], [d.position for d in chosen])
     return tokens
 
 
@@ -105,7 +105,7 @@ def penalise(logits_V: Tensor, draw: Draw) -> None:
 
 
 def eligible(logits_BV: Tensor, samplings: Sequence[Sampling]) -> Tensor:
-    """Weights [B, V] float64 in proportion to which tokens are drawn, zero where they may not be.
+    """Weights [B, V] in proportion to which tokens are drawn, zero where they may not be.
 
     Temperature first, then min_p, top_k and top_p; tokens as likely as the last that fits are kept too.
     """
@@ -119,7 +119,7 @@ def eligible(logits_BV: Tensor, samplings: Sequence[Sampling]) -> Tensor:
     cut = [i for i, s in enumerate(samplings) if s.cut]
     if cut:
         least[cut] = torch.maximum(least[cut], _least(weights[cut], [samplings[i] for i in cut]))
-    return torch.where(weights >= least, weights, 0.0).double()
+    return torch.where(weights >= least, weights, 0.0)
 
 
 CANDIDATES = 128
@@ -143,8 +143,8 @@ def _least(weights_BV: Tensor, samplings: Sequence[Sampling]) -> Tensor:
     return best.gather(-1, kept.sum(-1, keepdim=True) - 1)
 
 
-def noise(seeds: Sequence[int], positions: Sequence[int]) -> Tensor:
-    """Uniform numbers in (0, 1), one for each (seed, position): [B] float64. (SplitMix64's mixing function, twice.)"""
+def noise(seed: np.ndarray, position: np.ndarray, token: np.ndarray) -> np.ndarray:
+    """Uniform numbers in (0, 1), float64: one for each (seed, position, token), uint64. (SplitMix64's mixing function.)"""
 
     def mix(z: np.ndarray) -> np.ndarray:
         z = z + np.uint64(0x9E3779B97F4A7C15)
@@ -152,17 +152,22 @@ def noise(seeds: Sequence[int], positions: Sequence[int]) -> Tensor:
         z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         return z ^ (z >> np.uint64(31))
 
-    bits = mix(mix(np.array(seeds, dtype=np.uint64)) ^ np.array(positions, dtype=np.uint64))
-    return torch.from_numpy(((bits >> np.uint64(32)).astype(np.float64) + 0.5) / 2**32)
+    bits = mix(mix(mix(seed) ^ position) ^ token)
+    return ((bits >> np.uint64(32)).astype(np.float64) + 0.5) / 2**32
 
 
-def pick(weights_BV: Tensor, uniform_B: Tensor) -> Tensor:
-    """Tokens [B] whose share of the cumulated weights holds the uniform number.
+def pick(weights_BV: Tensor, seeds: Sequence[int], positions: Sequence[int]) -> Tensor:
+    """Tokens [B], each drawn in proportion to its weight.
 
-    In the vocabulary's order, which does not depend on the weights: rounding moves shares' ends, never shares.
+    By a race (Gumbel's trick): every token has noise of its own, so that rounding, or a token that is only
+    just eligible, changes nothing unless it is about to win.
     """
-    reached = weights_BV.cumsum(-1)
-    return torch.searchsorted(reached, uniform_B[:, None] * reached[:, -1:], right=True).squeeze(-1)
+    rows, tokens = weights_BV.numpy().nonzero()
+    seed, position = (np.array(values, dtype=np.uint64)[:, None] for values in (seeds, positions))
+    uniform = noise(seed[rows, 0], position[rows, 0], tokens.astype(np.uint64))
+    scores = np.zeros(weights_BV.shape)
+    scores[rows, tokens] = weights_BV.numpy()[rows, tokens] / -np.log(uniform)
+    return torch.from_numpy(scores.argmax(-1))
 
 
 @dataclass(frozen=True)
@@ -220,8 +225,8 @@ class Detokenizer:
         return new
 
     def _forget(self, text: str) -> None:
-        """Drop the first half of the window, unless that would change the text of the rest."""
-        rest = self._window[self.WINDOW // 2 :]
+        """Keep the last half of the window, unless that would change its text: the next token moves the cut."""
+        rest = self._window[-self.WINDOW // 2 :]
         tail = self._decode(rest)
         dropped = len(text) - len(tail)
         if text.endswith(tail) and dropped <= self._given:
