@@ -17,7 +17,6 @@ parts are padded to a few sizes (`bucket`). Padding rows have weight zero, so th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -116,38 +115,6 @@ class Pairs:
 RESIDUALS = ("gate_in", "gate_out", "up_in", "up_out", "down_in", "down_out")
 
 
-def answers(
-    rows: Tensor,
-    bases: tuple[Tensor, Tensor, Tensor],
-    p: Pairs | None = None,
-    gate: Tensor | None = None,
-    residuals: Sequence[Tensor] = (),
-) -> tuple[Tensor, list[Tensor]]:
-    """Rows [n, D] of one cluster -> their answers [n, D] and what a backward needs. Not differentiable.
-
-    bases: gate, up, down; `p` and `gate` [n, K]: the rows' experts and their weights, for the cluster's
-    residual factors as `joined` gives them. Rows are padded as `p` is; without `p` the base answers alone.
-    """
-    base_gate, base_up, base_down = bases
-    wide = rows.new_empty(2, rows.shape[0], base_gate.shape[1])  # gate and up
-    torch.mm(rows, base_gate, out=wide[0])
-    torch.mm(rows, base_up, out=wide[1])
-    if p is None:
-        return F.silu(wide[0]).mul_(wide[1]) @ base_down, [wide]
-    narrow_in, wide_out, down_in, down_out = residuals
-    narrow = _times(rows.index_select(0, p.row), narrow_in, p.parts)
-    wide = wide.index_select(1, p.row)
-    both = _split(narrow)
-    for e, (first, last) in enumerate(p.parts):
-        if last > first:
-            wide[:, first:last].baddbmm_(both[:, first:last], wide_out[e])
-    h = F.silu(wide[0]).mul_(wide[1])
-    hidden = _sum_pairs(h, p.position, gate)
-    narrow_down = _times(h, down_in, p.parts)
-    answer = _sum_pairs(_times(narrow_down, down_out, p.parts), p.position, gate)
-    return answer.addmm_(hidden, base_down), [wide, hidden, narrow, narrow_down]
-
-
 class ClusteredFFN(torch.autograd.Function):
     """Rows sorted by cluster -> the gated sum of each row's experts.
 
@@ -167,7 +134,7 @@ class ClusteredFFN(torch.autograd.Function):
         n_gates = sum(p is not None for p in pairs)
         gates, weights = tensors[:n_gates], tensors[n_gates:]
         base_gate, base_up, base_down = (w.to(x.dtype) for w in weights[:3])
-        residuals = joined(*weights[3:], dtype=x.dtype) if n_gates else []
+        residuals = _joined(*weights[3:], dtype=x.dtype) if n_gates else []
         y = torch.empty_like(x)
         saved: list[Tensor] = []
         for c, (start, stop) in enumerate(row_parts):
@@ -176,15 +143,27 @@ class ClusteredFFN(torch.autograd.Function):
                 y[start:stop] = 0
                 continue
             rows = padded(rows, bucket(stop - start, x))
-            bases = (base_gate[c], base_up[c], base_down[c])
+            wide = x.new_empty(2, rows.shape[0], base_gate.shape[2])  # gate and up
+            torch.mm(rows, base_gate[c], out=wide[0])
+            torch.mm(rows, base_up[c], out=wide[1])
             if p is None:  # no experts beyond the base
-                answer, kept = answers(rows, bases)
-                saved += [rows, *kept]
-            else:
-                gate = padded(gates[c].to(x.dtype), rows.shape[0])
-                answer, kept = answers(rows, bases, p, gate, [r[slice(*expert_parts[c])] for r in residuals])
-                saved += [rows, *kept, p.spread(gates[c].to(x.dtype))]
-            y[start:stop] = answer[: stop - start]
+                y[start:stop] = (F.silu(wide[0]).mul_(wide[1]) @ base_down[c])[: stop - start]
+                saved += [rows, wide]
+                continue
+            narrow_in, wide_out, down_in, down_out = (r[slice(*expert_parts[c])] for r in residuals)
+            gate = padded(gates[c].to(x.dtype), rows.shape[0])
+            narrow = _times(rows.index_select(0, p.row), narrow_in, p.parts)
+            wide = wide.index_select(1, p.row)
+            both = _split(narrow)
+            for e, (first, last) in enumerate(p.parts):
+                if last > first:
+                    wide[:, first:last].baddbmm_(both[:, first:last], wide_out[e])
+            h = F.silu(wide[0]).mul_(wide[1])
+            hidden = _sum_pairs(h, p.position, gate)
+            narrow_down = _times(h, down_in, p.parts)
+            answer = _sum_pairs(_times(narrow_down, down_out, p.parts), p.position, gate)
+            y[start:stop] = answer.addmm_(hidden, base_down[c])[: stop - start]
+            saved += [rows, wide, hidden, narrow, narrow_down, p.spread(gates[c].to(x.dtype))]
         ctx.layout = (row_parts, pairs, expert_parts, weights[0].dtype, [g.dtype for g in gates])
         ctx.save_for_backward(base_gate, base_up, base_down, *residuals, *saved)
         return y
@@ -253,7 +232,7 @@ class ClusteredFFN(torch.autograd.Function):
         return (dx, None, None, None, *d_gates, *d_bases, *_parted(*d_residuals))
 
 
-def joined(
+def _joined(
     gate_in: Tensor,
     gate_out: Tensor,
     up_in: Tensor,
@@ -269,7 +248,7 @@ def joined(
 
 
 def _parted(*joined: Tensor) -> list[Tensor]:
-    """The inverse of `joined`, in the order of `RESIDUALS`."""
+    """The inverse of `_joined`, in the order of `RESIDUALS`."""
     if not joined:
         return []
     narrow_in, wide_out, down_in, down_out = joined

@@ -18,7 +18,7 @@ from torch import Tensor
 from raymoe.model.fused import padded
 from raymoe.model.router import route
 from raymoe.model.transformer import norm, rope, rotate
-from raymoe.serving.clusters import ClusterCompute, few_sizes, product, regroup
+from raymoe.serving.clusters import ClusterCompute, Product, few_sizes, regroup
 from raymoe.serving.kv_cache import KVCache
 from raymoe.storage.export import Artifact
 
@@ -40,7 +40,7 @@ class Group(NamedTuple):
     tables: Tensor
     """[B, blocks] int64"""
     mask: Tensor
-    """[B, 1, shared·n (or 1), blocks·block] additive: −inf where a key is later than the query, or nobody's."""
+    """[B, 1, queries or 1, blocks·block] additive: −inf where a key is later than the query, or nobody's."""
 
 
 class Batch:
@@ -51,7 +51,7 @@ class Batch:
         positions = [p for s in segments for p in range(s.start, s.start + len(s.tokens))]
         self.positions_T = torch.tensor(positions, dtype=torch.int64)
         owner = torch.tensor([i for i, s in enumerate(segments) for _ in s.tokens], dtype=torch.int64)
-        tables = cache.tables([s.owner for s in segments], max(positions) + 1)
+        tables = cache.tables([s.owner for s in segments], _round_up(max(positions) + 1, 16))
         self.slots_T = tables[owner, self.positions_T // cache.block] * cache.block + self.positions_T % cache.block
         ends = [0]
         for s in segments:
@@ -64,16 +64,23 @@ class Batch:
             rows = torch.tensor([row for i in members for row in range(*spans[i])], dtype=torch.int64)
             at = self.positions_T[rows].view(len(members), 1, -1, 1)
             n = at.shape[2]
-            blocks = int(at.max()) // cache.block + 1
+            blocks = -(-_round_up(int(at.max()) + 1, 16) // cache.block)
             later = torch.arange(blocks * cache.block) > at
             mask = torch.zeros(later.shape, dtype=dtype).masked_fill_(later, -torch.inf)
-            self.groups.append(Group(rows, n, tables[members, :blocks], mask.repeat(1, 1, shared if n > 1 else 1, 1)))
+            if n > 1:
+                mask = F.pad(mask.repeat(1, 1, shared, 1), (0, 0, 0, _round_up(shared * n, 4) - shared * n))
+            self.groups.append(Group(rows, n, tables[members, :blocks], mask))
+
+
+def _round_up(x: int, step: int) -> int:
+    """The sizes in which attention gives a row the same answer whatever is beside it: 4 queries, 16 keys."""
+    return -(-x // step) * step
 
 
 class _Layer(NamedTuple):
     attention_norm: Tensor
-    qkv: Tensor
-    output: Tensor
+    qkv: Product
+    output: Product
     ffn_norm: Tensor
     router: Tensor
     router_bias: Tensor
@@ -94,8 +101,8 @@ class Trunk:
         self.model, self.clusters, self.dtype, self.length = model, clusters, dtype, length
         self.head_dim = model.d_model // model.heads
         tensors = artifact.trunk()
-        self.embedding = tensors["embedding"].to(dtype)
-        self.head = (self.embedding if model.tied_head else tensors["head"].to(dtype)).t()
+        self.embedding = tensors["embedding"].half()  # as it rests: it is only looked up
+        self.head = Product(tensors["embedding" if model.tied_head else "head"].t().to(dtype))
         self.final_norm = tensors["final_norm"]
         self.layers = []
         for i in range(model.layers):
@@ -104,8 +111,8 @@ class Trunk:
             self.layers.append(
                 _Layer(
                     tensors[at + "attention_norm"],
-                    qkv.to(dtype),
-                    tensors[at + "attention.output"].to(dtype),
+                    Product(qkv.to(dtype)),
+                    Product(tensors[at + "attention.output"].to(dtype)),
                     tensors[at + "ffn_norm"],
                     tensors[at + "router.weight"],
                     tensors[at + "router.bias"],
@@ -122,12 +129,12 @@ class Trunk:
         for i, layer in enumerate(self.layers):
             x = x + self._attention(i, norm(x, layer.attention_norm).to(self.dtype), cos, sin, batch, cache)
             x = x + self._experts(i, norm(x, layer.ffn_norm).to(self.dtype))
-        return product(norm(x[wanted], self.final_norm).to(self.dtype), self.head).float()
+        return self.head(norm(x[wanted], self.final_norm).to(self.dtype)).float()
 
     def _attention(self, i: int, rows: Tensor, cos: Tensor, sin: Tensor, batch: Batch, cache: KVCache) -> Tensor:
         heads, kv_heads, head_dim = self.model.heads, self.model.kv_heads, self.head_dim
         shared = heads // kv_heads
-        qkv = product(rows, self.layers[i].qkv).view(rows.shape[0], heads + 2 * kv_heads, head_dim)
+        qkv = self.layers[i].qkv(rows).view(rows.shape[0], heads + 2 * kv_heads, head_dim)
         turned = rotate(qkv[:, : heads + kv_heads], cos, sin)
         cache.write(i, batch.slots_T, turned[:, heads:], qkv[:, heads + kv_heads :])
         mixed = torch.empty_like(rows)
@@ -135,14 +142,15 @@ class Trunk:
             # The heads that share a key are queries of one attention, so that no key is repeated.
             b, n = group.mask.shape[0], group.n
             query = turned[group.rows, :heads].view(b, n, kv_heads, shared, head_dim).permute(0, 2, 3, 1, 4)
+            query = query.reshape(b, kv_heads, shared * n, head_dim)
             out = F.scaled_dot_product_attention(
-                query.reshape(b, kv_heads, shared * n, head_dim),
+                F.pad(query, (0, 0, 0, _round_up(shared * n, 4) - shared * n)),
                 *cache.read(i, group.tables),
                 attn_mask=group.mask,
-            )
-            out = out.view(b, kv_heads, shared, n, head_dim).permute(0, 3, 1, 2, 4)
+            )[:, :, : shared * n]
+            out = out.reshape(b, kv_heads, shared, n, head_dim).permute(0, 3, 1, 2, 4)
             mixed[group.rows] = out.reshape(b * n, heads * head_dim)
-        return product(mixed, self.layers[i].output)
+        return self.layers[i].output(mixed)
 
     def _experts(self, i: int, rows: Tensor) -> Tensor:
         model, layer = self.model, self.layers[i]

@@ -87,8 +87,10 @@ def choose(logits_BV: Tensor, draws: Sequence[Draw]) -> Tensor:
     random = [i for i, draw in enumerate(draws) if draw.sampling.temperature > 0]
     if random:
         chosen = [draws[i] for i in random]
-        weights = eligible(logits_BV[random], [draw.sampling for draw in chosen])
-        tokens[random] = pick(weights, [d.sampling.seed for d in chosen], [d.position for d in chosen])
+        weights = eligible(logits_BV[random], [draw.sampling for draw in chosen]).numpy()
+        tokens[random] = torch.tensor(
+            [pick(row, draw.sampling.seed, draw.position) for row, draw in zip(weights, chosen, strict=True)]
+        )
     return tokens
 
 
@@ -143,8 +145,8 @@ def _least(weights_BV: Tensor, samplings: Sequence[Sampling]) -> Tensor:
     return best.gather(-1, kept.sum(-1, keepdim=True) - 1)
 
 
-def noise(seed: np.ndarray, position: np.ndarray, token: np.ndarray) -> np.ndarray:
-    """Uniform numbers in (0, 1), float64: one for each (seed, position, token), uint64. (SplitMix64's mixing function.)"""
+def noise(seed: int, position: int, tokens: np.ndarray) -> np.ndarray:
+    """Uniform numbers in (0, 1) for some tokens [n] at a position: [n] float64. (SplitMix64's mixing function.)"""
 
     def mix(z: np.ndarray) -> np.ndarray:
         z = z + np.uint64(0x9E3779B97F4A7C15)
@@ -152,22 +154,19 @@ def noise(seed: np.ndarray, position: np.ndarray, token: np.ndarray) -> np.ndarr
         z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         return z ^ (z >> np.uint64(31))
 
-    bits = mix(mix(mix(seed) ^ position) ^ token)
-    return ((bits >> np.uint64(32)).astype(np.float64) + 0.5) / 2**32
+    key = mix(mix(np.array([seed], dtype=np.uint64)) ^ np.uint64(position))
+    return ((mix(key ^ tokens.astype(np.uint64)) >> np.uint64(32)) + 0.5) / 2**32
 
 
-def pick(weights_BV: Tensor, seeds: Sequence[int], positions: Sequence[int]) -> Tensor:
-    """Tokens [B], each drawn in proportion to its weight.
+def pick(weights_V: np.ndarray, seed: int, position: int) -> int:
+    """A token, drawn in proportion to its weight.
 
     By a race (Gumbel's trick): every token has noise of its own, so that rounding, or a token that is only
     just eligible, changes nothing unless it is about to win.
     """
-    rows, tokens = weights_BV.numpy().nonzero()
-    seed, position = (np.array(values, dtype=np.uint64)[:, None] for values in (seeds, positions))
-    uniform = noise(seed[rows, 0], position[rows, 0], tokens.astype(np.uint64))
-    scores = np.zeros(weights_BV.shape)
-    scores[rows, tokens] = weights_BV.numpy()[rows, tokens] / -np.log(uniform)
-    return torch.from_numpy(scores.argmax(-1))
+    tokens = weights_V.nonzero()[0]
+    scores = weights_V[tokens] / -np.log(noise(seed, position, tokens))
+    return int(tokens[scores.argmax()])
 
 
 @dataclass(frozen=True)
