@@ -352,6 +352,26 @@ def test_what_can_never_be_served_is_refused(trunk: Trunk) -> None:
         EngineSettings(max_running=4, step_tokens=3)
 
 
+def test_a_step_that_failed_can_be_tried_again(artifact: Artifact, trunk: Trunk) -> None:
+    local, failures = LocalClusters(artifact, ALL, torch.float32), iter([False, True, False, False, False, True])
+
+    def unreliable(layer: int, rows):
+        if next(failures, False):
+            raise ConnectionError("the cluster is gone")
+        return local(layer, rows)
+
+    engine = make_engine(Trunk(artifact, unreliable, torch.float32, 128), step_tokens=5)
+    request = Request(random_tokens(12), 8, Sampling(seed=3), logprobs=0, echo=True)
+    number, increments = engine.submit(request), []
+    while not engine.idle:
+        try:
+            increments += engine.step()
+        except ConnectionError:
+            continue
+    assert next(failures, None) is None
+    assert increments == [replace(i, request=number) for i in ask(make_engine(trunk), request).increments]
+
+
 def test_only_reading_a_prompt(trunk: Trunk, model: Transformer) -> None:
     prompt = random_tokens(30)
     (only,) = ask(make_engine(trunk), Request(prompt, 0, logprobs=0, echo=True)).increments

@@ -7,19 +7,20 @@ answers chooses the experts (stage 2), so that a call carries rows alone.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from raymoe.config import ModelSection
+from raymoe.model.dispatch import sort_by
 from raymoe.model.fused import padded
 from raymoe.model.router import route
 from raymoe.storage.export import Artifact
 
 ClusterCompute = Callable[[int, Mapping[int, Tensor]], Mapping[int, Tensor]]
-"""(layer, active cluster -> rows [R, D]) -> cluster -> answers [R, D], in the rows' type. Pure: it may be called again."""
+"""(layer, active cluster -> rows [R, D]) -> cluster -> answers [R, D], in the rows' type. All active clusters
+of a layer come in one call, which is pure: it may be made again, elsewhere."""
 
 
 def few_sizes(rows: int) -> int:
@@ -66,10 +67,8 @@ class Cluster:
         ids = sorted({int(key[len(prefix) :].split(".")[0]) for key in tensors if key.startswith(prefix)})
         self.f, self.w, self.e = model.d_expert, model.residual_width, len(ids)
         self.k = min(model.experts_per_token, self.e)
-        wide_in, down = (
-            [tensors[f"layers.{layer}.clusters.{c}.base_{name}"] for name in names]
-            for names in (("gate", "up"), ("down",))
-        )
+        base = f"layers.{layer}.clusters.{c}.base_"
+        wide_in, down = [tensors[base + "gate"], tensors[base + "up"]], [tensors[base + "down"]]
         if self.w and self.e:
 
             def stack(name: str) -> Tensor:
@@ -122,11 +121,8 @@ def regroup(
     rows: Tensor, group_TP: Tensor, groups: int, compute: Callable[[Mapping[int, Tensor]], Mapping[int, Tensor]]
 ) -> Tensor:
     """rows [T, D], group [T, P] -> [T, P, D]: for each row the answer of each of its P groups."""
-    order = torch.argsort(group_TP.flatten(), stable=True)
-    ends = [0, *torch.bincount(group_TP.flatten(), minlength=groups).cumsum(0).tolist()]
-    sorted_rows = rows.index_select(0, order // group_TP.shape[1])
-    parts = {c: sorted_rows[start:stop] for c, (start, stop) in enumerate(pairwise(ends)) if stop > start}
-    answered = compute(parts)
-    out = torch.empty_like(sorted_rows)
-    out[order] = torch.cat([answered[c] for c in parts])
-    return out.view(*group_TP.shape, -1)
+    order, inverse, counts = sort_by(group_TP.flatten(), groups)
+    parts = rows.index_select(0, order // group_TP.shape[1]).split(counts.tolist())
+    active = {c: part for c, part in enumerate(parts) if part.shape[0]}
+    answered = compute(active)
+    return torch.cat([answered[c] for c in active]).index_select(0, inverse).view(*group_TP.shape, -1)

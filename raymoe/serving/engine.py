@@ -209,7 +209,10 @@ class Engine:
         return None
 
     def step(self) -> list[Increment]:
-        """Compute one step; what it adds to answers, in the order of admission. Nothing to do: an empty list."""
+        """Compute one step; what it adds to answers, in the order of admission. Nothing to do: an empty list.
+
+        What the clusters raise passes through; nothing has changed then, and the step can be tried again.
+        """
         self._admit()
         if not self._running:
             return []
