@@ -14,9 +14,10 @@ from torch import Tensor
 
 from raymoe.model.transformer import Transformer
 from raymoe.serving.clusters import LocalClusters, Product, few_sizes
-from raymoe.serving.engine import Engine, EngineSettings, Increment, QueueFull, Request
+from raymoe.serving.engine import Engine, EngineSettings, QueueFull
 from raymoe.serving.forward import Segment, Trunk
 from raymoe.serving.kv_cache import KVCache
+from raymoe.serving.request import Increment, Request
 from raymoe.serving.sampling import Sampling
 from raymoe.storage.export import Artifact
 
@@ -181,7 +182,8 @@ def test_a_token_is_computed_bit_for_bit_alike_in_any_company(trunk: Trunk) -> N
 def test_a_row_alone_is_computed_as_among_others(
     monkeypatch: pytest.MonkeyPatch, packs: bool, dtype: torch.dtype
 ) -> None:
-    monkeypatch.setattr(Product, "PACKS", packs and Product.PACKS)
+    if not packs:
+        monkeypatch.setattr(Product, "packs", staticmethod(lambda dtype: False))
     weight, rows = torch.randn(32, 48).to(dtype), torch.randn(40, 32).to(dtype)
     product = Product(weight)
     together = product(rows)

@@ -33,15 +33,21 @@ class Product:
     """rows [n, I] -> rows @ weight [n, J], for a weight [I, J] that is laid out for it once.
 
     oneDNN's own layout takes half the time of a plain product of few rows, which lays the weight out anew each
-    time. Where torch was built without oneDNN the plain product does.
+    time. Where there is none the plain product does.
     """
 
-    PACKS = torch.backends.mkldnn.is_available()
-
     def __init__(self, weight: Tensor) -> None:
-        self.packed = self.PACKS
-        reorder = torch.ops.mkldnn._reorder_linear_weight
-        self.weight = reorder(weight.t().contiguous(), few_sizes(16)) if self.packed else weight.contiguous()
+        self.packed = self.packs(weight.dtype)
+        if self.packed:
+            weight = torch.ops.mkldnn._reorder_linear_weight(weight.t().contiguous(), few_sizes(16))
+        self.weight = weight
+
+    @staticmethod
+    def packs(dtype: torch.dtype) -> bool:
+        """Whether this machine's oneDNN has such products."""
+        return torch.backends.mkldnn.is_available() and (
+            dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        )
 
     def __call__(self, rows: Tensor) -> Tensor:
         n = rows.shape[0]
