@@ -305,6 +305,10 @@ class Artifact:
         """Every logical tensor in float32. `zero`: the residuals as zeros, to see what they are worth."""
         return self._decode(self.places, residuals)
 
+    def trunk(self) -> dict[str, Tensor]:
+        """The logical tensors that are of no cluster, in float32."""
+        return self._decode([place for place in self.places if place.file == TRUNK], "int4")
+
     def cluster(self, c: int) -> dict[str, Tensor]:
         """The logical tensors of cluster c in every layer, in float32. Raises ValueError when there is none."""
         places = [place for place in self.places if place.file == cluster_file(c)]

@@ -1,0 +1,97 @@
+"""Keys and values of all requests in one preallocated pool of blocks.
+
+A request owns whole blocks, in any order: token i of it rests in its block i // block, at i % block. Blocks
+are taken for a request's whole length when it is admitted, so that none ever waits in the middle of its answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+
+import torch
+from torch import Tensor
+
+from raymoe.config import ModelSection
+
+
+class CacheFull(Exception):
+    """Not enough free blocks: try again when a request has ended."""
+
+
+class KVCache:
+    """keys, values: [layers, slots, kv_heads, head_dim]; a slot holds one token of one request.
+
+    `budget` in bytes, for keys and values of all layers; `block` in tokens. Raises ValueError when the
+    budget does not hold one block.
+    """
+
+    def __init__(self, model: ModelSection, budget: int, dtype: torch.dtype, block: int = 16) -> None:
+        if block < 1:
+            raise ValueError(f"block={block} is not allowed: at least 1 token")
+        width = model.kv_heads * (model.d_model // model.heads)
+        block_bytes = 2 * model.layers * block * width * dtype.itemsize
+        self.blocks, self.block = budget // block_bytes, block
+        if self.blocks < 1:
+            raise ValueError(
+                f"a KV budget of {budget:,} bytes is not allowed: one block of {block} tokens takes {block_bytes:,}"
+            )
+        shape = (model.layers, self.blocks * block, model.kv_heads, model.d_model // model.heads)
+        # Zeros, not empty: masked slots are multiplied by zero, which only finite numbers survive.
+        self.keys, self.values = torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype)
+        self._free = list(range(self.blocks))[::-1]
+        self._owned: dict[Hashable, list[int]] = {}
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that fit in all."""
+        return self.blocks * self.block
+
+    @property
+    def free(self) -> int:
+        """Tokens that fit in the blocks that nobody owns."""
+        return len(self._free) * self.block
+
+    @property
+    def bytes(self) -> int:
+        return 2 * self.keys.numel() * self.keys.itemsize
+
+    def fits(self, tokens: int) -> bool:
+        """Whether `allocate` would find the blocks."""
+        return -(-tokens // self.block) <= len(self._free)
+
+    def allocate(self, owner: Hashable, tokens: int) -> None:
+        """Take the blocks for `tokens` tokens. Raises CacheFull, and takes none, when there are not enough."""
+        if owner in self._owned:
+            raise ValueError(f"{owner!r} has its blocks already")
+        needed = -(-tokens // self.block)
+        if needed > len(self._free):
+            raise CacheFull(
+                f"{tokens} tokens need {needed} blocks of {self.block}; {len(self._free)} of {self.blocks} are free"
+            )
+        self._owned[owner] = [self._free.pop() for _ in range(needed)]
+
+    def release(self, owner: Hashable) -> None:
+        """Give an owner's blocks back. Raises KeyError when it has none."""
+        self._free += reversed(self._owned.pop(owner))
+
+    def tables(self, owners: Sequence[Hashable], tokens: int) -> Tensor:
+        """The owners' blocks for their first `tokens` tokens: [B, n] int64, with block 0 where one has fewer."""
+        n = -(-tokens // self.block)
+        rows = [self._owned[owner][:n] for owner in owners]
+        return torch.tensor([row + [0] * (n - len(row)) for row in rows], dtype=torch.int64)
+
+    def write(self, layer: int, slots_T: Tensor, key: Tensor, value: Tensor) -> None:
+        """Store the keys and values [T, kv_heads, head_dim] of a layer."""
+        self.keys[layer].index_copy_(0, slots_T, key)
+        self.values[layer].index_copy_(0, slots_T, value)
+
+    def read(self, layer: int, tables: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of the blocks `tables` [B, n]: two [B, kv_heads, n·block, head_dim]."""
+        batch, n = tables.shape
+        kv_heads, head_dim = self.keys.shape[2:]
+
+        def gather(cache: Tensor) -> Tensor:
+            found = cache.view(self.blocks, -1).index_select(0, tables.flatten())
+            return found.view(batch, n * self.block, kv_heads, head_dim).transpose(1, 2)
+
+        return gather(self.keys[layer]), gather(self.values[layer])
