@@ -21,7 +21,7 @@ Shape suffixes
 
     x_TD, base_gate_CDF, gate_in_EDW
 
-The rooms import one way: config, metrics <- data, model, clustering <- parallel, storage <- training.
+The rooms import one way: config, metrics <- data, model, clustering <- parallel, storage <- training, serving.
 """
 
 __version__ = "0.1.0"

@@ -94,6 +94,9 @@ def test_a_run_is_submitted_exported_and_evaluated(ray: Head, text: Path, tmp_pa
     for name in ("first", str(tmp_path / "exports" / "first")):
         assert job("evaluate.py", name, "--json", str(tmp_path / "out.json")).returncode == 0
         results[name] = json.loads((tmp_path / "out.json").read_text())
+    said = job("generate.py", "first", "import ", "def ", "--max-tokens", "8", "--temperature", "0")
+    assert said.returncode == 0 and said.stdout.startswith("import ") and "\n\ndef " in said.stdout, said.stderr
+    assert job("generate.py", "second", "x").returncode == 2
     full, packed = results.values()
     assert packed["token_perplexity"] == pytest.approx(full["token_perplexity"], rel=5e-3)
     assert packed["tokens"] == full["tokens"] > 0

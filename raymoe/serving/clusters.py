@@ -123,7 +123,7 @@ class LocalClusters:
         return {c: self.held[layer, c](part) for c, part in rows.items()}
 
 
-def regroup(
+def by_cluster(
     rows: Tensor, group_TP: Tensor, groups: int, compute: Callable[[Mapping[int, Tensor]], Mapping[int, Tensor]]
 ) -> Tensor:
     """rows [T, D], group [T, P] -> [T, P, D]: for each row the answer of each of its P groups."""

@@ -18,7 +18,7 @@ from torch import Tensor
 from raymoe.model.fused import padded
 from raymoe.model.router import route
 from raymoe.model.transformer import norm, rope, rotate
-from raymoe.serving.clusters import ClusterCompute, Product, few_sizes, regroup
+from raymoe.serving.clusters import ClusterCompute, Product, by_cluster, few_sizes
 from raymoe.serving.kv_cache import KVCache
 from raymoe.storage.export import Artifact
 
@@ -162,5 +162,5 @@ class Trunk:
             over_selected=False,
         )
         index, weight = choice.index[: rows.shape[0]], choice.weight[: rows.shape[0]] * model.gate_scale
-        answers = regroup(rows, index, model.n_clusters, partial(self.clusters, i))
+        answers = by_cluster(rows, index, model.n_clusters, partial(self.clusters, i))
         return (weight[..., None] * answers).sum(1)
