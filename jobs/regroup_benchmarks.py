@@ -337,7 +337,8 @@ def _alternate(
     rows: list[dict[str, Any]] = []
     while (step := sides["on"].position.step) < (periods + 1) * period - 10:
         ghosts = any(sides["on"].position.membership.ghosts)
-        rows.append({side: timed(one.advance) for side, one in sides.items()} | {"step": step})
+        order = list(sides.items())[:: 1 if step % 2 else -1]  # each goes first half of the time
+        rows.append({side: timed(one.advance) for side, one in order} | {"step": step})
         now = any(sides["on"].position.membership.ghosts)
         done = step + 1
         if now != ghosts:
