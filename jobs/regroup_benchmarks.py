@@ -255,10 +255,10 @@ class Piped:
         return answer
 
     def settle(self) -> None:
-        raise NotImplementedError("for regroup.mode=async")
+        raise RuntimeError("this mailbox never waits: regroup.mode=async alone")
 
     def ask(self, attempt: int) -> Answer | None:
-        raise NotImplementedError("for regroup.mode=async")
+        raise RuntimeError("this mailbox never waits: regroup.mode=async alone")
 
 
 def _clusterer(config: dict[str, Any], inbox: Any, answers: Any, taken: Any) -> None:

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from raymoe.model.experts import Ghosts, members
+from raymoe.model.experts import members
 from raymoe.parallel.sharded import Sharded
 
 
@@ -21,9 +21,9 @@ def spoken_for(sharded: Sharded, rank: int, layer: int) -> list[int]:
     return [g for g in placement.held(rank) if placement.owners[g][0] == rank]
 
 
-def experts_of(clusters: Sequence[int], assignment: Sequence[int], ghosts: Ghosts | None = None) -> list[int]:
+def experts_of(clusters: Sequence[int], assignment: Sequence[int]) -> list[int]:
     """The experts of these clusters, in the order in which a rank holds them."""
-    return [member.expert for c in clusters for member in members(assignment, ghosts or {}, c)]
+    return [member.expert for c in clusters for member in members(assignment, {}, c)]
 
 
 def collect(
