@@ -32,19 +32,52 @@ REFUSALS = (
 
 STEP_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 PAUSE_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+CALL_SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
 CHECKPOINT_SECONDS = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
 
+FINISHES = ("stop", "length", "abort", "error")
+"""How answers end: values of the label `finished_reason`."""
 
-class TrainingMetrics:
+REJECTIONS = ("full", "unavailable", "too_long", "malformed", "unauthorized", "unknown_model")
+"""Why HTTP requests are turned away before an answer begins: values of the label `reason`."""
+
+# Those of vLLM, so that its dashboards and ours can be laid side by side.
+FIRST_TOKEN_SECONDS = (
+    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0,
+    160.0, 640.0, 2560.0,
+)  # fmt: skip
+INTER_TOKEN_SECONDS = (
+    0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0,
+)  # fmt: skip
+REQUEST_SECONDS = (
+    0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0,
+    1920.0, 7680.0,
+)  # fmt: skip
+
+
+class _Metrics:
+    """Metrics of one process in a registry; all carry the labels `own`."""
+
+    def __init__(self, registry: CollectorRegistry, own: Mapping[str, str]) -> None:
+        self.registry = registry
+        self._own = dict(own)
+
+    def _declare(self, kind: type[M], name: str, help: str, *labels: str, **options: Any) -> M:
+        """A metric of this process; one with `labels` of its own is still to be given them, beside `_own`."""
+        names = (*self._own, *labels)
+        metric = kind(name, help, names, namespace="raymoe", registry=self.registry, **options)
+        return metric if labels else metric.labels(**self._own)
+
+
+class TrainingMetrics(_Metrics):
     """What a training worker exports. All carry the labels `run` and `worker`, its rank."""
 
     def __init__(self, registry: CollectorRegistry, *, run: str, worker: str) -> None:
-        self._own = {"run": run, "worker": worker}
-        self._registry = registry
+        super().__init__(registry, {"run": run, "worker": worker})
         self._rank = int(worker)
         self._seen_step = 0
         self._seen_skipped = 0
-        self._totals: dict[Counter, float] = {}
+        self._totals = _Totals()
         declare = self._declare
         self.step = declare(Gauge, "training_step", "Optimizer steps done.")
         self.loss = declare(Gauge, "training_loss", "Mean training loss since the last record, nats per token.")
@@ -117,12 +150,6 @@ class TrainingMetrics:
         for reason in REFUSALS:
             self.regroup_refusals.labels(**self._own, reason=reason)
 
-    def _declare(self, kind: type[M], name: str, help: str, *labels: str, **options: Any) -> M:
-        """A metric of this worker; one with `labels` of its own is still to be given them, by `_labelled`."""
-        names = (*self._own, *labels)
-        metric = kind(name, help, names, namespace="raymoe", registry=self._registry, **options)
-        return metric if labels else metric.labels(**self._own)
-
     def _labelled(self, gauge: Gauge, label: str, values: Mapping[str, float | None]) -> None:
         for value, number in values.items():
             if number is not None:
@@ -192,20 +219,157 @@ class TrainingMetrics:
         elif what == "seen":
             self.regroup_gain_seen.set(_number(record["gain"]))
         elif what == "messages":
-            self._grow(self.regroup_messages_merged, record["merged"])
-            self._grow(self.regroup_messages_lost, record["lost"])
+            self._totals.grow(self.regroup_messages_merged, record["merged"])
+            self._totals.grow(self.regroup_messages_lost, record["lost"])
         elif what == "status":
             self.regroup_lag.set(_number(record["lag_steps"]))
-            self._grow(self.regroup_messages_refused, record["refused_messages"])
+            self._totals.grow(self.regroup_messages_refused, record["refused_messages"])
         elif what == "clusterer restarted":
             self.regroup_clusterer_restarts.inc()
 
-    def _grow(self, counter: Counter, total: Any) -> None:
+
+class TrunkMetrics:
+    """What a trunk of a serving application exports. The label `cluster` is a cluster of all layers."""
+
+    PLACES = ("resident", "away")
+    """Whether rows were of a cluster that was resident or of another: values of the label `place`."""
+
+    def __init__(self, registry: CollectorRegistry, *, clusters: int) -> None:
+        def declare(kind: type[M], name: str, help: str, *labels: str, **options: Any) -> M:
+            return kind(name, help, labels, namespace="raymoe", registry=registry, **options)
+
+        self._totals = _Totals()
+        self.running = declare(Gauge, "num_requests_running", "Requests that are computed.")
+        self.waiting = declare(Gauge, "num_requests_waiting", "Requests that wait to be computed.")
+        self.kv_usage = declare(Gauge, "kv_cache_usage_perc", "Share of the KV cache in use, 0 to 1.")
+        self.cluster_rows = declare(
+            Counter, "cluster_rows", "Rows of a cluster, computed here or at replicas.", "cluster", "place"
+        )
+        self.cluster_call_seconds = declare(
+            Histogram, "cluster_call_seconds", "Time from a call to a replica to its answer.", "cluster", buckets=CALL_SECONDS
+        )  # fmt: skip
+        self.cluster_retries = declare(
+            Counter, "cluster_call_retries", "Calls that a replica did not answer, computed elsewhere.", "cluster"
+        )
+        self.cluster_connected = declare(
+            Gauge, "cluster_replicas_connected", "Replicas of a cluster that this trunk can ask.", "cluster"
+        )
+        self.cluster_resident = declare(Gauge, "cluster_resident", "Whether a cluster is resident: 1 or 0.", "cluster")
+        self.imbalance = declare(
+            Gauge, "cluster_imbalance_ratio", "Of clusters by rows since the start: (max - mean) / mean."
+        )
+        self.resident_bytes = declare(Gauge, "offload_resident_bytes", "Weights of clusters that are resident.")
+        self.hits = declare(Counter, "offload_hits", "Uses of a cluster that was resident.")
+        self.misses = declare(Counter, "offload_misses", "Uses of a cluster that was not.")
+        self.loads = declare(Counter, "offload_loads", "Clusters loaded.")
+        self.failed_loads = declare(Counter, "offload_failed_loads", "Loads that failed.")
+        self.evictions = declare(Counter, "offload_evictions", "Clusters whose memory was given back.")
+        self.stall = declare(Counter, "offload_stall_seconds", "Time that steps waited for a load.")
+        for c in map(str, range(clusters)):  # a series that is not there before its first event hides that event
+            self.cluster_call_seconds.labels(c)
+            self.cluster_retries.labels(c)
+            for place in self.PLACES:
+                self.cluster_rows.labels(c, place)
+
+    def observe_call(self, cluster: int, what: str, seconds: float) -> None:
+        """A `call` that was answered, or a `retry`: one that was not."""
+        if what == "call":
+            self.cluster_call_seconds.labels(str(cluster)).observe(seconds)
+        else:
+            self.cluster_retries.labels(str(cluster)).inc()
+
+    def update(
+        self, *, running: int, waiting: int, kv_usage: float, rows: Mapping[int, int], away: Mapping[int, int],
+        connected: Mapping[int, int], residency: Any,
+    ) -> None:  # fmt: skip
+        """Take in the totals so far. residency: a `ResidencyStats`."""
+        self.running.set(running)
+        self.waiting.set(waiting)
+        self.kv_usage.set(kv_usage)
+        for c, n in rows.items():
+            self._totals.grow(self.cluster_rows.labels(str(c), "away"), away.get(c, 0))
+            self._totals.grow(self.cluster_rows.labels(str(c), "resident"), n - away.get(c, 0))
+        for c, n in connected.items():
+            self.cluster_connected.labels(str(c)).set(n)
+            self.cluster_resident.labels(str(c)).set(c in residency.resident)
+        mean = sum(rows.values()) / max(1, len(connected))
+        if mean:
+            self.imbalance.set(max(rows.values()) / mean - 1)
+        self.resident_bytes.set(residency.resident_bytes)
+        for counter, total in (
+            (self.hits, residency.hits), (self.misses, residency.misses), (self.loads, residency.loads),
+            (self.failed_loads, residency.failed), (self.evictions, residency.evictions), (self.stall, residency.stall_s),
+        ):  # fmt: skip
+            self._totals.grow(counter, total)
+
+
+class ClusterMetrics:
+    """What a replica of a cluster exports. All carry the label `cluster`."""
+
+    def __init__(self, registry: CollectorRegistry, *, cluster: str) -> None:
+        def declare(kind: type[M], name: str, help: str, **options: Any) -> M:
+            return kind(name, help, ("cluster",), namespace="raymoe", registry=registry, **options).labels(cluster)
+
+        self.rows = declare(Counter, "cluster_replica_rows", "Rows that this replica computed.")
+        self.compute_seconds = declare(
+            Histogram, "cluster_compute_seconds", "Time to compute a call.", buckets=CALL_SECONDS
+        )
+        self.resident_bytes = declare(Gauge, "cluster_resident_bytes", "Weights of the cluster in this replica.")
+
+
+class ApiMetrics(_Metrics):
+    """What a process that answers HTTP requests exports, under vLLM's suffixes. All carry the label `model_name`.
+
+    An HTTP request that asks for several answers counts as several requests, once they are begun.
+    """
+
+    def __init__(self, registry: CollectorRegistry, *, model: str) -> None:
+        super().__init__(registry, {"model_name": model})
+        declare = self._declare
+        self.time_to_first_token = declare(
+            Histogram,
+            "time_to_first_token_seconds",
+            "Time from a request's arrival to the first token of an answer.",
+            buckets=FIRST_TOKEN_SECONDS,
+        )
+        self.inter_token_latency = declare(
+            Histogram,
+            "inter_token_latency_seconds",
+            "Time from a token of an answer to its next.",
+            buckets=INTER_TOKEN_SECONDS,
+        )
+        self.e2e_request_latency = declare(
+            Histogram,
+            "e2e_request_latency_seconds",
+            "Time from a request's arrival to the end of an answer.",
+            buckets=REQUEST_SECONDS,
+        )
+        self.prompt_tokens = declare(Counter, "prompt_tokens", "Tokens of prompts whose answers began.")
+        self.generation_tokens = declare(Counter, "generation_tokens", "Tokens of answers.")
+        self.requests_running = declare(
+            Gauge, "num_requests_running", "Answers that this process waits for or passes on."
+        )
+        self.resumes = declare(
+            Counter, "request_resumes", "Times that an answer went on elsewhere after its engine was lost."
+        )
+        finished = declare(Counter, "request_success", "Answers that ended, by how.", "finished_reason")
+        rejected = declare(Counter, "requests_rejected", "HTTP requests turned away, by why.", "reason")
+        self.finished = {how: finished.labels(**self._own, finished_reason=how) for how in FINISHES}
+        self.rejected = {why: rejected.labels(**self._own, reason=why) for why in REJECTIONS}
+
+
+class _Totals:
+    """Counters that follow totals which others count."""
+
+    def __init__(self) -> None:
+        self._seen: dict[Counter, float] = {}
+
+    def grow(self, counter: Counter, total: Any) -> None:
         """Count what `total` has grown by since it was last given; a smaller one has begun anew from 0."""
-        total, seen = _number(total), self._totals.get(counter, 0.0)
+        total, seen = _number(total), self._seen.get(counter, 0.0)
         if 0 <= total < math.inf:
             counter.inc(total - seen if total >= seen else total)
-            self._totals[counter] = total
+            self._seen[counter] = total
 
 
 def _number(value: Any) -> float:

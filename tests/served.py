@@ -1,8 +1,13 @@
-"""A small artifact with a real tokenizer, for tests of serving."""
+"""A small artifact with a real tokenizer, and an engine that answers in this process, for tests of serving."""
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
+import itertools
+import queue
+import threading
+from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
 
 import torch
@@ -10,6 +15,10 @@ from tokenizers import Tokenizer
 
 from raymoe.config import ModelSection
 from raymoe.model.transformer import Transformer
+from raymoe.serving.clusters import LocalClusters
+from raymoe.serving.engine import Engine, EngineSettings
+from raymoe.serving.forward import Trunk
+from raymoe.serving.request import Increment, Request
 from raymoe.storage.export import Artifact, write_artifact
 from raymoe.tokens import train_tokenizer
 
@@ -55,3 +64,82 @@ def whole(artifact: Artifact) -> Transformer:
     transformer = Transformer(artifact.model, artifact.assignment)
     transformer.load_logical(artifact.tensors())
     return transformer.eval()
+
+
+class LocalService:
+    """An engine in a thread, which asks and answers from event loops. `paused`: it takes requests, and computes none."""
+
+    name, created, chat_template = "test", 1_700_000_000, None
+
+    def __init__(self, artifact: Artifact, **changes: int) -> None:
+        self.tokenizer, self.length = tokenizer(), artifact.model.context
+        clusters = LocalClusters(artifact, range(artifact.model.n_clusters), torch.float32)
+        trunk = Trunk(artifact, clusters, torch.float32, self.length)
+        standard = dict(kv_bytes=1 << 20, block=4, max_running=8, max_queued=100, step_tokens=32)
+        self.engine = Engine(trunk, self.tokenizer, EngineSettings(**(standard | changes)))
+        self.paused, self.up, self.failing = False, True, False
+        self._keys, self._commands = itertools.count(), queue.SimpleQueue[Callable[[], object] | None]()
+        self._numbers: dict[int, int] = {}
+        self._deliver: dict[int, Callable[[object], object]] = {}
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def ready(self) -> bool:
+        return self.up
+
+    def pause(self, paused: bool = True) -> None:
+        self.paused = paused
+        self._commands.put(lambda: None)
+
+    def close(self) -> None:
+        self._commands.put(None)
+        self._thread.join(timeout=10)
+
+    async def generate(self, request: Request) -> AsyncGenerator[Increment]:
+        loop, key = asyncio.get_running_loop(), next(self._keys)
+        given: asyncio.Queue[object] = asyncio.Queue()
+        deliver = lambda item: loop.call_soon_threadsafe(given.put_nowait, item)  # noqa: E731
+        self._commands.put(lambda: self._submit(key, request, deliver))
+        try:
+            while True:
+                item = await given.get()
+                if not isinstance(item, Increment):
+                    assert isinstance(item, Exception)
+                    raise item
+                yield item
+                if item.finish:
+                    return
+        finally:
+            self._commands.put(lambda: self._cancel(key))
+
+    def _submit(self, key: int, request: Request, deliver: Callable[[object], object]) -> None:
+        try:
+            self._numbers[key] = number = self.engine.submit(request)
+            self._deliver[number] = deliver
+        except Exception as error:
+            deliver(error)
+
+    def _cancel(self, key: int) -> None:
+        if (number := self._numbers.pop(key, None)) is not None:
+            self.engine.cancel(number)
+            self._deliver.pop(number, None)
+
+    def _run(self) -> None:
+        while True:
+            waits = self.paused or self.engine.idle
+            try:
+                command = self._commands.get(block=waits)
+                if command is None:
+                    return
+                command()
+                continue
+            except queue.Empty:
+                pass
+            if self.failing:
+                for number, deliver in list(self._deliver.items()):
+                    self.engine.cancel(number)
+                    deliver(RuntimeError("the engine failed"))
+                self._deliver.clear()
+            for increment in self.engine.step():
+                if deliver := self._deliver.get(increment.request):
+                    deliver(increment)

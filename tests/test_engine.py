@@ -346,6 +346,10 @@ def test_what_can_never_be_served_is_refused(trunk: Trunk) -> None:
         (Request((1,) * 100, 29), "make 129: at most 128"),
         (Request((1,), 2, resumed=(1, 2)), "leaves nothing to add"),
         (Request((1,), logprobs=-1), "logprobs=-1"),
+        (Request((1,), 2, min_tokens=3), "min_tokens=3 is not allowed: 0 to max_tokens=2"),
+        (Request((1,), 2, min_tokens=-1), "min_tokens=-1"),
+        (Request((1,), stop_token_ids=(320,)), "token 320 is not in the vocabulary"),
+        (Request((1,), sampling=Sampling(logit_bias=((320, 1.0),))), "token 320 is not in the vocabulary"),
     ]:
         with pytest.raises(ValueError, match=what):
             engine.submit(request)
@@ -416,13 +420,49 @@ def test_stop_strings(trunk: Trunk, seed: int, data: st.DataObject) -> None:
     assert stopped.finish == ("stop" if at >= 0 else "length")
 
 
+def test_stop_tokens_end_the_answer_and_are_not_of_its_text(trunk: Trunk) -> None:
+    engine = make_engine(trunk)
+    request = Request(random_tokens(4), 25, Sampling(temperature=1.5, seed=1), ignore_eos=True)
+    free = ask(engine, request)
+    stop = next(t for t in free.tokens[5:] if t not in free.tokens[:5] and t != engine.end)
+    at = free.tokens.index(stop)
+    stopped = ask(engine, replace(request, stop_token_ids=(319 if stop != 319 else 318, stop)))
+    assert stopped.tokens == free.tokens[: at + 1] and stopped.finish == "stop"
+    whole = TOKENIZER.decode([*request.prompt, *free.tokens[:at]], skip_special_tokens=False)
+    assert whole.endswith(stopped.text) and free.text.startswith(stopped.text.rstrip("\ufffd"))
+    # Even at the last token, and as end-of-text that is otherwise ignored.
+    last = ask(engine, replace(request, max_tokens=at + 1, stop_token_ids=(stop,)))
+    assert last.finish == "stop" and last.text == stopped.text
+    biased = replace(request, sampling=Sampling(temperature=0, logit_bias=((engine.end, 100.0),)))
+    assert len(ask(engine, biased).tokens) == 25
+    assert ask(engine, replace(biased, stop_token_ids=(engine.end,))).tokens == [engine.end]
+
+
+def test_nothing_ends_an_answer_before_its_least_number_of_tokens(trunk: Trunk) -> None:
+    engine = make_engine(trunk)
+    bias = Sampling(temperature=0, logit_bias=((engine.end, 100.0), (40, 90.0)))
+    answer = ask(engine, Request((1,), 20, bias, min_tokens=7))
+    assert answer.tokens == [40] * 7 + [engine.end] and answer.finish == "stop"
+    assert answer.text == TOKENIZER.decode([40] * 7)
+    only = replace(bias, logit_bias=((40, 90.0),))
+    stopped = ask(engine, Request((1,), 20, only, stop_token_ids=(40,), min_tokens=7))
+    assert stopped.tokens == [40] * 8 and stopped.finish == "stop" and stopped.text == TOKENIZER.decode([40] * 7)
+    said = ask(engine, Request((1,), 20, replace(only, stop=(TOKENIZER.decode([40]),)), min_tokens=7))
+    assert said.tokens == [40] * 8 and said.finish == "stop" and said.text == TOKENIZER.decode([40] * 7)
+    ignored = ask(engine, Request((1,), 9, bias, min_tokens=7, ignore_eos=True))
+    assert ignored.tokens == [engine.end] * 9 and ignored.finish == "length"
+    exact = ask(engine, Request((1,), 7, bias, min_tokens=7))
+    assert exact.tokens == [40] * 7 and exact.finish == "length" and exact.text == TOKENIZER.decode([40] * 7)
+
+
 @settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 1000), at=st.integers(1, 19))
 def test_a_request_goes_on_elsewhere_with_the_same_text(trunk: Trunk, seed: int, at: int) -> None:
     sampling = Sampling(
-        temperature=1.2, top_p=0.95, repetition_penalty=1.1, frequency_penalty=0.3, seed=seed, stop=("zz", "e t")
-    )
-    request = Request(random_tokens(6, seed), 20, sampling)
+        temperature=1.2, top_p=0.95, repetition_penalty=1.1, frequency_penalty=0.3, seed=seed,
+        stop=("zz", "e t", "a"), logit_bias=((5, -100.0), (0, 6.0), (60, 2.0)),
+    )  # fmt: skip
+    request = Request(random_tokens(6, seed), 20, sampling, stop_token_ids=(30, 60), min_tokens=seed % 12)
     undisturbed = ask(make_engine(trunk), request)
     before = undisturbed.increments[:at]
     if len(before) < at or before[-1].finish:

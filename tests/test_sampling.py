@@ -18,6 +18,7 @@ from raymoe.serving.sampling import (
     Draw,
     Sampling,
     StopStrings,
+    change,
     choose,
     eligible,
     logprobs,
@@ -27,6 +28,7 @@ from raymoe.serving.sampling import (
 )
 
 TOKENIZER = tokenizer()
+GREEDY = Sampling(temperature=0)
 
 
 def random_logits(rows: int, vocabulary: int, seed: int = 0, scale: float = 2.0) -> Tensor:
@@ -134,6 +136,33 @@ def test_penalties(prompt: list[int], answer: list[int], repetition: float, freq
     torch.testing.assert_close(logits, torch.tensor(expected), rtol=1e-5, atol=1e-5)
 
 
+def test_biases_are_added_and_a_banned_token_is_never_chosen() -> None:
+    logits = random_logits(2, 300)
+    best = logits.argmax(-1).tolist()
+    biased = Sampling(temperature=0, logit_bias=((7, 100.0), (best[0], -1.0)))
+    assert choose(logits, [Draw(biased, [0], []), Draw(GREEDY, [0], [])]).tolist() == [7, best[1]]
+    wanted = logits[0].clone()
+    wanted[7] += 2.5
+    for seed in range(200):
+        plain, other = Sampling(seed=seed), Sampling(seed=seed, logit_bias=((7, 2.5),))
+        assert (
+            choose(logits[:1], [Draw(other, [0], [])]).tolist() == choose(wanted[None], [Draw(plain, [0], [])]).tolist()
+        )
+    only = Sampling(temperature=0.01, logit_bias=((7, 100.0),))
+    assert choose(logits[:1], [Draw(only, [0], [], banned=7)]).item() == best[0]
+    assert choose(logits[:1], [Draw(GREEDY, [0], [], banned=best[0])]).item() == logits[0].topk(2).indices[1]
+
+
+def test_a_bias_comes_after_penalties() -> None:
+    sampling = Sampling(temperature=0, repetition_penalty=2, presence_penalty=1, logit_bias=((3, 5.0),))
+    logits = random_logits(1, 10)[0]
+    expected = logits.clone()
+    penalise(expected, Draw(sampling, [3], [3]))
+    expected[3] += 5
+    change(logits, Draw(sampling, [3], [3]))
+    torch.testing.assert_close(logits, expected)
+
+
 def test_log_probabilities_are_of_the_token_and_of_the_best() -> None:
     logits = random_logits(2, 20)
     first, second = logprobs(logits, torch.tensor([3, 4]), [2, 0])
@@ -147,7 +176,12 @@ def test_log_probabilities_are_of_the_token_and_of_the_best() -> None:
 
 def test_bad_values_are_refused_by_name() -> None:
     bad = dict(temperature=-1, top_k=-1, top_p=0, min_p=2, repetition_penalty=0, frequency_penalty=3, seed=-1)
-    for name, value in [*bad.items(), ("stop", ("",)), ("temperature", float("nan"))]:
+    for name, value in [
+        *bad.items(),
+        ("stop", ("",)),
+        ("temperature", float("nan")),
+        *[("logit_bias", b) for b in (((1, 101.0),), ((-1, 0.0),), ((2, 1.0), (2, 1.0)), ((1, float("nan")),))],
+    ]:
         with pytest.raises(ValueError, match=f"{name}="):
             Sampling(**{name: value})  # type: ignore[arg-type]
 

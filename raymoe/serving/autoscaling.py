@@ -23,7 +23,7 @@ class Policy:
     tolerance: float = 0.15
     """Change nothing while the load is within this share of what the replicas are for."""
     up_cooldown_s: float = 5.0
-    """Seconds from one raise to the next. A cluster without replicas does not wait."""
+    """Seconds from one raise to the next. Waking from none neither waits nor counts."""
     down_cooldown_s: float = 60.0
     """Seconds from any change to a cut, and of the loads that a cut looks back on."""
     idle_s: float = 300.0
@@ -111,7 +111,7 @@ def decide(
         replace(
             s,
             desired=n,
-            raised_at=now if n > s.desired else s.raised_at,
+            raised_at=now if n > s.desired > 0 else s.raised_at,
             lowered_at=now if n < s.desired else s.lowered_at,
         )
         for s, n in zip(seen, granted, strict=True)

@@ -61,8 +61,8 @@ class _Running:
         """Tokens whose keys and values are in the cache."""
         self.detokenizer = Detokenizer(tokenizer, request.prompt)
         self.stops = StopStrings(request.sampling.stop)
-        for token in request.resumed:
-            self.stops.push(self.detokenizer.push(token))
+        for i, token in enumerate(request.resumed):
+            self._read(self.detokenizer.push(token), i + 1)
         self.prompt_logprobs: list[LogProb | None] = [None]
         self.echo = request.echo
 
@@ -84,8 +84,20 @@ class _Running:
         """Whether log-probabilities of the prompt are still to be computed."""
         return self.request.echo and self.request.logprobs is not None and self.computed < len(self.request.prompt) - 1
 
+    def may_end(self, answered: int) -> bool:
+        """Whether something other than max_tokens may end the answer at its token number `answered`."""
+        return answered > self.request.min_tokens
+
+    def _read(self, text: str, answered: int) -> str:
+        """What can be released when `text` follows, with token number `answered`."""
+        return self.stops.push(text) if self.may_end(answered) else text
+
+    def extend(self, token: int) -> str:
+        self.tokens.append(token)
+        return self._read(self.detokenizer.push(token), len(self.tokens) - len(self.request.prompt))
+
     def end_text(self) -> str:
-        return self.stops.push(self.detokenizer.flush()) + self.stops.flush()
+        return self._read(self.detokenizer.flush(), len(self.tokens) - len(self.request.prompt)) + self.stops.flush()
 
 
 class Engine:
@@ -127,11 +139,17 @@ class Engine:
             if not within:
                 raise ValueError(what)
 
-        model, tokens = self.trunk.model, [*request.prompt, *request.resumed]
+        model = self.trunk.model
+        biased = [token for token, _ in request.sampling.logit_bias]
+        tokens = [*request.prompt, *request.resumed, *request.stop_token_ids, *biased]
         require(bool(request.prompt), "the prompt is empty: at least one token")
         bad = next((t for t in tokens if not 0 <= t < model.vocabulary), None)
         require(bad is None, f"token {bad} is not in the vocabulary of {model.vocabulary}")
         require(request.max_tokens >= 0, f"max_tokens={request.max_tokens} is not allowed: 0 or more")
+        require(
+            0 <= request.min_tokens <= request.max_tokens,
+            f"min_tokens={request.min_tokens} is not allowed: 0 to max_tokens={request.max_tokens}",
+        )
         require(
             not request.resumed or len(request.resumed) < request.max_tokens,
             f"max_tokens={request.max_tokens} leaves nothing to add to {len(request.resumed)} resumed tokens",
@@ -221,7 +239,7 @@ class Engine:
     def _sample(self, ready: Sequence[tuple[_Running, Tensor]]) -> list[Increment]:
         """The next token of those whose tokens are all computed, and what follows from it."""
         logits = torch.stack([last for _, last in ready])
-        tokens = choose(logits, [Draw(s.request.sampling, s.request.prompt, s.answer) for s, _ in ready])
+        tokens = choose(logits, [self._draw(state) for state, _ in ready])
         reported = [i for i, (state, _) in enumerate(ready) if state.request.logprobs is not None]
         found: dict[int, LogProb] = {}
         if reported:
@@ -232,19 +250,26 @@ class Engine:
             for i, ((state, _), token) in enumerate(zip(ready, tokens.tolist(), strict=True))
         ]
 
+    def _draw(self, state: _Running) -> Draw:
+        request, answer = state.request, state.answer
+        early = not request.ignore_eos and not state.may_end(len(answer) + 1)
+        return Draw(request.sampling, request.prompt, answer, banned=self.end if early else None)
+
     def _extend(self, state: _Running, token: int, logprob: LogProb | None) -> Increment:
         request, echo = state.request, self._echo(state)
         if request.max_tokens == 0:
             return Increment(state.number, None, "", state.usage, echo=echo, finish="length")
-        state.tokens.append(token)
         finish: Finish | None = None
-        if token == self.end and not request.ignore_eos:
+        answered = len(state.answer) + 1
+        ends = token in request.stop_token_ids or (token == self.end and not request.ignore_eos)
+        if ends and state.may_end(answered):
+            state.tokens.append(token)
             finish, text = "stop", state.end_text()
         else:
-            text = state.stops.push(state.detokenizer.push(token))
+            text = state.extend(token)
             if state.stops.found:
                 finish = "stop"
-            elif len(state.answer) >= request.max_tokens:
+            elif answered >= request.max_tokens:
                 finish, text = "length", text + state.end_text()
                 finish = "stop" if state.stops.found else finish
         return Increment(state.number, token, text, state.usage, logprob, echo, finish)

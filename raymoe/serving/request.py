@@ -21,6 +21,11 @@ class Request:
     echo: bool = False
     """Report the prompt too, with log-probabilities where they are asked for."""
     ignore_eos: bool = False
+    stop_token_ids: tuple[int, ...] = ()
+    """Tokens that end the answer, and whose text is not part of it."""
+    min_tokens: int = 0
+    """Of the answer, before anything but `max_tokens` ends it: until then end-of-text is not chosen (unless it is
+    ignored), and a stop token or a stop string is text like any other."""
     resumed: tuple[int, ...] = ()
     """The answer's tokens that another engine has made; their text is not given again."""
 

@@ -37,6 +37,8 @@ class Sampling:
     """64 bits; the caller draws one for each answer that should differ."""
     stop: tuple[str, ...] = ()
     """Texts that end the answer and are not part of it."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """(token, what is added to its logit after the penalties)."""
 
     def __post_init__(self) -> None:
         def require(name: str, allowed: str, within: bool) -> None:
@@ -52,6 +54,12 @@ class Sampling:
         require("presence_penalty", "-2 to 2", -2 <= self.presence_penalty <= 2)
         require("seed", "0 to 2^64-1", 0 <= self.seed < 2**64)
         require("stop", "texts that are not empty", all(self.stop))
+        require(
+            "logit_bias",
+            "tokens, each once, with -100 to 100",
+            all(token >= 0 and -100 <= bias <= 100 for token, bias in self.logit_bias)
+            and len({token for token, _ in self.logit_bias}) == len(self.logit_bias),
+        )
 
     @property
     def penalised(self) -> bool:
@@ -70,6 +78,13 @@ class Draw:
     sampling: Sampling
     prompt: Sequence[int]
     answer: Sequence[int]
+    banned: int | None = None
+    """A token that must not be chosen."""
+
+    @property
+    def changed(self) -> bool:
+        """Whether the choice is from other logits than the model's."""
+        return self.sampling.penalised or bool(self.sampling.logit_bias) or self.banned is not None
 
     @property
     def position(self) -> int:
@@ -78,11 +93,11 @@ class Draw:
 
 def choose(logits_BV: Tensor, draws: Sequence[Draw]) -> Tensor:
     """The next token of each row: [B] int64. Logits are float32 and not changed."""
-    penalised = [i for i, draw in enumerate(draws) if draw.sampling.penalised]
-    if penalised:
+    changed = [i for i, draw in enumerate(draws) if draw.changed]
+    if changed:
         logits_BV = logits_BV.clone()
-        for i in penalised:
-            penalise(logits_BV[i], draws[i])
+        for i in changed:
+            change(logits_BV[i], draws[i])
     tokens = logits_BV.argmax(-1)
     random = [i for i, draw in enumerate(draws) if draw.sampling.temperature > 0]
     if random:
@@ -92,6 +107,17 @@ def choose(logits_BV: Tensor, draws: Sequence[Draw]) -> Tensor:
             [pick(row, draw.sampling.seed, draw.position) for row, draw in zip(weights, chosen, strict=True)]
         )
     return tokens
+
+
+def change(logits_V: Tensor, draw: Draw) -> None:
+    """Apply penalties, biases and the ban in place."""
+    if draw.sampling.penalised:
+        penalise(logits_V, draw)
+    if draw.sampling.logit_bias:
+        tokens, bias = zip(*draw.sampling.logit_bias, strict=True)
+        logits_V[torch.tensor(tokens)] += torch.tensor(bias, dtype=logits_V.dtype)
+    if draw.banned is not None:
+        logits_V[draw.banned] = -torch.inf
 
 
 def penalise(logits_V: Tensor, draw: Draw) -> None:
@@ -171,7 +197,7 @@ def pick(weights_V: np.ndarray, seed: int, position: int) -> int:
 
 @dataclass(frozen=True)
 class LogProb:
-    """A token's log-probability by the model alone (before penalties and temperature), beside the most likely ones."""
+    """A token's log-probability by the model alone (before penalties, biases and temperature), beside the most likely ones."""
 
     token: int
     logprob: float

@@ -11,6 +11,8 @@ A flat model's experts rest in cluster_000 in float16, a dense model has a trunk
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import shutil
 import uuid
@@ -296,6 +298,11 @@ class Artifact:
             raise CorruptArtifact(folder / MANIFEST, f"does not name {TOKENIZER}")
         version, metrics = manifest.get("version", int), manifest.get("metrics", dict)
         return cls(folder, config, model, assignment, version, metrics, manifest, places)
+
+    @property
+    def digest(self) -> bytes:
+        """SHA-256 of the manifest, which has the checksums of everything else: says which artifact this is."""
+        return hashlib.sha256(json.dumps(self.manifest.content, sort_keys=True).encode()).digest()
 
     @property
     def tokenizer_path(self) -> Path:

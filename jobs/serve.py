@@ -1,0 +1,64 @@
+"""Serve an export, or update what is being served to it without a failed request.
+
+    python jobs/serve.py                       the newest export, with services/raymoe.yaml
+    python jobs/serve.py first --config my.yaml
+    python jobs/serve.py second                beside the first; once it is ready requests go to it, and the first drains
+
+Needs a running Ray with a dashboard (`make head`); what serves stays when this ends. An update starts a new
+application beside the old one, switches the route when it is ready, waits until the old one has answered what it
+was asked, and removes it; until the switch a failure changes nothing. `serve status` and `serve shutdown` work as
+always. Exit status: 0 serving, 1 it did not start, 2 refused.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+HOUSE = Path(__file__).resolve().parent.parent
+
+
+def parser() -> argparse.ArgumentParser:
+    parse = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parse.add_argument(
+        "artifact", nargs="?", help="the export of a run, or an artifact's folder (default: the config's)"
+    )
+    parse.add_argument("--config", type=Path, default=HOUSE / "services" / "raymoe.yaml", help="default: %(default)s")
+    parse.add_argument("--root", help="where exports live (default: the config's, else $RAYMOE_HOME or ~/raymoe)")
+    parse.add_argument(
+        "--address",
+        default=os.environ.get("RAY_DASHBOARD_ADDRESS", "http://127.0.0.1:8265"),
+        help="of Ray's dashboard (default: %(default)s)",
+    )
+    parse.add_argument(
+        "--timeout", type=float, default=300, help="seconds that each step may take (default: %(default)s)"
+    )
+    return parse
+
+
+def main() -> int:
+    arguments = parser().parse_args()
+    import yaml
+
+    from raymoe.serving.rollout import Rollout, pinned
+
+    try:
+        config = pinned(yaml.safe_load(arguments.config.read_text()), arguments.artifact, arguments.root)
+    except (ValueError, OSError, yaml.YAMLError) as error:
+        print(f"serve.py: {error}", file=sys.stderr)
+        return 2
+    try:
+        rollout = Rollout(arguments.address, config, arguments.timeout)
+        rollout.up()
+    except (RuntimeError, ConnectionError) as error:
+        print(f"serve.py: {error}", file=sys.stderr)
+        return 1
+    args = rollout.application["args"]
+    print(f"{args['artifact']} is served as {args['name']!r} at {rollout.base}/v1 (application {rollout.name})")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,206 @@
+"""Rows over the wire: raw tensors on persistent TCP connections, the way from a trunk to the clusters' replicas.
+
+A connection opens with a greeting (magic, digest of the artifact, compute type), which the server accepts or
+refuses with a reason; then the client sends (layer, rows) and gets as many rows back, in order. Nothing that
+arrives is ever run or unpickled, and no frame is larger than the limit.
+"""
+
+from __future__ import annotations
+
+import socket
+import struct
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+
+import torch
+from torch import Tensor
+
+MAGIC = b"raymoe 1"
+GREETING = struct.Struct("<8s32s8s")
+"""Magic, digest, compute type."""
+REQUEST = struct.Struct("<HI")
+"""Layer, number of rows."""
+REPLY = struct.Struct("<BI")
+"""Status, number of rows or bytes of the reason."""
+DONE, REFUSED = 0, 1
+MAX_ROWS = 1 << 16
+
+Address = tuple[str, int]
+Compute = Callable[[int, Tensor], Tensor]
+"""(layer, rows [R, D]) -> answers [R, D] in the rows' type. Raises ValueError for a layer that is not there."""
+
+
+class Lost(ConnectionError):
+    """The other side is gone, silent for too long, or refuses: ask another."""
+
+
+def type_name(dtype: torch.dtype) -> bytes:
+    return str(dtype).removeprefix("torch.").encode()
+
+
+def _bytes(rows: Tensor) -> memoryview:
+    return rows.contiguous().view(torch.uint8).numpy().data.cast("B")
+
+
+class Connection:
+    """The client's end: `send` a call, do something else, `receive` its answer; or lose the connection.
+
+    Raises Lost, also from the constructor, and is then closed. `timeout` in seconds, of each of them.
+    """
+
+    def __init__(self, address: Address, digest: bytes, width: int, dtype: torch.dtype, timeout: float) -> None:
+        self.address, self.width, self.dtype = address, width, dtype
+        try:
+            self._socket = socket.create_connection(address, timeout)
+        except OSError as error:
+            raise Lost(f"{address[0]}:{address[1]} cannot be reached: {error}") from None
+        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._header = bytearray(REPLY.size)
+        self._sent = 0
+        self._do(self._socket.sendall, GREETING.pack(MAGIC, digest, type_name(dtype)))
+        self._reply()
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def _do(self, work: Callable[..., object], *arguments: object) -> None:
+        try:
+            work(*arguments)
+        except OSError as error:
+            raise self._lost(f"{type(error).__name__}: {error}") from None
+
+    def _lost(self, reason: str) -> Lost:
+        self.close()
+        return Lost(f"{self.address[0]}:{self.address[1]} was lost: {reason}")
+
+    def _fill(self, buffer: memoryview) -> None:
+        while buffer:
+            n = self._socket.recv_into(buffer)
+            if not n:
+                raise ConnectionResetError("it closed the connection")
+            buffer = buffer[n:]
+
+    def _reply(self) -> int:
+        """Rows that follow; raises Lost with the reason when the other side refuses."""
+        self._do(self._fill, memoryview(self._header))
+        status, n = REPLY.unpack(self._header)
+        if status == DONE:
+            return n
+        reason = bytearray(min(n, 1000))
+        self._do(self._fill, memoryview(reason))
+        raise self._lost(f"it refused: {reason.decode(errors='replace')}")
+
+    def send(self, layer: int, rows: Tensor) -> None:
+        """Ask for the answers to rows [R, D]."""
+        self._sent = rows.shape[0]
+        header = REQUEST.pack(layer, self._sent)
+        self._do(self._socket.sendall, b"".join((header, _bytes(rows))))
+
+    def receive(self) -> Tensor:
+        """The answers [R, D] to what was sent."""
+        n = self._reply()
+        if n != self._sent:
+            raise self._lost(f"it answered {n} rows to {self._sent}")
+        rows = torch.empty((n, self.width), dtype=self.dtype)
+        self._do(self._fill, _bytes(rows))
+        return rows
+
+
+class Server:
+    """The clusters' end: answers every connection from a thread of its own, `compute` one call at a time.
+
+    `address`: the host to bind and a port, 0 for a free one. `digest`: of the artifact that it computes.
+    """
+
+    def __init__(self, compute: Compute, digest: bytes, width: int, dtype: torch.dtype, address: Address) -> None:
+        self.compute, self.digest, self.width, self.dtype = compute, digest, width, dtype
+        self._listener = socket.create_server(address, backlog=128)
+        self.port: int = self._listener.getsockname()[1]
+        self._lock = threading.Lock()
+        self._open: set[socket.socket] = set()
+        self._closed = False
+        threading.Thread(target=self._accept, name="frames", daemon=True).start()
+
+    def close(self) -> None:
+        """Stop answering; calls in flight are cut, which their senders notice."""
+        self._closed = True
+        with suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        for connection in tuple(self._open):
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+
+    def _accept(self) -> None:
+        while not self._closed:
+            try:
+                connection, _ = self._listener.accept()
+            except OSError:
+                return
+            self._open.add(connection)
+            threading.Thread(target=self._serve, args=(connection,), name="frames", daemon=True).start()
+
+    def _serve(self, connection: socket.socket) -> None:
+        try:
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            connection.settimeout(10)
+            if reason := self._greet(connection):
+                self._refuse(connection, reason)
+                return
+            connection.sendall(REPLY.pack(DONE, 0))
+            connection.settimeout(None)
+            while self._answer(connection):
+                pass
+        except OSError:
+            pass  # whoever asked is gone, and asks another or computes by itself
+        finally:
+            self._open.discard(connection)
+            connection.close()
+
+    def _greet(self, connection: socket.socket) -> str:
+        """What is wrong with the greeting."""
+        magic, digest, dtype = GREETING.unpack(_read(connection, GREETING.size))
+        if magic != MAGIC:
+            return "this is not how raymoe greets"
+        if digest != self.digest:
+            return f"it computes artifact {self.digest.hex()[:12]}, not {digest.hex()[:12]}"
+        if dtype.rstrip(b"\0") != type_name(self.dtype):
+            return f"it computes in {type_name(self.dtype).decode()}"
+        return ""
+
+    def _answer(self, connection: socket.socket) -> bool:
+        """Serve one call; False when the connection is over."""
+        first = connection.recv(REQUEST.size)
+        if not first:
+            return False
+        layer, n = REQUEST.unpack(first + _read(connection, REQUEST.size - len(first)))
+        if not 0 < n <= MAX_ROWS:
+            self._refuse(connection, f"{n} rows: 1 to {MAX_ROWS}")
+            return False
+        buffer = _read(connection, n * self.width * self.dtype.itemsize)
+        rows = torch.frombuffer(buffer, dtype=self.dtype).view(n, self.width)
+        try:
+            with self._lock:
+                answers = self.compute(layer, rows)
+        except Exception as error:  # whatever it is, the caller computes elsewhere and says why
+            self._refuse(connection, f"{type(error).__name__}: {error}")
+            return False
+        connection.sendall(b"".join((REPLY.pack(DONE, n), _bytes(answers))))
+        return True
+
+    @staticmethod
+    def _refuse(connection: socket.socket, reason: str) -> None:
+        text = reason.encode()[:1000]
+        connection.sendall(REPLY.pack(REFUSED, len(text)) + text)
+
+
+def _read(connection: socket.socket, n: int) -> bytearray:
+    buffer = bytearray(n)
+    view = memoryview(buffer)
+    while view:
+        got = connection.recv_into(view)
+        if not got:
+            raise ConnectionResetError("the connection was closed in the middle of a frame")
+        view = view[got:]
+    return buffer

@@ -1,0 +1,237 @@
+"""The processes of an application: the api, the trunks and the replicas of each cluster.
+
+Plain classes; `app.py` makes them Serve's deployments. Serve starts, checks, scales and ends them, and tells who is
+there; what they say to each other goes over connections of their own (`sessions`, `frames`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import threading
+import time
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+from prometheus_client import CollectorRegistry
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
+from ray.serve.handle import DeploymentHandle
+from torch import Tensor
+
+from raymoe.metrics import ApiMetrics, ClusterMetrics, TrunkMetrics
+from raymoe.metrics import serve as serve_metrics
+from raymoe.serving.api import ApiSettings, Unavailable, create_app
+from raymoe.serving.clusters import Cluster
+from raymoe.serving.driver import Driver
+from raymoe.serving.engine import Engine
+from raymoe.serving.fleet import Fleet
+from raymoe.serving.forward import Trunk
+from raymoe.serving.frames import Address, Server
+from raymoe.serving.request import Increment, Request
+from raymoe.serving.sessions import SessionServer
+from raymoe.serving.settings import ServeSettings
+from raymoe.serving.trunks import NoTrunk, Trunks
+from raymoe.storage.export import Artifact
+from raymoe.tokens import load_tokenizer
+
+log = logging.getLogger(__name__)
+
+DISCOVERY_S = 1.0
+"""Seconds between looks at who is there."""
+
+Endpoint = dict[str, Any]
+"""Of a replica: `address`, `digest` of its artifact, `metrics` port."""
+
+
+def _host(settings: ServeSettings) -> str:
+    return ray.util.get_node_ip_address() if settings.host == "node" else settings.host
+
+
+async def _endpoints(handle: DeploymentHandle) -> list[Endpoint] | None:
+    """Of all running replicas that answer; None when it cannot be known now."""
+    try:
+        found = await handle.broadcast("endpoint").results_async(timeout_s=2.0, return_exceptions=True)
+    except RayServeException:  # there are none
+        return []
+    except (TimeoutError, RayError):
+        return None
+    return [endpoint for endpoint in found if isinstance(endpoint, dict)]
+
+
+def _addresses(endpoints: Sequence[Endpoint], digest: str) -> list[Address]:
+    return [tuple(endpoint["address"]) for endpoint in endpoints if endpoint["digest"] == digest]  # type: ignore[misc]
+
+
+class _Rate:
+    """What grows, per second since it was last asked for."""
+
+    def __init__(self) -> None:
+        self._then, self._was = time.monotonic(), 0.0
+
+    def __call__(self, total: float) -> float:
+        now = time.monotonic()
+        rate = (total - self._was) / max(now - self._then, 1e-3)
+        self._then, self._was = now, total
+        return rate
+
+
+class ClusterReplica:
+    """One cluster of every layer: rows in, rows out."""
+
+    def __init__(self, settings: ServeSettings, folder: str, c: int) -> None:
+        torch.set_num_threads(settings.threads)
+        artifact = Artifact.open(Path(folder), verify=False)
+        model, tensors = artifact.model, artifact.cluster(c)
+        self.layers = [Cluster(model, tensors, i, c, settings.dtype) for i in range(model.layers)]
+        registry = CollectorRegistry()
+        self.metrics = ClusterMetrics(registry, cluster=str(c))
+        self.metrics.resident_bytes.set(sum(layer.bytes for layer in self.layers))
+        host = _host(settings)
+        self._lock = threading.Lock()
+        self._busy_s, self._calls = 0.0, 0
+        self._busy, self._seconds, self._per_s = _Rate(), _Rate(), _Rate()
+        server = Server(self._compute, artifact.digest, model.d_model, settings.dtype, (host, 0))
+        self._server = server
+        self._endpoint = {
+            "address": (host, server.port), "digest": artifact.digest.hex(), "metrics": serve_metrics(registry, host),
+        }  # fmt: skip
+
+    @torch.inference_mode()
+    def _compute(self, layer: int, rows: Tensor) -> Tensor:
+        if layer >= len(self.layers):
+            raise ValueError(f"there is no layer {layer}")
+        started = time.perf_counter()
+        answers = self.layers[layer](rows)
+        seconds = time.perf_counter() - started
+        with self._lock:
+            self._busy_s += seconds
+            self._calls += 1
+        self.metrics.rows.inc(rows.shape[0])
+        self.metrics.compute_seconds.observe(seconds)
+        return answers
+
+    def endpoint(self) -> Endpoint:
+        return self._endpoint
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """`busy`: share of the time; `latency_s` of a call, as long as it computes."""
+        with self._lock:
+            busy_s, calls = self._busy_s, self._calls
+        busy, calls_per_s = self._busy(busy_s), self._per_s(calls)
+        return {"busy": busy, "latency_s": busy / calls_per_s if calls_per_s else 0.0}
+
+    def __del__(self) -> None:
+        self._server.close()
+
+
+class TrunkReplica:
+    """An engine over the clusters that are resident, or at replicas."""
+
+    async def __init__(self, settings: ServeSettings, folder: str, clusters: Sequence[DeploymentHandle]) -> None:
+        torch.set_num_threads(settings.threads)
+        self.settings, self.clusters = settings, clusters
+        artifact = Artifact.open(Path(folder))
+        path, model = artifact.tokenizer_path, artifact.model
+        tokenizer = load_tokenizer(path.read_bytes(), str(path), model.vocabulary)
+        registry = CollectorRegistry()
+        self.metrics = TrunkMetrics(registry, clusters=model.n_clusters)
+        self.digest = artifact.digest.hex()
+        self.fleet = Fleet(artifact, settings.dtype, settings.fleet(), self.metrics.observe_call)
+        trunk = Trunk(artifact, self.fleet, settings.dtype, settings.length or model.context)
+        self.engine = Engine(trunk, tokenizer, settings.engine())
+        self.server = SessionServer(self.digest)
+        self.driver = Driver(self.engine, self.server.deliver)
+        host = _host(settings)
+        await self.server.start((host, 0), self.driver)
+        self._rates = [_Rate() for _ in clusters]
+        self._endpoint = {
+            "address": (host, self.server.port), "digest": self.digest, "metrics": serve_metrics(registry, host),
+        }  # fmt: skip
+        self._discovery = asyncio.create_task(self._discover())
+
+    async def _discover(self) -> None:
+        known: dict[int, list[Address]] = {}
+        while True:
+            found = await asyncio.gather(*map(_endpoints, self.clusters))
+            for c, endpoints in enumerate(found):
+                if endpoints is not None:
+                    known[c] = _addresses(endpoints, self.digest)
+            await asyncio.to_thread(self.fleet.update, known)
+            self._show()
+            await asyncio.sleep(min(1.0, DISCOVERY_S))
+
+    def _show(self) -> None:
+        engine, fleet = self.engine, self.fleet
+        self.metrics.update(
+            running=engine.running, waiting=engine.waiting, kv_usage=1 - engine.cache.free / engine.cache.capacity,
+            rows=dict(fleet.rows), away=dict(fleet.away), residency=fleet.residency.stats(),
+            connected={c: fleet.replicas.count(c) for c in fleet.sizes},
+        )  # fmt: skip
+
+    def endpoint(self) -> Endpoint:
+        return self._endpoint
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """For each cluster c: `away_c`, its rows per second that replicas are wanted for; `bytes_c` of a replica."""
+        away = {f"away_{c}": rate(self.fleet.away[c]) for c, rate in enumerate(self._rates)}
+        return away | {f"bytes_{c}": size for c, size in self.fleet.sizes.items()}
+
+    def check_health(self) -> None:
+        if self.driver.failed is not None:
+            raise RuntimeError(f"the engine ended: {self.driver.failed}")
+
+    async def __del__(self) -> None:
+        """Serve ends this replica: answers that have begun are finished first."""
+        deadline = time.monotonic() + self.settings.drain_s
+        while not self.driver.idle and self.driver.failed is None and time.monotonic() < deadline:
+            await asyncio.sleep(0.05)
+        self._discovery.cancel()
+        await self.server.close()
+        self.driver.close()
+        self.fleet.close()
+
+
+class Api:
+    """The HTTP server: owns requests, asks the trunks."""
+
+    async def __init__(self, settings: ServeSettings, folder: str, trunk: DeploymentHandle) -> None:
+        artifact = Artifact.open(Path(folder), verify=False)
+        path, model = artifact.tokenizer_path, artifact.model
+        self.trunk, self.digest = trunk, artifact.digest.hex()
+        self.name = settings.name or Path(folder).name
+        self.created = int(artifact.folder.stat().st_mtime)
+        self.tokenizer = load_tokenizer(path.read_bytes(), str(path), model.vocabulary)
+        self.length = settings.length or model.context
+        template = artifact.folder / "chat_template.jinja"
+        self.chat_template = template.read_text() if template.is_file() else None
+        self.registry = CollectorRegistry()
+        self.metrics = ApiMetrics(self.registry, model=self.name)
+        self.trunks = Trunks(self.digest, patience_s=settings.patience_s, resumed=self.metrics.resumes.inc)
+        self._discovery = asyncio.create_task(self._discover())
+
+    def __serve_build_asgi_app__(self) -> Any:
+        return create_app(self, ApiSettings(api_key=os.environ.get("RAYMOE_API_KEY") or None), self.metrics)
+
+    async def _discover(self) -> None:
+        while True:
+            endpoints = await _endpoints(self.trunk)
+            if endpoints is not None:
+                await self.trunks.update(_addresses(endpoints, self.digest))
+            await asyncio.sleep(min(1.0, DISCOVERY_S if self.trunks.ready else 0.25))
+
+    def ready(self) -> bool:
+        return self.trunks.ready
+
+    async def generate(self, request: Request) -> AsyncGenerator[Increment, None]:
+        try:
+            async with aclosing(self.trunks.generate(request)) as answer:
+                async for increment in answer:
+                    yield increment
+        except NoTrunk as error:
+            raise Unavailable(str(error), retry_after_s=1.0) from None

@@ -1,0 +1,154 @@
+"""Puts an application on a running Ray, replaces it without a failed request, and looks at it: the operator's side.
+
+Talks to Ray's dashboard as the `serve` command does, so it works from any machine that can reach it.
+"""
+
+from __future__ import annotations
+
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from typing import Any
+
+from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
+
+from raymoe.serving.settings import from_dict
+from raymoe.storage.export import Artifact
+
+Config = dict[str, Any]
+"""A Serve config with one application, as in services/raymoe.yaml."""
+
+
+def pinned(config: Config, artifact: str | None = None, root: str | None = None) -> Config:
+    """The config with its artifact decided: by its folder, in an application that is named after its digest.
+
+    So a later export changes nothing of what was deployed, and two artifacts are two applications.
+    Raises ValueError, FileNotFoundError or CorruptArtifact.
+    """
+    try:
+        (application,) = config["applications"]
+        args = dict(application.get("args") or {})
+    except (KeyError, TypeError, ValueError):
+        raise ValueError("the config must have exactly one application under `applications`") from None
+    args |= {key: value for key, value in (("artifact", artifact), ("root", root)) if value}
+    settings = from_dict(args)
+    folder = settings.folder()
+    name = f"{application['name']}-{Artifact.open(folder).digest.hex()[:8]}"
+    args |= {"artifact": str(folder), "name": settings.name or folder.name}
+    return config | {"applications": [application | {"name": name, "args": args}]}
+
+
+class Rollout:
+    """An application of a pinned config on the Ray behind `dashboard` (its address). `timeout` in seconds, of each step.
+
+    Raises RuntimeError when something does not happen in time, or fails; ConnectionError when Ray is not there.
+    """
+
+    def __init__(self, dashboard: str, config: Config, timeout: float = 300.0) -> None:
+        self.client = ServeSubmissionClient(dashboard)
+        self.config, self.timeout = config, timeout
+        (self.application,) = config["applications"]
+        self.name: str = self.application["name"]
+        http = config.get("http_options", {})
+        host = http.get("host", "127.0.0.1")
+        self.base = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{http.get('port', 8000)}"
+
+    # What there is
+
+    def applications(self) -> dict[str, Any]:
+        """What Serve says of each."""
+        return self.client.get_serve_details().get("applications", {})
+
+    def deployments(self) -> dict[str, Any]:
+        """What Serve says of each deployment of the application."""
+        return self.applications().get(self.name, {}).get("deployments", {})
+
+    def pids(self, deployment: str) -> list[int]:
+        """Processes of a deployment's running replicas."""
+        replicas = self.deployments().get(deployment, {}).get("replicas", [])
+        return [r["pid"] for r in replicas if r["state"] == "RUNNING" and r["pid"]]
+
+    def targets(self) -> dict[str, int]:
+        """How many replicas each deployment should have."""
+        return {name: d["target_num_replicas"] for name, d in self.deployments().items()}
+
+    def running(self) -> dict[str, int]:
+        """How many replicas of each deployment run."""
+        return {
+            name: sum(r["state"] == "RUNNING" for r in d.get("replicas", [])) for name, d in self.deployments().items()
+        }
+
+    def get(self, path: str) -> str | None:
+        """What the server answers to a GET; None when it does not, or not with 200."""
+        try:
+            with urllib.request.urlopen(self.base + path, timeout=5) as answer:
+                return answer.read().decode()
+        except (OSError, urllib.error.URLError):
+            return None
+
+    def ready(self, prefix: str = "") -> bool:
+        return (
+            self.applications().get(self.name, {}).get("status") == "RUNNING"
+            and self.get(f"{prefix}/ready") is not None
+        )
+
+    # What to do
+
+    def up(self) -> None:
+        """Serve the application at `/`: new, or beside what is there, which it then replaces without a failed request.
+
+        Until the switch a failure changes nothing.
+        """
+        old = [
+            app["deployed_app_config"]
+            for name, app in self.applications().items()
+            if name != self.name and app.get("deployed_app_config")
+        ]
+        alone = self.application | {"route_prefix": "/"}
+        if not old:
+            self._deploy([alone])
+            self.wait(self.ready, "to be ready")
+            return
+        aside = f"/{self.name}"
+        try:
+            self._deploy([*old, self.application | {"route_prefix": aside}])
+            self.wait(lambda: self.ready(aside), "to be ready")
+        except RuntimeError:
+            self._deploy(old)
+            raise
+        moved = [app | {"route_prefix": f"/{app['name']}"} for app in old]
+        self._deploy([*moved, alone])
+        self.wait(
+            lambda: self.ready() and all(self.get(f"/{app['name']}/health") is not None for app in moved), "to have /"
+        )
+        self.wait(lambda: all(self._drained(app["name"]) for app in moved), "to be the only one that is asked")
+        self._deploy([alone])
+        self.wait(lambda: list(self.applications()) == [self.name], "to be alone")
+
+    def down(self) -> None:
+        """Take everything off that Serve serves."""
+        self.client.delete_applications()
+        self.wait(lambda: not self.applications(), "to be gone")
+
+    def wait(self, done: Callable[[], bool], what: str) -> None:
+        deadline = time.monotonic() + self.timeout
+        while not done():
+            app = self.applications().get(self.name, {})
+            if app.get("status") in ("DEPLOY_FAILED", "UNHEALTHY"):
+                raise RuntimeError(f"application {self.name} failed: {app.get('message') or self._messages(app)}")
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"waited {self.timeout:g} s for application {self.name} {what}")
+            time.sleep(0.25)
+
+    @staticmethod
+    def _messages(app: dict[str, Any]) -> str:
+        return "; ".join(d["message"] for d in app.get("deployments", {}).values() if d.get("message"))
+
+    def _deploy(self, applications: list[dict[str, Any]]) -> None:
+        self.client.deploy_applications(self.config | {"applications": applications})
+
+    def _drained(self, application: str) -> bool:
+        metrics = self.get(f"/{application}/metrics") or ""
+        lines = [line for line in metrics.splitlines() if line.startswith("raymoe_num_requests_running{")]
+        return bool(lines) and all(float(line.rpartition(" ")[2]) == 0 for line in lines)

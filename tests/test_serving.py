@@ -1,0 +1,176 @@
+"""The application on a real Serve: deployed as a person does it, asked, killed, scaled, updated."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+import yaml
+from deployed import HOUSE, config, deploy, get, kill, post, serve, until
+from served import artifact, tokenizer
+
+from jobs.load import Answer, load
+from raymoe.serving.clusters import LocalClusters
+from raymoe.serving.engine import Engine
+from raymoe.serving.forward import Trunk
+from raymoe.serving.request import Request
+from raymoe.serving.rollout import Rollout
+from raymoe.serving.sampling import Sampling
+from raymoe.storage.export import Artifact
+from raymoe.training.head import Head, head
+
+PROMPTS = ["The cat sat on", "the dog, naive as ever", "ran after 42 birds", "Unicode: sat", "the mat; the"]
+TOKENS = 40
+
+
+@pytest.fixture(scope="module")
+def ray() -> Iterator[Head]:
+    with head(cpus=2) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    return artifact(tmp_path_factory.mktemp("serving"))
+
+
+@pytest.fixture(scope="module")
+def expected(model: Artifact) -> list[str]:
+    """The greedy answers of an engine in this process."""
+    engine = Engine(
+        Trunk(model, LocalClusters(model, range(model.model.n_clusters), torch.float32), torch.float32, 128),
+        tokenizer(),
+    )
+    texts: dict[int, str] = {}
+    for prompt in PROMPTS:
+        ids = tuple(tokenizer().encode(prompt).ids)
+        texts[engine.submit(Request(ids, TOKENS, Sampling(temperature=0), ignore_eos=True))] = ""
+    while not engine.idle:
+        for increment in engine.step():
+            texts[increment.request] += increment.text
+    return list(texts.values())
+
+
+def greedy(model: str) -> dict[str, object]:
+    return {"model": model, "max_tokens": TOKENS, "temperature": 0, "ignore_eos": True}
+
+
+def check(answers: Sequence[Answer], expected: Sequence[str]) -> None:
+    assert [a.error for a in answers] == [""] * len(answers)
+    assert [a.text for a in answers] == [expected[a.prompt] for a in answers]
+
+
+async def while_killing(rollout: Rollout, name: str, victims: Sequence[str], requests: int) -> list[Answer]:
+    """Answers to a load during which one replica of each of `victims` is killed."""
+    loading = asyncio.create_task(load(rollout.base, PROMPTS, streams=4, requests=requests, body=greedy(name)))
+    for victim in victims:
+        await asyncio.to_thread(kill, rollout, victim)
+        await asyncio.sleep(0.3)
+    return await loading
+
+
+def addresses(pid: int) -> set[str]:
+    """On which a process listens for connections of ours: Ray's own are on the node's address."""
+    listening = [c for c in psutil.Process(pid).net_connections("tcp") if c.status == psutil.CONN_LISTEN]
+    return {c.laddr.ip for c in listening}
+
+
+@pytest.mark.ray
+def test_the_application_serves_and_survives(ray: Head, model: Artifact, expected: list[str], tmp_path: Path) -> None:
+    args = {"artifact": str(model.folder), "resident_bytes": 0, "min_replicas": 1, "max_replicas": 2}
+    rollout = deploy(ray, tmp_path, config(args))
+    name = model.folder.name
+    try:
+        check(asyncio.run(load(rollout.base, PROMPTS, streams=5, requests=10, body=greedy(name))), expected)
+        assert {get(rollout, path)[0] for path in ("/health", "/v1/models", "/version", "/metrics")} == {200}
+        assert post(rollout, "/v1/completions", {"model": "other", "prompt": "x"})[0] == 404
+        status, body = post(rollout, "/v1/completions", {"model": name, "prompt": "x", "max_tokens": 10**6})
+        assert status == 400 and body["error"]["type"] == "invalid_request_error"
+        assert all("127.0.0.1" in addresses(rollout.pids(each)[0]) for each in ("trunk", "cluster-0"))
+
+        check(asyncio.run(while_killing(rollout, name, ["cluster-0", "trunk", "cluster-1"], 60)), expected)
+        rollout.wait(lambda: rollout.running() == rollout.targets(), "to be whole again")
+        status = serve(ray, "status")
+        assert "cluster-0" in status and "RUNNING" in status
+    finally:
+        serve(ray, "shutdown", "-y")
+    assert not rollout.applications()
+
+
+def job(ray: Head, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "jobs/serve.py", "--address", ray.dashboard, *arguments],
+        cwd=HOUSE, env=os.environ | ray.environment, capture_output=True, text=True, timeout=400,
+    )  # fmt: skip
+
+
+@pytest.mark.soak
+def test_an_update_fails_no_request(ray: Head, model: Artifact, expected: list[str], tmp_path: Path) -> None:
+    """A second artifact takes over under load; one that cannot start does not."""
+    second = artifact(tmp_path / "second", seed=1)
+    made = config({"name": "m", "max_replicas": 1})
+    file = tmp_path / "serve.yaml"
+    file.write_text(yaml.safe_dump(made))
+    refused = job(ray, "nothing", "--config", str(file))
+    assert refused.returncode == 2 and "artifact='nothing'" in refused.stderr
+    rollout = Rollout(ray.dashboard, made)
+
+    async def update(folder: Path) -> tuple[list[Answer], subprocess.CompletedProcess[str]]:
+        over = asyncio.Event()
+        loading = asyncio.create_task(load(rollout.base, PROMPTS, streams=4, until=over, body=greedy("m")))
+        done = await asyncio.to_thread(job, ray, str(folder), "--config", str(file))
+        over.set()
+        return await loading, done
+
+    try:
+        done = job(ray, str(model.folder), "--config", str(file))
+        assert done.returncode == 0, done.stdout + done.stderr
+        check(asyncio.run(load(rollout.base, PROMPTS, streams=5, requests=5, body=greedy("m"))), expected)
+        before = list(rollout.applications())
+
+        answers, done = asyncio.run(update(second.folder))
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert [a.error for a in answers] == [""] * len(answers)
+        assert 0 < sum(a.text == expected[a.prompt] for a in answers) < len(answers)
+        assert all(a.text != expected[a.prompt] for a in answers[-4:])
+        assert len(rollout.applications()) == 1 and list(rollout.applications()) != before
+    finally:
+        serve(ray, "shutdown", "-y")
+
+
+@pytest.mark.soak
+def test_clusters_sleep_wake_and_scale_by_their_own_load(ray: Head, model: Artifact, tmp_path: Path) -> None:
+    """From none, to the maximum of a cluster under load, to none again; nothing is lost on the way."""
+    args = {"artifact": str(model.folder), "resident_bytes": 0, "min_replicas": 0, "max_replicas": 2}
+    rollout = deploy(ray, tmp_path, config(args, {"target": 0.01, "down_cooldown_s": 6.0, "idle_s": 8.0}))
+    name = model.folder.name
+
+    def clusters(replicas: dict[str, int]) -> list[int]:
+        return [n for deployment, n in replicas.items() if deployment.startswith("cluster-")]
+
+    async def run() -> list[Answer]:
+        over = asyncio.Event()
+        loading = asyncio.create_task(load(rollout.base, PROMPTS, streams=4, until=over, body=greedy(name)))
+        try:
+            await asyncio.to_thread(until, lambda: max(clusters(rollout.targets())) == 2, "a cluster's maximum")
+        finally:
+            over.set()
+        return await loading
+
+    try:
+        assert clusters(rollout.targets()) == [0, 0, 0]
+        answers = asyncio.run(run())
+        assert [a.error for a in answers] == [""] * len(answers)
+        until(lambda: not any(clusters(rollout.targets())), "all to sleep")
+        until(lambda: not any(clusters(rollout.running())), "their processes to end")
+        assert post(rollout, "/v1/completions", greedy(name) | {"prompt": PROMPTS[0]})[0] == 200
+        until(lambda: any(clusters(rollout.targets())), "one to wake")
+    finally:
+        serve(ray, "shutdown", "-y")
