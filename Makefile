@@ -10,7 +10,7 @@ export RAY_USAGE_STATS_ENABLED ?= 0
 export UV_PROJECT_ENVIRONMENT := .venv
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup demo test check soak bench head
+.PHONY: setup demo test check soak bench serve watch head
 
 setup: .venv/.ready
 
@@ -48,6 +48,14 @@ bench: setup
 	$(BIN)/python jobs/benchmark.py layer
 	$(BIN)/python jobs/benchmark.py step
 	$(BIN)/python jobs/benchmark.py memory
+
+# The newest export, behind an OpenAI-compatible API; it stays until `serve shutdown`.
+serve: setup
+	$(BIN)/python jobs/serve.py --start
+
+# Prometheus over the runs and applications under RAYMOE_HOME, with the alerts of dashboards/.
+watch: setup
+	$(BIN)/python dashboards/watch.py
 
 # A Ray head for `ray job submit`; `ray job stop` then waits for the last checkpoint.
 head: setup

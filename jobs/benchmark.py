@@ -6,6 +6,8 @@
     python jobs/benchmark.py remap     a forced plan on 2 workers: pause, bytes moved, validation loss against a branch without it
     python jobs/benchmark.py regroup   all of regrouping on 2 workers: its share of the training time; and what it does, and gains,
                                        when the domains of the training text change half-way
+    python jobs/benchmark.py serve     tokens/s and latency of serving by the number of streams; --with-peers installs
+                                       transformers in a temporary folder and takes turns with its `generate`
 
 `remap` and `regroup` take tens of minutes on 2 cores: --data, --seeds, --steps and --part make them smaller.
 
@@ -231,13 +233,19 @@ def memory(name: str) -> dict[str, Any]:
     return {"sizes": table, "fewer_parameters": fewer, "fewer_expert_bytes": smaller, "payload_bytes": crossing}
 
 
+PARTS = {"regroup": ["overhead", "shift"], "serve": ["engine"]}
+
+
 def parser() -> argparse.ArgumentParser:
     parse = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parse.add_argument("name", choices=["layer", "step", "memory", "remap", "regroup"])
+    parse.add_argument("name", choices=["layer", "step", "memory", "remap", "regroup", "serve"])
     parse.add_argument("--preset", choices=["tiny", "small", "paper"], help="default: paper for memory, else small")
     parse.add_argument("--rounds", type=int, default=15, help="measured rounds (default: %(default)s)")
     parse.add_argument(
-        "--data", default="builtin", metavar="PATH", help="remap, regroup: text to train on (default: %(default)s)"
+        "--data",
+        default="builtin",
+        metavar="PATH",
+        help="remap, regroup: text to train on; serve: of tokenizer and prompts (default: %(default)s)",
     )
     parse.add_argument("--seeds", type=int, default=3, help="remap, regroup: seeds (default: %(default)s)")
     parse.add_argument(
@@ -249,14 +257,19 @@ def parser() -> argparse.ArgumentParser:
         "--periods", type=int, default=2, help="regroup: periods to measure the overhead over (default: %(default)s)"
     )
     parse.add_argument(
-        "--part", choices=["overhead", "shift"], help="regroup: one of its two questions (default: both)"
-    )
+        "--part", choices=sorted({part for parts in PARTS.values() for part in parts}),
+        help="regroup: overhead or shift; serve: engine (default: all of the name's)",
+    )  # fmt: skip
+    parse.add_argument("--with-peers", action="store_true", help="serve: compare with transformers")
     parse.add_argument("--json", type=Path, help="write the result to this file")
     return parse
 
 
 def main() -> int:
-    arguments = parser().parse_args()
+    parse = parser()
+    arguments = parse.parse_args()
+    if arguments.part and arguments.part not in PARTS.get(arguments.name, []):
+        parse.error(f"--part {arguments.part} is not a part of {arguments.name}")
     if arguments.name == "layer":
         result = layer(arguments.rounds)
     elif arguments.name == "step":
@@ -268,9 +281,14 @@ def main() -> int:
     elif arguments.name == "regroup":
         from regroup_benchmarks import regroup
 
-        parts = [arguments.part] if arguments.part else ["overhead", "shift"]
+        parts = [arguments.part] if arguments.part else PARTS["regroup"]
         steps = arguments.steps or 1000
         result = regroup(arguments.preset or "small", arguments.data, arguments.seeds, steps, arguments.periods, parts)
+    elif arguments.name == "serve":
+        from serve_benchmarks import serve
+
+        parts = [arguments.part] if arguments.part else PARTS["serve"]
+        result = serve(arguments.preset or "small", arguments.data, arguments.rounds, parts, arguments.with_peers)
     else:
         result = memory(arguments.preset or "paper")
     about = {"cores": os.cpu_count(), "machine": platform.processor() or platform.machine(), "torch": torch.__version__}

@@ -1,32 +1,41 @@
-"""The whole path on this machine: a Ray head, four trainings by real job submission, export, evaluation, two tables.
+"""The whole path on this machine: a Ray head, four trainings by real job submission, export, evaluation, serving.
 
     python jobs/demo.py [--root FOLDER] [--steps N]
 
 Trains `tiny` on the built-in corpus with 2 workers, the same tokens in the same order for each: clustered
 experts, flat experts, the clusters' bases alone (residual_width=0), and a flat model of as many parameters
 (E=C, K=1). The clustered run regroups its experts as it trains: one plan is forced, so that there always is one;
-what became of each is shown. Needs no download and no account. The head uses free ports and a folder of its own, and is ended
+what became of each is shown. Its export is then served: asked over HTTP, and driven for half a minute with a load
+of which most comes from one domain, while each cluster's replicas follow their own. Needs no download and no account. The head uses free ports and a folder of its own, and is ended
 at the end. Exit status: 0 done, 1 if a job failed.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import math
 import os
+import random
 import subprocess
 import sys
+import threading
 import time
+import urllib.request
 from pathlib import Path
 from typing import Any
 
+import yaml
+from load import load, pieces, summary
+
 from raymoe.config import default_root, preset
+from raymoe.serving.rollout import Rollout, pinned
 from raymoe.storage.export import sizes
 from raymoe.storage.runs import artifact_folder, open_artifact, open_run, run_folder
-from raymoe.training.head import Head, head
+from raymoe.training.head import Head, free_ports, head
 from raymoe.training.regroup_plots import decisions
-from raymoe.training.report import read_records
+from raymoe.training.report import read_records, write_report
 
 HOUSE = Path(__file__).resolve().parent.parent
 CLUSTERS = preset("tiny").model.n_clusters
@@ -113,6 +122,86 @@ def regrouping(root: str, name: str) -> str:
     return "\n".join(lines)
 
 
+LOAD_S = 30.0
+DOMAIN = "licences"
+SCALING = {"target": 0.04, "up_cooldown_s": 4.0, "down_cooldown_s": 8.0}
+"""A replica counts as busy from 4 % of its time: the load of one machine should be enough to see them scale."""
+
+
+def ask(base: str, model: str, prompt: str) -> str:
+    """A completion as it streams in, over HTTP."""
+    body = {"model": model, "prompt": prompt, "max_tokens": 48, "temperature": 0.8, "seed": 1, "stream": True}
+    headers = {"Content-Type": "application/json"}
+    request = urllib.request.Request(f"{base}/v1/completions", json.dumps(body).encode(), headers)
+    text = ""
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        for line in answer:
+            if line.startswith(b"data: {"):
+                text += "".join(choice["text"] for choice in json.loads(line[6:])["choices"])
+    return text
+
+
+def served(ray: Head, artifact: Path, run: Path) -> dict[str, Any]:
+    """Serve the artifact with nothing resident, ask it, drive a skewed load, and record its replicas in the run."""
+    config = yaml.safe_load((HOUSE / "services" / "raymoe.yaml").read_text())
+    (config["http_options"]["port"],) = free_ports(1)
+    (application,) = config["applications"]
+    application["args"] |= {"resident_bytes": 0, "min_replicas": 1, "max_replicas": 2}
+    application["autoscaling_policy"]["policy_kwargs"] |= SCALING
+    rollout = Rollout(ray.dashboard, pinned(config, str(artifact)))
+    started = time.monotonic()
+    rollout.up()
+    rollout.wait(lambda: rollout.running() == rollout.targets(), "to have all of its replicas")
+    model, ready_s = rollout.application["args"]["name"], time.monotonic() - started
+    print(f"   serving at {rollout.base}/v1 after {ready_s:.0f} s", flush=True)
+    prompt = "This licence applies to"
+    print(f"   {prompt}{ask(rollout.base, model, prompt)!r}", flush=True)
+    over, began = threading.Event(), time.monotonic()
+
+    def watch() -> None:
+        with (run / "serving.jsonl").open("w") as file:
+            while not over.wait(0.5):
+                seconds = time.monotonic() - began
+                seen = {
+                    name: {c: n for c, n in replicas.items() if c.startswith("cluster-")}
+                    for name, replicas in (("targets", rollout.targets()), ("running", rollout.running()))
+                }
+                file.write(
+                    json.dumps({"kind": "replicas", "step": round(1000 * seconds), "seconds": seconds, **seen}) + "\n"
+                )
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    prompts = pieces("builtin", domain=None, share=0, words=16, count=400, seed=0)
+    hot = pieces("builtin", domain=DOMAIN, share=1, words=16, count=400, seed=0)
+    skewed = [p for i, p in enumerate(prompts) if i % 5 == 0] + hot[:320]
+    body = {"model": model, "max_tokens": 32, "temperature": 0, "ignore_eos": True}
+    draw = random.Random(0)
+    answers = asyncio.run(
+        load(rollout.base, skewed, streams=16, seconds=LOAD_S, body=body, pick=lambda n: draw.randrange(len(skewed)))
+    )
+    low = lambda: all(n == 1 for name, n in rollout.targets().items() if name.startswith("cluster-"))  # noqa: E731
+    rollout.wait(low, "to have its replicas fall again")
+    over.set()
+    watcher.join()
+    rollout.down()
+    return summary(answers) | {"ready_s": ready_s}
+
+
+def replicas(run: Path) -> str:
+    """Replicas of each cluster over the load: the target, and those that ran."""
+    records = read_records(run / "serving.jsonl")
+    names = sorted(records[0]["targets"]) if records else []
+    lines = [f"{'seconds':>8}" + "".join(f"{name:>12}" for name in names)]
+    shown = None
+    for record in records:
+        row = [f"{record['targets'][name]} ({record['running'].get(name, 0)})" for name in names]
+        if row != shown:
+            lines.append(f"{record['seconds']:>8.1f}" + "".join(f"{cell:>12}" for cell in row))
+            shown = row
+    return "\n".join(lines)
+
+
 def parser() -> argparse.ArgumentParser:
     parse = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parse.add_argument("--root", default=default_root(), help="where runs and exports go (default: %(default)s)")
@@ -148,7 +237,12 @@ def main() -> int:
                 str(evaluation),
                 "--quiet",
             )
-    except (subprocess.CalledProcessError, RuntimeError) as error:
+            print(
+                "\n== serve the export: Ray Serve, an OpenAI-compatible API, each cluster scaling by its own load",
+                flush=True,
+            )
+            felt = served(ray, artifact, run_folder(root, names["clustered"]))
+    except (subprocess.CalledProcessError, RuntimeError, OSError) as error:
         print(f"demo.py: {error}", file=sys.stderr)
         return 1
     rows = [row(root, names[variant], variant) for variant in VARIANTS]
@@ -169,6 +263,11 @@ def main() -> int:
     print(show([rows[0], exported, *rows[1:]]))
     print("\nregrouping of the clustered run: plans made, applied or refused; probe: loss on a few held-out windows\n")
     print(regrouping(root, names["clustered"]))
+    print(f"\nserving, 16 streams for {LOAD_S:.0f} s, 80 % from one domain: {felt['requests']} requests, {felt['failed']} failed; "
+          f"{felt['output_throughput']:.0f} tokens/s, first token after {felt['p50_ttft_s']:.2f} s (p99 {felt['p99_ttft_s']:.2f} s)")  # fmt: skip
+    print("replicas of each cluster: the target, and in brackets those that ran\n")
+    print(replicas(run_folder(root, names["clustered"])))
+    write_report(run_folder(root, names["clustered"]))
     print(f"\nreport   {run_folder(root, names['clustered']) / 'report.html'}")
     print(f"artifact {artifact}")
     print(f"took {time.monotonic() - started:.0f} s")

@@ -4,7 +4,7 @@
     python jobs/serve.py first --config my.yaml
     python jobs/serve.py second                beside the first; once it is ready requests go to it, and the first drains
 
-Needs a running Ray with a dashboard (`make head`); what serves stays when this ends. An update starts a new
+Needs a running Ray with a dashboard (`make head`), or starts one that stays, with --start; what serves stays too. An update starts a new
 application beside the old one, switches the route when it is ready, waits until the old one has answered what it
 was asked, and removes it; until the switch a failure changes nothing. `serve status` and `serve shutdown` work as
 always. Exit status: 0 serving, 1 it did not start, 2 refused.
@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import argparse
 import os
+import subprocess
 import sys
 from pathlib import Path
+from urllib.parse import urlsplit
 
 HOUSE = Path(__file__).resolve().parent.parent
 
@@ -38,6 +40,22 @@ def parser() -> argparse.ArgumentParser:
     return parse
 
 
+def start_head(dashboard: str) -> None:
+    """A head that stays, unless one is there. Raises RuntimeError when Ray does not start."""
+    from raymoe.training.head import ENVIRONMENT, answers
+
+    if answers(f"{dashboard}/api/version"):
+        return
+    port = urlsplit(dashboard).port or 8265
+    command = [str(Path(sys.executable).with_name("ray")), "start", "--head", f"--dashboard-port={port}"]
+    done = subprocess.run(command, env=ENVIRONMENT | os.environ, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(
+            f"no Ray answers at {dashboard}, and none starts:\n{done.stdout[-1000:]}{done.stderr[-1000:]}"
+        )
+    print(f"started a Ray head, which stays: its dashboard is {dashboard}; `ray stop` ends every Ray of this machine")
+
+
 def main() -> int:
     arguments = parser().parse_args()
     import yaml
@@ -50,6 +68,8 @@ def main() -> int:
         print(f"serve.py: {error}", file=sys.stderr)
         return 2
     try:
+        if arguments.start:
+            start_head(arguments.address)
         rollout = Rollout(arguments.address, config, arguments.timeout)
         rollout.up()
     except (RuntimeError, ConnectionError) as error:

@@ -15,7 +15,7 @@ from torch import Tensor
 from raymoe.model.transformer import Transformer
 from raymoe.serving.clusters import LocalClusters, Product, few_sizes
 from raymoe.serving.engine import Engine, EngineSettings, QueueFull
-from raymoe.serving.forward import Segment, Trunk
+from raymoe.serving.forward import Batch, Segment, Trunk
 from raymoe.serving.kv_cache import KVCache
 from raymoe.serving.request import Increment, Request
 from raymoe.serving.sampling import Sampling
@@ -175,6 +175,22 @@ def test_a_token_is_computed_bit_for_bit_alike_in_any_company(trunk: Trunk) -> N
         logits = trunk(segments, cache, torch.arange(m, m + min(n, 100 - at)))
         assert torch.equal(logits, alone[at : at + n])
         at, other = at + n, other + m
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_long_request_among_short_ones_changes_no_bit(artifact: Artifact, dtype: torch.dtype) -> None:
+    trunk = make_trunk(artifact, dtype)
+    cache = KVCache(trunk.model, 1 << 20, dtype, 4)
+    lengths = [120, 9, 8, 100, 7, 20, 3]
+    for i, length in enumerate(lengths):
+        cache.allocate(i, length)
+        trunk([Segment(i, 0, random_tokens(length - 1, i))], cache, torch.arange(0))
+    last = [Segment(i, length - 1, (i,)) for i, length in enumerate(lengths)]
+    alone = torch.cat([trunk([segment], cache, torch.arange(1)) for segment in last])
+    for members, groups in ((range(7), 2), ([0, 1, 2], 2), ([1, 0, 3], 1)):  # it pays to attend apart, or not
+        some = [last[i] for i in members]
+        assert len(Batch(some, cache, 2, dtype).groups) == groups
+        assert torch.equal(trunk(some, cache, torch.arange(len(some))), alone[list(members)])
 
 
 @pytest.mark.parametrize("packs", [True, False])

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 import shlex
+import sys
 from pathlib import Path
 from types import ModuleType
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -25,6 +28,7 @@ def job(name: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"job_{name}", HOUSE / "jobs" / f"{name}.py")
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look for their module
     spec.loader.exec_module(module)
     return module
 
@@ -51,6 +55,15 @@ def test_a_command_of_the_readme_is_one_that_works(line: str) -> None:
         arguments = module.parser().parse_args(words[2:])
         if words[1] == "jobs/train.py":
             override(preset(arguments.preset), arguments.overrides)
+    elif words[0] == "serve":
+        assert words[1:] in (["status"], ["shutdown"]) or (
+            words[1] in ("deploy", "run") and (HOUSE / words[2]).is_file()
+        )
+    elif words[0] == "curl":
+        assert re.search(
+            rf'"{urlsplit(words[1]).path.removeprefix("/v1")}"', (HOUSE / "raymoe/serving/api.py").read_text()
+        )
+        assert {"model", "prompt"} <= json.loads(words[words.index("-d") + 1]).keys()
     elif words[:2] == ["ray", "job"]:
         assert words[2] in ("stop", "logs", "status")
     else:

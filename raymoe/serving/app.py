@@ -62,4 +62,4 @@ def build(args: dict[str, Any]) -> Application:
         name="api", ray_actor_options={"num_cpus": 0}, num_replicas=settings.apis, max_ongoing_requests=1000,
         graceful_shutdown_timeout_s=settings.drain_s, **HEALTH,
     )  # fmt: skip
-    return api.bind(settings, str(folder), trunk)
+    return api.bind(settings, str(folder), trunk, clusters)

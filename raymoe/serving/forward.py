@@ -6,7 +6,7 @@ clusters are whatever `ClusterCompute` is given.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from functools import partial
 from itertools import accumulate, groupby
 from typing import NamedTuple
@@ -46,13 +46,13 @@ class Group(NamedTuple):
 class Batch:
     """The rows of a step, and where their keys and values are. `shared`: heads that share a key.
 
-    Segments are put in the order of their lengths, so that the rows of a group are beside each other.
+    Segments are put in the order of their lengths and ends, so that the rows of a group are beside each other.
     """
 
     def __init__(self, segments: Sequence[Segment], cache: KVCache, shared: int, dtype: torch.dtype) -> None:
         lengths = [len(s.tokens) for s in segments]
         starts = list(accumulate(lengths, initial=0))
-        order = sorted(range(len(segments)), key=lambda i: lengths[i])
+        order = sorted(range(len(segments)), key=lambda i: (lengths[i], segments[i].start))
         self.order_T = torch.tensor([row for i in order for row in range(starts[i], starts[i + 1])], dtype=torch.int64)
         """Of each row: where it stands in the segments as they were given."""
         segments = [segments[i] for i in order]
@@ -64,8 +64,7 @@ class Batch:
         self.slots_T = tables[owner, self.positions_T // cache.block] * cache.block + self.positions_T % cache.block
         self.groups = []
         first = row = 0
-        for n, members in groupby(segments, key=lambda s: len(s.tokens)):
-            ends = [s.start + n for s in members]
+        for n, ends in _together(segments):
             last, rows = first + len(ends), slice(row, row + len(ends) * n)
             blocks = -(-_round_up(max(ends), 16) // cache.block)
             later = torch.arange(blocks * cache.block) > self.positions_T[rows].view(len(ends), 1, n, 1)
@@ -78,6 +77,18 @@ class Batch:
     def row_of(self, rows: Tensor) -> Tensor:
         """Where rows of the segments as they were given stand in the batch."""
         return self.order_T.argsort()[rows]
+
+
+def _together(segments: Sequence[Segment]) -> Iterator[tuple[int, list[int]]]:
+    """(n, ends) of those that attend together: same length n, and ends up to the same power of two where this at
+    least halves the keys that are read. A group costs some calls, and a short one beside a long one many keys."""
+    for n, members in groupby(segments, key=lambda s: len(s.tokens)):
+        ends = [s.start + n for s in members]
+        parts = [list(part) for _, part in groupby(ends, key=lambda end: (max(end, 64) - 1).bit_length())]
+        if 2 * sum(len(part) * part[-1] for part in parts) <= len(ends) * ends[-1]:
+            yield from ((n, part) for part in parts)
+        else:
+            yield n, ends
 
 
 def _round_up(x: int, step: int) -> int:

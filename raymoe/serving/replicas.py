@@ -7,6 +7,7 @@ there; what they say to each other goes over connections of their own (`sessions
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import os
 import threading
@@ -19,12 +20,13 @@ from typing import Any
 import ray
 import torch
 from prometheus_client import CollectorRegistry
+from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 from torch import Tensor
 
-from raymoe.metrics import ApiMetrics, ClusterMetrics, TrunkMetrics
+from raymoe.metrics import ApiMetrics, ClusterMetrics, TrunkMetrics, write_targets
 from raymoe.metrics import serve as serve_metrics
 from raymoe.serving.api import ApiSettings, Unavailable, create_app
 from raymoe.serving.clusters import Cluster
@@ -44,13 +46,24 @@ log = logging.getLogger(__name__)
 
 DISCOVERY_S = 1.0
 """Seconds between looks at who is there."""
+TARGETS_EVERY = 5
+"""Looks from one to the next that also tells Prometheus."""
 
 Endpoint = dict[str, Any]
-"""Of a replica: `address`, `digest` of its artifact, `metrics` port."""
+"""Of a replica: `address`, `digest` of its artifact, and the `target` that Prometheus scrapes."""
 
 
 def _host(settings: ServeSettings) -> str:
     return ray.util.get_node_ip_address() if settings.host == "node" else settings.host
+
+
+def _target(host: str, registry: CollectorRegistry) -> tuple[str, int, dict[str, str]]:
+    """Answer Prometheus; where, and the labels of this replica."""
+    context = serve.get_replica_context()
+    labels = {
+        "application": context.app_name, "deployment": context.deployment, "replica": context.replica_id.unique_id,
+    }  # fmt: skip
+    return host, serve_metrics(registry, host), labels
 
 
 async def _endpoints(handle: DeploymentHandle) -> list[Endpoint] | None:
@@ -99,7 +112,7 @@ class ClusterReplica:
         server = Server(self._compute, artifact.digest, model.d_model, settings.dtype, (host, 0))
         self._server = server
         self._endpoint = {
-            "address": (host, server.port), "digest": artifact.digest.hex(), "metrics": serve_metrics(registry, host),
+            "address": (host, server.port), "digest": artifact.digest.hex(), "target": _target(host, registry),
         }  # fmt: skip
 
     @torch.inference_mode()
@@ -151,7 +164,7 @@ class TrunkReplica:
         await self.server.start((host, 0), self.driver)
         self._rates = [_Rate() for _ in clusters]
         self._endpoint = {
-            "address": (host, self.server.port), "digest": self.digest, "metrics": serve_metrics(registry, host),
+            "address": (host, self.server.port), "digest": self.digest, "target": _target(host, registry),
         }  # fmt: skip
         self._discovery = asyncio.create_task(self._discover())
 
@@ -198,32 +211,48 @@ class TrunkReplica:
 
 
 class Api:
-    """The HTTP server: owns requests, asks the trunks."""
+    """The HTTP server: owns requests, asks the trunks, and keeps Prometheus's list of what to scrape."""
 
-    async def __init__(self, settings: ServeSettings, folder: str, trunk: DeploymentHandle) -> None:
+    async def __init__(
+        self, settings: ServeSettings, folder: str, trunk: DeploymentHandle, clusters: Sequence[DeploymentHandle]
+    ) -> None:
         artifact = Artifact.open(Path(folder), verify=False)
         path, model = artifact.tokenizer_path, artifact.model
-        self.trunk, self.digest = trunk, artifact.digest.hex()
+        self.trunk, self.clusters, self.digest = trunk, clusters, artifact.digest.hex()
         self.name = settings.name or Path(folder).name
         self.created = int(artifact.folder.stat().st_mtime)
         self.tokenizer = load_tokenizer(path.read_bytes(), str(path), model.vocabulary)
         self.length = settings.length or model.context
         template = artifact.folder / "chat_template.jinja"
         self.chat_template = template.read_text() if template.is_file() else None
-        self.registry = CollectorRegistry()
-        self.metrics = ApiMetrics(self.registry, model=self.name)
+        registry = CollectorRegistry()
+        self.metrics = ApiMetrics(registry, model=self.name)
         self.trunks = Trunks(self.digest, patience_s=settings.patience_s, resumed=self.metrics.resumes.inc)
+        self._target = _target(_host(settings), registry)
+        application = serve.get_replica_context().app_name
+        self._targets = Path(settings.root).expanduser() / "serving" / application / "prometheus_targets.json"
         self._discovery = asyncio.create_task(self._discover())
 
     def __serve_build_asgi_app__(self) -> Any:
         return create_app(self, ApiSettings(api_key=os.environ.get("RAYMOE_API_KEY") or None), self.metrics)
 
     async def _discover(self) -> None:
-        while True:
+        for look in itertools.count():
             endpoints = await _endpoints(self.trunk)
             if endpoints is not None:
                 await self.trunks.update(_addresses(endpoints, self.digest))
+            if look % TARGETS_EVERY == 0:
+                await self._tell_prometheus(endpoints or [])
             await asyncio.sleep(min(1.0, DISCOVERY_S if self.trunks.ready else 0.25))
+
+    async def _tell_prometheus(self, trunks: Sequence[Endpoint]) -> None:
+        found = await asyncio.gather(*map(_endpoints, self.clusters))
+        targets = [self._target, *(e["target"] for of_one in (trunks, *found) for e in of_one or [])]
+        try:
+            self._targets.parent.mkdir(parents=True, exist_ok=True)
+            await asyncio.to_thread(write_targets, self._targets, targets)
+        except OSError as error:
+            log.warning("Prometheus's targets could not be written: %s", error)
 
     def ready(self) -> bool:
         return self.trunks.ready
@@ -234,4 +263,4 @@ class Api:
                 async for increment in answer:
                     yield increment
         except NoTrunk as error:
-            raise Unavailable(str(error), retry_after_s=1.0) from None
+            raise Unavailable(str(error)) from None

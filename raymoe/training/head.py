@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -70,12 +71,14 @@ def head(cpus: int, environment: dict[str, str] | None = None) -> Iterator[Head]
         f"--dashboard-agent-listen-port={listen}", f"--metrics-export-port={metrics}", f"--num-cpus={cpus}",
         f"--temp-dir={folder / 'ray'}", "--object-store-memory=300000000", "--include-dashboard=true",
     ]  # fmt: skip
+    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that nothing is left running
     with log.open("w") as output:
         process = subprocess.Popen(command, env=variables, stdout=output, stderr=output, start_new_session=True)
     address = f"http://127.0.0.1:{dashboard}"
     try:
         deadline = time.monotonic() + 120
-        while not _answers(f"{address}/api/jobs/"):
+        while not answers(f"{address}/api/jobs/"):
             if process.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError(f"the Ray head did not start:\n{log.read_text()[-2000:]}")
             time.sleep(0.2)
@@ -90,7 +93,8 @@ def head(cpus: int, environment: dict[str, str] | None = None) -> Iterator[Head]
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _answers(url: str) -> bool:
+def answers(url: str) -> bool:
+    """Whether a GET is answered with 200."""
     try:
         with urllib.request.urlopen(url, timeout=2) as answer:
             return answer.status == 200

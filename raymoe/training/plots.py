@@ -85,9 +85,12 @@ def show(value: Any, form: str) -> str:
 
 def lines_plot(
     title: str, caption: str, unit: str, lines: Mapping[str, Line], *,
-    form: str = ".4g", from_zero: bool = False, events: Sequence[Record] = (), since: str = "",
+    form: str = ".4g", from_zero: bool = False, events: Sequence[Record] = (), since: str = "", over: str = "step",
 ) -> str:  # fmt: skip
-    """Lines by name over steps, or over steps `since` something; events are marked. Nothing where no line has a value."""
+    """Lines by name over steps (or what else `over` says), or over steps `since` something; events are marked.
+
+    Nothing where no line has a value.
+    """
     lines = {name: line for name, line in lines.items() if np.isfinite(line[1]).any()}
     if not lines:
         return ""
@@ -101,7 +104,7 @@ def lines_plot(
         _mark_events(axes, events)
         axes.grid(color=GRID, linewidth=0.6)
         axes.set_ylabel(unit)
-        step_axis(axes)
+        step_axis(axes, over)
         if since:
             axes.set_xlabel(f"steps since {since}")
             axes.axvline(0, color=INK, linewidth=1)
@@ -228,8 +231,8 @@ def plot_label(text: str) -> str:
     return "\u200b" + text if text.startswith("_") else text
 
 
-def step_axis(axes: Axes) -> None:
-    axes.set_xlabel("step")
+def step_axis(axes: Axes, label: str = "step") -> None:
+    axes.set_xlabel(label)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
 

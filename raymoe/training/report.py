@@ -1,6 +1,7 @@
 """A run on one page: `report.html`, made from what its folder records of it alone.
 
-That is `config.json`, `metrics.jsonl` and, where clusters were regrouped, `plans.jsonl`.
+That is `config.json`, `metrics.jsonl`, `plans.jsonl` where clusters were regrouped, and `serving.jsonl` where
+somebody recorded what became of the replicas that served it.
 
 The page needs no network, no script and no display.
 """
@@ -45,10 +46,10 @@ OPEN_ROWS = 20
 def write_report(run: Path) -> Path:
     """Write `report.html` into the folder of a run, by atomic rename; returns its path.
 
-    Raises FileNotFoundError without a config.json, ValueError for one, ValueError for one, for metrics or for plans that cannot be read., that cannot be read.
+    Raises FileNotFoundError without a config.json, ValueError for one, or for records, that cannot be read.
     """
     about = _read_config(run / "config.json")
-    page = _page(about, read_records(run / "metrics.jsonl"), read_records(run / "plans.jsonl"))
+    page = _page(about, *(read_records(run / f"{name}.jsonl") for name in ("metrics", "plans", "serving")))
     path, partial = run / "report.html", run / ".report.html.partial"
     try:
         partial.write_text(page, encoding="utf-8", errors="replace")
@@ -74,7 +75,7 @@ def _read_config(path: Path) -> Record:
 
 
 def read_records(path: Path) -> list[Record]:
-    """The records of a `metrics.jsonl` or a `plans.jsonl`; none where there is no file yet.
+    """The records of a file of a run's; none where there is no file yet.
 
     A last line that a killed worker left unfinished is passed over. Any other that is not a record raises ValueError.
     """
@@ -95,7 +96,7 @@ def read_records(path: Path) -> list[Record]:
 # The page
 
 
-def _page(about: Record, records: Sequence[Record], plans: Sequence[Record]) -> str:
+def _page(about: Record, records: Sequence[Record], plans: Sequence[Record], serving: Sequence[Record]) -> str:
     trains, validations, events = ([r for r in records if r["kind"] == k] for k in ("train", "validation", "event"))
     assignments = [r for r in records if r["kind"] == "assignment"]
     name = html.escape(str(about["config"].get("run", {}).get("name") or "run"))
@@ -112,6 +113,7 @@ def _page(about: Record, records: Sequence[Record], plans: Sequence[Record]) -> 
         + _domains(validations)
         + _regrouping(plans, assignments, trains, validations)
         + _cost(trains)
+        + _served(serving)
         + _event_table(events)
         + _config_list(about["config"])
         + "</main></body></html>\n"
@@ -299,6 +301,22 @@ def _cost(trains: Sequence[Record]) -> str:
         plot("All-to-all", of_sent, "bytes / token", sent),
     ]
     return _section("Speed, memory and communication", figures)
+
+
+def _served(serving: Sequence[Record]) -> str:
+    """Replicas of each cluster over the seconds of a load."""
+    seconds = column(serving, "seconds")
+
+    def plot(title: str, caption: str, of: str) -> str:
+        names = dict.fromkeys(name for record in serving for name in record.get(of) or {})
+        lines = {name: (seconds, column(serving, of, name)) for name in names}
+        return lines_plot(title, caption, "replicas", lines, form=".0f", from_zero=True, over="seconds")
+
+    figures = [
+        plot("Replicas that each cluster should have", "Decided from its own load.", "targets"),
+        plot("Replicas that run", "A new one loads its weights first.", "running"),
+    ]
+    return _section("Serving under a skewed load", figures)
 
 
 def _event_table(events: Sequence[Record]) -> str:
