@@ -19,15 +19,26 @@ setup: .venv/.ready
 	$(PYTHON) -m venv .tools
 	.tools/bin/python -m pip install --quiet uv==$(UV_VERSION)
 
+# All that comes with torch.
+WITHOUT_TORCH = $(foreach p,torch triton $(shell sed -n 's/^name = "\(nvidia-[a-z0-9-]*\|cuda-[a-z0-9-]*\)"/\1/p' uv.lock),--no-install-package $(p))
+
 # Bytecode is compiled once here: it halves the start of every Ray process.
+COMPILE = $(BIN)/python -m compileall -q -j 0 $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])') >/dev/null || true
+
 .venv/.ready: pyproject.toml uv.lock .tools/bin/uv
 ifeq ($(TORCH),cpu)
-	.tools/bin/uv sync --quiet --frozen --extra dev --python $(PYTHON) --no-install-package torch --no-install-package triton $(foreach p,$(shell sed -n 's/^name = "\(nvidia-[a-z0-9-]*\|cuda-[a-z0-9-]*\)"/\1/p' uv.lock),--no-install-package $(p))
+	.tools/bin/uv sync --quiet --frozen --extra dev --python $(PYTHON) $(WITHOUT_TORCH)
 	.tools/bin/uv pip install --quiet --python $(BIN)/python --torch-backend cpu "torch==$$(sed -n '/^name = "torch"/{n;s/version = "\(.*\)"/\1/p}' uv.lock)"
 else
 	.tools/bin/uv sync --quiet --frozen --extra dev --python $(PYTHON)
 endif
-	$(BIN)/python -m compileall -q -j 0 $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])') >/dev/null || true
+	$(COMPILE)
+	touch $@
+
+# Real clients of the API, beside what is there: torch stays as it is, whichever it is.
+.venv/.clients: .venv/.ready
+	.tools/bin/uv sync --quiet --frozen --inexact --no-install-project --extra dev --extra clients --python $(PYTHON) $(WITHOUT_TORCH)
+	$(COMPILE)
 	touch $@
 
 demo: setup
@@ -41,7 +52,7 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-soak: setup
+soak: .venv/.clients
 	$(BIN)/python -m pytest -m soak
 
 bench: setup

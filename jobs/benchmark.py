@@ -6,8 +6,10 @@
     python jobs/benchmark.py remap     a forced plan on 2 workers: pause, bytes moved, validation loss against a branch without it
     python jobs/benchmark.py regroup   all of regrouping on 2 workers: its share of the training time; and what it does, and gains,
                                        when the domains of the training text change half-way
-    python jobs/benchmark.py serve     tokens/s and latency of serving by the number of streams; --with-peers installs
-                                       transformers in a temporary folder and takes turns with its `generate`
+    python jobs/benchmark.py serve --artifact NAME
+                                       tokens/s and latency of the engine alone (--with-peers installs transformers in a
+                                       temporary folder and takes turns with its `generate`), round trips between
+                                       replicas, and the artifact over HTTP with all, half and none of it resident
 
 `remap` and `regroup` take tens of minutes on 2 cores: --data, --seeds, --steps and --part make them smaller.
 
@@ -35,7 +37,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from raymoe.config import Config, ModelSection, preset
+from raymoe.config import Config, ModelSection, default_root, preset
 from raymoe.model.dispatch import LocalDispatch
 from raymoe.model.experts import ClusteredExperts, DenseFFN, FlatExperts
 from raymoe.model.loss import linear_cross_entropy
@@ -233,7 +235,27 @@ def memory(name: str) -> dict[str, Any]:
     return {"sizes": table, "fewer_parameters": fewer, "fewer_expert_bytes": smaller, "payload_bytes": crossing}
 
 
-PARTS = {"regroup": ["overhead", "shift"], "serve": ["engine"]}
+def served(arguments: argparse.Namespace, parts: list[str]) -> dict[str, Any]:
+    """What serving gives: the engine alone, ways between replicas, and a deployed artifact over HTTP."""
+    result: dict[str, Any] = {}
+    rounds = arguments.rounds
+    if "engine" in parts:
+        from serve_benchmarks import engine
+
+        result["engine"] = engine(arguments.preset or "small", arguments.data, rounds, arguments.with_peers)
+    if {"planes", "http"} & set(parts):
+        import deployed_benchmarks as deployed  # late: it needs Ray installed
+
+        if "planes" in parts:
+            result["planes"] = deployed.planes(rounds)
+        if "http" in parts:
+            where = arguments.artifact, arguments.root
+            result["http"] = deployed.http(*where, arguments.data, arguments.domain, rounds)
+            result["memory"] = deployed.memory(*where, result["http"].pop("memory"))
+    return result
+
+
+PARTS = {"regroup": ["overhead", "shift"], "serve": ["engine", "planes", "http"]}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -258,8 +280,13 @@ def parser() -> argparse.ArgumentParser:
     )
     parse.add_argument(
         "--part", choices=sorted({part for parts in PARTS.values() for part in parts}),
-        help="regroup: overhead or shift; serve: engine (default: all of the name's)",
+        help="regroup: overhead or shift; serve: engine, planes or http (default: all of the name's)",
     )  # fmt: skip
+    parse.add_argument(
+        "--artifact", metavar="NAME", help="serve, part http: the export of a run, or an artifact's folder"
+    )
+    parse.add_argument("--root", default=default_root(), help="where exports live (default: %(default)s)")
+    parse.add_argument("--domain", help="serve, part http: 80 %% of the prompts come from this domain of --data")
     parse.add_argument("--with-peers", action="store_true", help="serve: compare with transformers")
     parse.add_argument("--json", type=Path, help="write the result to this file")
     return parse
@@ -285,10 +312,10 @@ def main() -> int:
         steps = arguments.steps or 1000
         result = regroup(arguments.preset or "small", arguments.data, arguments.seeds, steps, arguments.periods, parts)
     elif arguments.name == "serve":
-        from serve_benchmarks import serve
-
         parts = [arguments.part] if arguments.part else PARTS["serve"]
-        result = serve(arguments.preset or "small", arguments.data, arguments.rounds, parts, arguments.with_peers)
+        if "http" in parts and not arguments.artifact:
+            parse.error("serve, part http needs --artifact NAME: the export of a run")
+        result = served(arguments, parts)
     else:
         result = memory(arguments.preset or "paper")
     about = {"cores": os.cpu_count(), "machine": platform.processor() or platform.machine(), "torch": torch.__version__}

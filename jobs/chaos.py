@@ -22,6 +22,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,8 @@ class Watch:
     def kill(self, victim: str, pids: Sequence[int]) -> None:
         self.kills.append(Kill(victim, list(pids), self.now()))
         for pid in pids:
-            os.kill(pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
     def _look(self) -> None:
         while not self._over.wait(0.25):
@@ -106,7 +108,8 @@ async def disturbed(watch: Watch, loading: Any, schedule: Sequence[tuple[float, 
         while watch.now() < at:
             await asyncio.sleep(min(1.0, at - watch.now()))
         pids = await asyncio.to_thread(watch.rollout.pids, victim)
-        watch.kill(victim, pids[:count])
+        if pids:
+            watch.kill(victim, pids[:count])
     return await task
 
 
@@ -181,7 +184,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             answers = asyncio.run(disturbed(watch, under_load(seconds=seconds), schedule))
             watch.end(120)
             for kill in watch.kills:
-                kill.felt = felt(answers, kill.at, kill.at + (kill.recovered_s or 120))
+                kill.felt = felt(answers, kill.at, kill.at + (120 if kill.recovered_s is None else kill.recovered_s))
             result[name] = summary(answers) | {
                 "changed": sum(not a.error and a.text != expected[a.prompt] for a in answers),
                 "kills": [vars(k) for k in watch.kills],
@@ -238,8 +241,8 @@ def main() -> int:
     show(result)
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")
-    counted = [row for name, row in result.items() if name != "proxy"]
-    return 1 if any(row["failed"] or row.get("changed") for row in counted) else 0
+    failed = any(row["failed"] for name, row in result.items() if name != "proxy")
+    return 1 if failed or any(row.get("changed") for row in result.values()) else 0
 
 
 if __name__ == "__main__":

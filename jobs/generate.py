@@ -36,11 +36,11 @@ def main() -> int:
     arguments = parser().parse_args()
     import torch
 
-    from raymoe.serving.clusters import LocalClusters
+    from raymoe.serving.cluster import LocalClusters
     from raymoe.serving.engine import Engine
-    from raymoe.serving.forward import Trunk
     from raymoe.serving.request import Request
     from raymoe.serving.sampling import Sampling
+    from raymoe.serving.trunk import Trunk
     from raymoe.storage.export import Artifact
     from raymoe.storage.runs import artifact_folder
     from raymoe.tokens import load_tokenizer

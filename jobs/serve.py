@@ -4,10 +4,10 @@
     python jobs/serve.py first --config my.yaml
     python jobs/serve.py second                beside the first; once it is ready requests go to it, and the first drains
 
-Needs a running Ray with a dashboard (`make head`), or starts one that stays, with --start; what serves stays too. An update starts a new
-application beside the old one, switches the route when it is ready, waits until the old one has answered what it
-was asked, and removes it; until the switch a failure changes nothing. `serve status` and `serve shutdown` work as
-always. Exit status: 0 serving, 1 it did not start, 2 refused.
+Needs a running Ray with a dashboard (`make head`), or starts one that stays, with --start; what serves stays too. An
+update starts a new application beside the old one, switches the route when it is ready, waits until the old one has
+answered what it was asked, and removes it; until the switch a failure changes nothing. `serve status` and `serve
+shutdown` work as always. Exit status: 0 serving, 1 it did not start, 2 refused.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ def parser() -> argparse.ArgumentParser:
         default=os.environ.get("RAY_DASHBOARD_ADDRESS", "http://127.0.0.1:8265"),
         help="of Ray's dashboard (default: %(default)s)",
     )
+    parse.add_argument("--start", action="store_true", help="start a Ray head, which stays, unless one answers")
     parse.add_argument(
         "--timeout", type=float, default=300, help="seconds that each step may take (default: %(default)s)"
     )

@@ -75,9 +75,9 @@ def make_artifact(name: str, data: str, folder: Path) -> tuple[Any, Any, Prompts
 
 
 def make_engine(artifact: Any, tokenizer: Any, dtype: torch.dtype) -> Any:
-    from raymoe.serving.clusters import LocalClusters
+    from raymoe.serving.cluster import LocalClusters
     from raymoe.serving.engine import Engine
-    from raymoe.serving.forward import Trunk
+    from raymoe.serving.trunk import Trunk
 
     clusters = LocalClusters(artifact, range(artifact.model.n_clusters), dtype)
     return Engine(Trunk(artifact, clusters, dtype, PROMPT + NEW), tokenizer)

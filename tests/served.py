@@ -15,10 +15,10 @@ from tokenizers import Tokenizer
 
 from raymoe.config import ModelSection
 from raymoe.model.transformer import Transformer
-from raymoe.serving.clusters import LocalClusters
+from raymoe.serving.cluster import LocalClusters
 from raymoe.serving.engine import Engine, EngineSettings
-from raymoe.serving.forward import Trunk
 from raymoe.serving.request import Increment, Request
+from raymoe.serving.trunk import Trunk
 from raymoe.storage.export import Artifact, write_artifact
 from raymoe.tokens import train_tokenizer
 

@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from raymoe.model.transformer import Transformer
-from raymoe.serving.clusters import LocalClusters, Product, few_sizes
+from raymoe.serving.cluster import LocalClusters, Product, few_sizes
 from raymoe.serving.engine import Engine, EngineSettings, QueueFull
-from raymoe.serving.forward import Batch, Segment, Trunk
 from raymoe.serving.kv_cache import KVCache
 from raymoe.serving.request import Increment, Request
 from raymoe.serving.sampling import Sampling
+from raymoe.serving.trunk import Batch, Segment, Trunk
 from raymoe.storage.export import Artifact
 
 TOKENIZER = served.tokenizer()

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from served import MODEL, artifact
 from torch import Tensor
 
-from raymoe.serving.clusters import Cluster, LocalClusters
+from raymoe.serving.cluster import Cluster, LocalClusters
 from raymoe.serving.fleet import Fleet, FleetSettings
 from raymoe.serving.frames import GREETING, MAGIC, REPLY, REQUEST, Address, Connection, Lost, Server, type_name
 from raymoe.storage.export import Artifact
@@ -51,7 +51,7 @@ class Replica:
         self.go.set()
         self.calls = 0
         self.fail = False
-        self.server = Server(self.compute, digest or artifact.digest, MODEL.d_model, torch.float32, LOOPBACK)
+        self.server = Server(self.compute, digest or artifact.digest, c, MODEL.d_model, torch.float32, LOOPBACK)
         self.address: Address = ("127.0.0.1", self.server.port)
 
     def compute(self, layer: int, rows: Tensor) -> Tensor:
@@ -106,8 +106,8 @@ def same(fleet: Fleet, local: LocalClusters, asked: dict[int, Tensor]) -> None:
 def test_rows_go_there_and_back_bit_for_bit() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         with (
-            closing(Server(lambda layer, x: x + layer, DIGEST, 8, dtype, LOOPBACK)) as server,
-            closing(Connection(("127.0.0.1", server.port), DIGEST, 8, dtype, 5.0)) as connection,
+            closing(Server(lambda layer, x: x + layer, DIGEST, 1, 8, dtype, LOOPBACK)) as server,
+            closing(Connection(("127.0.0.1", server.port), DIGEST, 1, 8, dtype, 5.0)) as connection,
         ):
             for n in (1, 3, 1000):
                 x = torch.randn(n, 8).to(dtype)
@@ -116,15 +116,21 @@ def test_rows_go_there_and_back_bit_for_bit() -> None:
 
 
 @pytest.mark.parametrize(
-    ("digest", "dtype", "reason"),
-    [(bytes(32), torch.float32, "computes artifact 000102"), (DIGEST, torch.bfloat16, "computes in float32")],
+    ("digest", "cluster", "dtype", "reason"),
+    [
+        (bytes(32), 1, torch.float32, "computes artifact 000102"),
+        (DIGEST, 0, torch.float32, "computes cluster 1, not 0"),
+        (DIGEST, 1, torch.bfloat16, "computes in float32"),
+    ],
 )
-def test_another_artifact_or_type_is_refused(digest: bytes, dtype: torch.dtype, reason: str) -> None:
+def test_another_artifact_cluster_or_type_is_refused(
+    digest: bytes, cluster: int, dtype: torch.dtype, reason: str
+) -> None:
     with (
-        closing(Server(lambda layer, x: x, DIGEST, 8, torch.float32, LOOPBACK)) as server,
+        closing(Server(lambda layer, x: x, DIGEST, 1, 8, torch.float32, LOOPBACK)) as server,
         pytest.raises(Lost, match=reason),
     ):
-        Connection(("127.0.0.1", server.port), digest, 8, dtype, 5.0)
+        Connection(("127.0.0.1", server.port), digest, cluster, 8, dtype, 5.0)
 
 
 def test_what_a_call_raises_is_told_and_the_server_lives() -> None:
@@ -133,9 +139,9 @@ def test_what_a_call_raises_is_told_and_the_server_lives() -> None:
             raise ValueError(f"there is no layer {layer}")
         return x
 
-    with closing(Server(compute, DIGEST, 8, torch.float32, LOOPBACK)) as server:
+    with closing(Server(compute, DIGEST, 1, 8, torch.float32, LOOPBACK)) as server:
         for layer in (1, 0):
-            with closing(Connection(("127.0.0.1", server.port), DIGEST, 8, torch.float32, 5.0)) as connection:
+            with closing(Connection(("127.0.0.1", server.port), DIGEST, 1, 8, torch.float32, 5.0)) as connection:
                 connection.send(layer, torch.ones(1, 8))
                 if layer:
                     with pytest.raises(Lost, match="there is no layer 1"):
@@ -147,27 +153,44 @@ def test_what_a_call_raises_is_told_and_the_server_lives() -> None:
 @settings(max_examples=30, deadline=None)
 @given(st.binary(max_size=60), st.booleans(), st.integers(0, 2**16 - 1), st.integers(0, 2**32 - 1))
 def test_garbage_ends_its_own_connection_alone(garbage: bytes, greets: bool, layer: int, n: int) -> None:
-    with closing(Server(lambda layer, x: x, DIGEST, 8, torch.float32, LOOPBACK)) as server:
+    with closing(Server(lambda layer, x: x, DIGEST, 1, 8, torch.float32, LOOPBACK)) as server:
         with socket.create_connection(("127.0.0.1", server.port), 5.0) as hostile:
             if greets:
-                hostile.sendall(GREETING.pack(MAGIC, DIGEST, type_name(torch.float32)))
+                hostile.sendall(GREETING.pack(MAGIC, DIGEST, 1, type_name(torch.float32)))
                 assert hostile.recv(REPLY.size)
                 hostile.sendall(REQUEST.pack(layer, n))
             hostile.sendall(garbage)
-        with closing(Connection(("127.0.0.1", server.port), DIGEST, 8, torch.float32, 5.0)) as connection:
+        with closing(Connection(("127.0.0.1", server.port), DIGEST, 1, 8, torch.float32, 5.0)) as connection:
             connection.send(0, torch.ones(2, 8))
             assert torch.equal(connection.receive(), torch.ones(2, 8))
 
 
 def test_a_frame_that_is_too_large_is_refused() -> None:
     with (
-        closing(Server(lambda layer, x: x, DIGEST, 8, torch.float32, LOOPBACK)) as server,
-        closing(Connection(("127.0.0.1", server.port), DIGEST, 8, torch.float32, 5.0)) as connection,
+        closing(Server(lambda layer, x: x, DIGEST, 1, 8, torch.float32, LOOPBACK)) as server,
+        closing(Connection(("127.0.0.1", server.port), DIGEST, 1, 8, torch.float32, 5.0)) as connection,
     ):
         connection._socket.sendall(REQUEST.pack(0, 1 << 17))
         connection._sent = 1 << 17
         with pytest.raises(Lost, match="131072 rows"):
             connection.receive()
+
+
+def test_a_server_that_could_not_accept_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    with closing(Server(lambda layer, x: x, DIGEST, 1, 8, torch.float32, LOOPBACK)) as server:
+        accept, failed = server._listener.accept, threading.Event()
+
+        def fail() -> tuple[socket.socket, object]:
+            if not failed.is_set():
+                failed.set()
+                raise OSError(24, "Too many open files")
+            return accept()
+
+        listener = type("Listener", (), {"accept": staticmethod(fail), "__getattr__": lambda self, n: getattr(of, n)})
+        of, server._listener = server._listener, listener()
+        for _ in range(2):  # the first is accepted by the call that already waits
+            Connection(("127.0.0.1", server.port), DIGEST, 1, 8, torch.float32, 5.0).close()
+        assert failed.is_set()
 
 
 # The fleet
@@ -248,6 +271,56 @@ def test_a_replica_that_comes_back_is_used_again(
         before = replica.calls
         same(fleet, local, rows(3, {0: 5}))
         assert replica.calls == before + MODEL.layers
+
+
+def test_replicas_that_are_all_too_slow_and_always_there_are_given_up(
+    served: Artifact, local: LocalClusters, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They greet at once, and answer too late, for ever."""
+    monkeypatch.setattr("raymoe.serving.fleet.Replicas.PAUSE", 0.0)
+    slow = [Replica(served, 0) for _ in range(2)]
+    with closing(Fleet(served, torch.float32, FleetSettings(0, call_timeout_s=0.1))) as fleet:
+        fleet.update({0: [r.address for r in slow]})
+        eventually(lambda: fleet.replicas.count(0) == 2)
+        for replica in slow:
+            replica.go.clear()
+        started = time.monotonic()
+        same(fleet, local, rows(0, {0: 5}))
+        assert time.monotonic() - started < 5 and fleet.residency.stats().loads
+    for replica in slow:
+        replica.close()
+
+
+def test_an_address_that_became_another_clusters_is_not_asked(served: Artifact, local: LocalClusters) -> None:
+    with (
+        closing(Fleet(served, torch.float32, FleetSettings(0))) as fleet,
+        closing(Replica(served, 1)) as other,
+    ):
+        fleet.update({0: [other.address]})
+        eventually(lambda: other.address in fleet.replicas._not_before)
+        same(fleet, local, rows(0, {0: 5}))
+        assert not other.calls
+        fleet.update({1: [other.address]})
+        eventually(lambda: fleet.replicas.count(1) == 1)
+        fleet.update({0: [other.address]})
+        assert fleet.replicas.count(0) == fleet.replicas.count(1) == 0
+        fleet.update({1: [other.address]})
+        eventually(lambda: fleet.replicas.count(1) == 1)
+
+
+def test_dead_addresses_do_not_keep_new_ones_waiting(served: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of stopped processes, which take a connection and say nothing."""
+    monkeypatch.setattr("raymoe.serving.fleet.Replicas.PAUSE", 0.05)
+    silent = [socket.create_server(LOOPBACK) for _ in range(3)]
+    settings = FleetSettings(0, call_timeout_s=0.05)
+    with closing(Fleet(served, torch.float32, settings)) as fleet, closing(Replica(served, 0)) as replica:
+        dead: list[Address] = [s.getsockname() for s in silent]
+        fleet.update({0: dead})
+        eventually(lambda: len(fleet.replicas._not_before) == 3)
+        fleet.update({0: [*dead, replica.address]})
+        eventually(lambda: fleet.replicas.count(0) == 1)
+    for each in silent:
+        each.close()
 
 
 def test_replicas_of_another_artifact_are_not_asked(served: Artifact, local: LocalClusters) -> None:

@@ -20,7 +20,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raymoe.serving.clusters import Cluster, LocalClusters, Product, cluster_sizes
+from raymoe.serving.cluster import Cluster, LocalClusters, Product, cluster_sizes
 from raymoe.storage.export import Artifact, CorruptArtifact
 from raymoe.storage.layout import cluster_file
 from raymoe.storage.offload import Residency, ResidencySettings, wanted

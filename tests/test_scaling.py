@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,9 +12,17 @@ from typing import Any
 
 import pytest
 import yaml
+from ray.exceptions import RayError
+from ray.serve._private.autoscaling_state import DeploymentAutoscalingState
+from ray.serve._private.common import DeploymentID
+from ray.serve.exceptions import RayServeException
 from served import artifact
 
+import jobs.serve
+from raymoe.serving.app import _scaled
 from raymoe.serving.autoscaling import Policy
+from raymoe.serving.replicas import _endpoints
+from raymoe.serving.rollout import Rollout, pinned
 from raymoe.serving.scaling import Scaler
 from raymoe.serving.settings import ServeSettings, from_dict
 
@@ -115,8 +125,9 @@ def test_the_budget_is_of_all_clusters_together() -> None:
 def test_bad_policies_are_refused_at_once() -> None:
     with pytest.raises(ValueError, match="target=2 is not allowed"):
         Scaler(target=2)
-    with pytest.raises(TypeError, match="no_such"):
-        Scaler(no_such=1)
+    for name in ("no_such", "minimum", "maximum"):
+        with pytest.raises(ValueError, match=f"unknown key '{name}'"):
+            Scaler(**{name: 1})
 
 
 # Settings
@@ -169,3 +180,117 @@ def test_the_shipped_config_is_valid() -> None:
         assert isinstance(application.autoscaling_policy, dict)
         assert application.autoscaling_policy["policy_function"] == "raymoe.serving.scaling:Scaler"
         Policy(**application.autoscaling_policy["policy_kwargs"])
+
+
+def test_a_redeployment_keeps_the_replicas_that_there_are() -> None:
+    """What Serve makes of the numbers of a deployment that is new (-1), and of one that has changed."""
+    deployment_config = SimpleNamespace(autoscaling_config=_scaled(1, 4), gang_scheduling_config=None)
+    info: Any = SimpleNamespace(
+        deployment_config=deployment_config, target_capacity=None, target_capacity_direction=None,
+        config_changed=lambda other: True,
+    )  # fmt: skip
+    state = DeploymentAutoscalingState(DeploymentID(name="cluster-0", app_name="raymoe"))
+    assert [state.register(info, n) for n in (-1, 3, 9)] == [1, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("fails", "expected"),
+    [(RayServeException("none"), []), (TimeoutError(), None), (RayError(), None), (RuntimeError("odd"), None)],
+)
+def test_looking_for_replicas_never_ends(fails: Exception, expected: list[Any] | None) -> None:
+    async def results_async(**_: Any) -> list[Any]:
+        raise fails
+
+    handle: Any = SimpleNamespace(broadcast=lambda name: SimpleNamespace(results_async=results_async))
+    assert asyncio.run(_endpoints(handle)) == expected
+
+
+# Rollouts
+
+
+@pytest.fixture
+def nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind the dashboard's address."""
+    monkeypatch.setattr("raymoe.serving.rollout.ServeSubmissionClient", lambda address: None)
+
+
+class Serving(Rollout):
+    """Of a Serve that does at once what it is told. `broken`: applications that do not answer."""
+
+    def __init__(self, name: str, there: dict[str, str], broken: Sequence[str] = ()) -> None:
+        one = {"name": name, "import_path": "raymoe.serving.app:build", "args": {}}
+        super().__init__("nobody", {"applications": [one]}, timeout=0.5)
+        self.broken, self.history = broken, [there]
+
+    def applications(self) -> dict[str, Any]:
+        return {
+            name: {
+                "status": "RUNNING", "route_prefix": route,
+                "deployed_app_config": {
+                    "name": name, "import_path": "other:app" if name == "other" else "raymoe.serving.app:build",
+                },
+            }
+            for name, route in self.history[-1].items()
+        }  # fmt: skip
+
+    def get(self, path: str) -> str | None:
+        prefix = path.rpartition("/")[0] or "/"
+        answers = [name for name, route in self.history[-1].items() if route == prefix and name not in self.broken]
+        return "raymoe_num_requests_running{} 0.0" if answers else None
+
+    def _deploy(self, applications: list[dict[str, Any]]) -> None:
+        known = self.history[-1]
+        self.history.append({app["name"]: app.get("route_prefix", known.get(app["name"])) for app in applications})
+
+
+@pytest.mark.parametrize(
+    ("there", "broken"),
+    [
+        ({}, []),
+        ({"new": "/"}, []),
+        ({"old": "/"}, []),
+        ({"old": "/"}, ["old"]),  # it never started: nothing is waited for
+        ({"old": "/old", "new": "/"}, []),  # an update that was given up while the old one drained
+        ({"old": "/", "new": "/new"}, []),
+    ],
+)
+def test_a_rollout_ends_alone_and_never_leaves_the_route_empty(
+    nobody: None, there: dict[str, str], broken: list[str]
+) -> None:
+    rollout = Serving("new", there | {"other": "/other"}, broken)
+    rollout.up()
+    assert all("/" in routes.values() for routes in rollout.history[not there :])
+    assert rollout.history[-1] == {"other": "/other", "new": "/"}
+    assert all(routes["other"] == "/other" for routes in rollout.history)
+
+
+def test_an_application_that_does_not_start_changes_nothing(nobody: None) -> None:
+    rollout = Serving("new", {"old": "/"}, ["new"])
+    with pytest.raises(RuntimeError, match="to be ready"):
+        rollout.up()
+    assert rollout.history[-1] == {"old": "/"}
+
+
+@pytest.mark.parametrize("start", [[], ["--start"]])
+def test_serving_from_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start: list[str]) -> None:
+    started: list[str] = []
+    made = artifact(tmp_path).folder
+    rollout = SimpleNamespace(application={"args": {"artifact": "a", "name": "n"}}, base="", name="", up=lambda: None)
+    monkeypatch.setattr("raymoe.serving.rollout.Rollout", lambda *_: rollout)
+    monkeypatch.setattr(jobs.serve, "start_head", started.append)
+    monkeypatch.setattr("sys.argv", ["serve.py", str(made), "--address", "here", *start])
+    assert jobs.serve.main() == 0 and started == (["here"] if start else [])
+
+
+def test_what_is_pinned_is_checked_and_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = artifact(tmp_path / "made").folder
+    (tmp_path / "exports").mkdir()
+    made.rename(tmp_path / "exports" / "one")
+    config = yaml.safe_load((ROOT / "services/raymoe.yaml").read_text())
+    monkeypatch.chdir(tmp_path.parent)
+    (application,) = pinned(config, root=tmp_path.name)["applications"]
+    assert application["args"]["root"] == str(tmp_path)
+    assert application["args"]["artifact"] == str(tmp_path / "exports" / "one")
+    config["applications"][0]["autoscaling_policy"]["policy_kwargs"] = {"tarjet": 0.5}
+    with pytest.raises(ValueError, match="unknown key 'tarjet'"):
+        pinned(config, root=tmp_path.name)

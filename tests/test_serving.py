@@ -14,15 +14,15 @@ import pytest
 import torch
 import yaml
 from deployed import HOUSE, config, deploy, get, kill, post, serve, until
-from served import artifact, tokenizer
+from served import artifact, tokenizer, whole
 
 from jobs.load import Answer, load
-from raymoe.serving.clusters import LocalClusters
+from raymoe.serving.cluster import LocalClusters, cluster_sizes
 from raymoe.serving.engine import Engine
-from raymoe.serving.forward import Trunk
 from raymoe.serving.request import Request
 from raymoe.serving.rollout import Rollout
 from raymoe.serving.sampling import Sampling
+from raymoe.serving.trunk import Trunk
 from raymoe.storage.export import Artifact
 from raymoe.training.head import Head, head
 
@@ -82,13 +82,26 @@ def addresses(pid: int) -> set[str]:
     return {c.laddr.ip for c in listening}
 
 
+def check_likelihoods(rollout: Rollout, model: Artifact) -> None:
+    """What is served of a prompt's tokens is what evaluation computes from the same artifact."""
+    ids = tokenizer().encode(" ".join(PROMPTS)).ids[:100]
+    body = {"model": model.folder.name, "prompt": ids, "max_tokens": 1, "echo": True, "logprobs": 1, "temperature": 0}
+    status, answer = post(rollout, "/v1/completions", body)
+    assert status == 200, answer
+    served = torch.tensor(answer["choices"][0]["logprobs"]["token_logprobs"][1 : len(ids)])
+    with torch.no_grad():
+        table = whole(model)(torch.tensor([ids])).log_softmax(-1)[0]
+    torch.testing.assert_close(served, table[:-1].gather(1, torch.tensor(ids)[1:, None])[:, 0], atol=1e-4, rtol=0)
+
+
 @pytest.mark.ray
 def test_the_application_serves_and_survives(ray: Head, model: Artifact, expected: list[str], tmp_path: Path) -> None:
-    args = {"artifact": str(model.folder), "resident_bytes": 0, "min_replicas": 1, "max_replicas": 2}
+    args = {"artifact": str(model.folder), "root": str(tmp_path), "resident_bytes": 0, "min_replicas": 1}
     rollout = deploy(ray, tmp_path, config(args))
     name = model.folder.name
     try:
         check(asyncio.run(load(rollout.base, PROMPTS, streams=5, requests=10, body=greedy(name))), expected)
+        check_likelihoods(rollout, model)
         assert {get(rollout, path)[0] for path in ("/health", "/v1/models", "/version", "/metrics")} == {200}
         assert post(rollout, "/v1/completions", {"model": "other", "prompt": "x"})[0] == 404
         status, body = post(rollout, "/v1/completions", {"model": name, "prompt": "x", "max_tokens": 10**6})
@@ -115,7 +128,7 @@ def job(ray: Head, *arguments: str) -> subprocess.CompletedProcess[str]:
 def test_an_update_fails_no_request(ray: Head, model: Artifact, expected: list[str], tmp_path: Path) -> None:
     """A second artifact takes over under load; one that cannot start does not."""
     second = artifact(tmp_path / "second", seed=1)
-    made = config({"name": "m", "max_replicas": 1})
+    made = config({"name": "m", "max_replicas": 1, "root": str(tmp_path)})
     file = tmp_path / "serve.yaml"
     file.write_text(yaml.safe_dump(made))
     refused = job(ray, "nothing", "--config", str(file))
@@ -146,9 +159,29 @@ def test_an_update_fails_no_request(ray: Head, model: Artifact, expected: list[s
 
 
 @pytest.mark.soak
+@pytest.mark.parametrize("share", [1.0, 0.5])
+def test_likelihoods_do_not_depend_on_what_is_resident(
+    ray: Head, model: Artifact, expected: list[str], tmp_path: Path, share: float
+) -> None:
+    sizes = cluster_sizes(model, torch.float32)
+    resident = "all" if share == 1 else round(share * sum(sizes.values()))
+    args = {"artifact": str(model.folder), "resident_bytes": resident, "min_replicas": 2, "max_replicas": 2}
+    rollout = deploy(ray, tmp_path, config(args | {"split_rows": 8, "root": str(tmp_path)}))
+    try:
+        check_likelihoods(rollout, model)
+        name = model.folder.name
+        check(asyncio.run(load(rollout.base, PROMPTS, streams=5, requests=50, body=greedy(name))), expected)
+        check_likelihoods(rollout, model)
+        targets = tmp_path / "serving" / "raymoe" / "prometheus_targets.json"
+        until(lambda: "cluster-0" in targets.read_text(), "Prometheus's targets")
+    finally:
+        serve(ray, "shutdown", "-y")
+
+
+@pytest.mark.soak
 def test_clusters_sleep_wake_and_scale_by_their_own_load(ray: Head, model: Artifact, tmp_path: Path) -> None:
     """From none, to the maximum of a cluster under load, to none again; nothing is lost on the way."""
-    args = {"artifact": str(model.folder), "resident_bytes": 0, "min_replicas": 0, "max_replicas": 2}
+    args = {"artifact": str(model.folder), "root": str(tmp_path), "resident_bytes": 0, "max_replicas": 2}
     rollout = deploy(ray, tmp_path, config(args, {"target": 0.01, "down_cooldown_s": 6.0, "idle_s": 8.0}))
     name = model.folder.name
 

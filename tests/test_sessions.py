@@ -13,14 +13,14 @@ import pytest
 import torch
 from served import MODEL, artifact, tokenizer
 
-from raymoe.serving.clusters import LocalClusters
+from raymoe.serving.cluster import LocalClusters
 from raymoe.serving.driver import Driver
 from raymoe.serving.engine import Engine, EngineSettings, QueueFull
-from raymoe.serving.forward import Trunk
 from raymoe.serving.frames import Address, Lost
 from raymoe.serving.request import Increment, Request
 from raymoe.serving.sampling import Sampling
 from raymoe.serving.sessions import Session, SessionServer, decode_increment, decode_request, encode_increment
+from raymoe.serving.trunk import Trunk
 from raymoe.serving.trunks import NoTrunk, Trunks
 from raymoe.storage.export import Artifact
 
@@ -227,6 +227,151 @@ def test_a_resumed_request_waits_where_a_new_one_is_refused(served: Artifact) ->
         trunks.close()
         for one in (dying, busy):
             await one.close()
+
+    together(test)
+
+
+def test_what_a_trunk_had_is_not_refused_for_want_of_room(served: Artifact) -> None:
+    """Neither while none is there, nor by one that is full, whether or not an answer has begun."""
+
+    async def test() -> None:
+        one = replace(SETTINGS, max_running=1)
+        dying = await OneTrunk(served, settings=one).start()
+        trunks = Trunks(DIGEST, max_waiting=0)
+        await trunks.update([dying.address])
+        tasks = [asyncio.create_task(collect(trunks, request(0, max_tokens=100))) for _ in range(3)]
+        await eventually(lambda: dying.engine.waiting == 2 and dying.given)
+        dying.die()
+        await eventually(lambda: not trunks.ready)
+        with pytest.raises(NoTrunk, match="3 requests wait"):
+            await collect(trunks, request(1))
+        busy = await OneTrunk(served, settings=replace(one, max_queued=0)).start()
+        await trunks.update([busy.address])
+        for task in tasks:
+            same(await task, alone(served, request(0, max_tokens=100)))
+        trunks.close()
+        for trunk in (dying, busy):
+            await trunk.close()
+
+    together(test)
+
+
+def test_a_trunk_that_is_about_to_end_gets_no_new_requests(served: Artifact) -> None:
+    async def test() -> None:
+        ending, staying = await OneTrunk(served).start(), await OneTrunk(served).start()
+        trunks = Trunks(DIGEST)
+        await trunks.update([ending.address])
+        first = asyncio.create_task(collect(trunks, request(0, max_tokens=60)))
+        await eventually(lambda: ending.engine.running == 1)
+        await trunks.update([staying.address])
+        rest = [asyncio.create_task(collect(trunks, request(0))) for _ in range(4)]
+        for task in rest:
+            same(await task, alone(served, request(0)))
+        assert ending.driver._numbers.keys() <= {(1, 1)} and staying.given == 4 * 24
+        same(await first, alone(served, request(0, max_tokens=60)))
+        await trunks.update([])  # the last one is better than none
+        same(await collect(trunks, request(1)), alone(served, request(1)))
+        trunks.close()
+        for trunk in (ending, staying):
+            await trunk.close()
+
+    together(test)
+
+
+def test_a_trunk_whose_engine_has_ended_lets_its_requests_go(served: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test() -> None:
+        monkeypatch.setattr("raymoe.serving.sessions.BEAT", 0.02)
+        broken, living = await OneTrunk(served).start(), await OneTrunk(served).start()
+        trunks = Trunks(DIGEST)
+        await trunks.update([broken.address])
+        step, steps = broken.engine.step, iter(range(5))
+
+        def fail() -> list[Increment]:
+            if next(steps, None) is None:
+                raise OSError("the artifact is gone")
+            return step()
+
+        broken.engine.step = fail  # type: ignore[method-assign]
+        task = asyncio.create_task(collect(trunks, request(0)))
+        await eventually(lambda: broken.driver.failed)
+        await trunks.update([broken.address, living.address])
+        same(await task, alone(served, request(0)))
+        with pytest.raises(Lost, match="engine has ended"):
+            await Session.connect(broken.address, DIGEST, 5)
+        trunks.close()
+        for trunk in (broken, living):
+            await trunk.close()
+
+    together(test)
+
+
+def test_a_request_that_kills_trunks_does_not_kill_them_all(served: Artifact) -> None:
+    async def test() -> None:
+        made = [await OneTrunk(served, after=1).start() for _ in range(6)]
+        trunks = Trunks(DIGEST)
+        await trunks.update([trunk.address for trunk in made])
+        with pytest.raises(NoTrunk, match="5 trunks died"):
+            await collect(trunks, request(0))
+        assert len(trunks._live()) == 1
+        trunks.close()
+        for trunk in made:
+            await trunk.close()
+
+    together(test)
+
+
+def test_an_odd_request_is_refused_and_ends_nothing_else(served: Artifact) -> None:
+    async def test() -> None:
+        trunk = await OneTrunk(served).start()
+        trunks = Trunks(DIGEST)
+        await trunks.update([trunk.address])
+        for odd in (Request(("a",)), request(0, stop_token_ids=(None,))):  # type: ignore[arg-type]
+            with pytest.raises(ValueError, match="TypeError"):
+                await collect(trunks, odd)
+        session = await Session.connect(trunk.address, DIGEST, 5)
+        for _ in range(2):  # the same number twice
+            session._writer.write(b'{"submit": 1, "request": {"prompt": [1], "max_tokens": 90, "sampling": {}}}\n')
+        await eventually(lambda: session.lost)
+        same(await collect(trunks, request(0)), alone(served, request(0)))
+        trunks.close()
+        await trunk.close()
+
+    together(test)
+
+
+@pytest.mark.parametrize("line", [b"[]\n", b"5\n", b'{"raymoe": 2}\n', b"\xff\n", b"[" * 100_000 + b"\n", b""])
+def test_what_is_no_trunk_is_left(served: Artifact, line: bytes) -> None:
+    async def test() -> None:
+        left = asyncio.Event()
+
+        async def stranger(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            writer.write(line)
+            while await reader.read(1000):
+                pass
+            left.set()
+
+        server = await asyncio.start_server(stranger, "127.0.0.1", 0)
+        with pytest.raises(Lost):
+            await Session.connect(server.sockets[0].getsockname()[:2], DIGEST, 0.2)
+        await asyncio.wait_for(left.wait(), 5)
+        server.close()
+
+    together(test)
+
+
+def test_a_trunk_that_says_odd_things_is_lost(served: Artifact) -> None:
+    async def test() -> None:
+        async def odd(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await reader.readline()
+            writer.write(b'{"raymoe": 1}\n')
+            await reader.readline()
+            writer.write(b'{"given": [[]]}\n')
+
+        server = await asyncio.start_server(odd, "127.0.0.1", 0)
+        session = await Session.connect(server.sockets[0].getsockname()[:2], DIGEST, 5)
+        with pytest.raises(Lost, match="IndexError"):
+            await asyncio.wait_for(anext(session.ask(request(0))), 5)
+        server.close()
 
     together(test)
 

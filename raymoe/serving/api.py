@@ -83,6 +83,8 @@ class ApiSettings:
     """Of a request: prompts times n."""
     retry_after_s: float = 1.0
     """When to try again after finding the queue full."""
+    tell_request_ids: bool = True
+    """Whether answers say their X-Request-Id. False: a proxy before this does, as Serve's."""
 
     def __post_init__(self) -> None:
         def require(name: str, allowed: str, within: bool) -> None:
@@ -121,7 +123,7 @@ def create_app(service: Service, settings: ApiSettings, metrics: ApiMetrics) -> 
         app.add_exception_handler(kind, api.refuse)
     app.add_exception_handler(HTTPException, api.no_route)
     app.add_exception_handler(ClientDisconnect, api.gone)
-    app.add_middleware(_RequestIds)
+    app.add_middleware(_RequestIds, tell=settings.tell_request_ids)
     return app
 
 
@@ -308,7 +310,7 @@ class _Api:
         failure = self._failure(error)
         if failure.reason:
             self.metrics.rejected[failure.reason].inc()
-        headers = {_RequestIds.HEADER: request.state.request_id}
+        headers = {_RequestIds.HEADER: request.state.request_id} if self.settings.tell_request_ids else {}
         if failure.retry_after_s is not None:
             headers["Retry-After"] = str(math.ceil(failure.retry_after_s))
         if failure.status == 401:
@@ -449,12 +451,12 @@ class _EventStream(Response):
 
 
 class _RequestIds:
-    """Names each request as its client does, if that is a name, and tells the client."""
+    """Names each request as its client does, if that is a name, and may `tell` the client."""
 
     HEADER = "X-Request-Id"
 
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
+    def __init__(self, app: ASGIApp, tell: bool) -> None:
+        self._app, self._tell = app, tell
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -464,7 +466,7 @@ class _RequestIds:
         scope.setdefault("state", {})["request_id"] = name.decode()
 
         async def named(message: AsgiMessage) -> None:
-            if message["type"] == "http.response.start":
+            if self._tell and message["type"] == "http.response.start":
                 headers = [(k, v) for k, v in message["headers"] if k != b"x-request-id"]
                 message = {**message, "headers": [*headers, (b"x-request-id", name)]}
             await send(message)

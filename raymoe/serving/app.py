@@ -19,15 +19,18 @@ from raymoe.serving.scaling import LOOK_BACK_S, METRICS_INTERVAL_S, PREFIX
 from raymoe.serving.settings import from_dict
 from raymoe.storage.export import Artifact
 
-HEALTH = {"health_check_period_s": 1.0, "health_check_timeout_s": 10.0}
+HEALTH = {"health_check_period_s": 1.0, "health_check_timeout_s": 5.0}
 
 
 def _scaled(least: int, most: int) -> AutoscalingConfig:
-    """Between these as the application's policy says, at once: the delays are the policy's own."""
+    """Between these as the application's policy says, at once: the delays are the policy's own.
+
+    Without a number of initial replicas it starts with the least, and a redeployment keeps those that there are.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of metrics_interval_s, which is what counts all the same
         return AutoscalingConfig(
-            min_replicas=least, initial_replicas=least, max_replicas=most, upscale_delay_s=0, downscale_delay_s=0,
+            min_replicas=least, max_replicas=most, upscale_delay_s=0, downscale_delay_s=0,
             downscale_to_zero_delay_s=0, metrics_interval_s=METRICS_INTERVAL_S, look_back_period_s=LOOK_BACK_S,
         )  # fmt: skip
 
@@ -52,7 +55,7 @@ def build(args: dict[str, Any]) -> Application:
     trunk = (
         serve.deployment(TrunkReplica)
         .options(
-            name="trunk", ray_actor_options=cpus, max_ongoing_requests=1000,
+            name="trunk", ray_actor_options=cpus, max_ongoing_requests=1000, max_surge_percent=100,
             graceful_shutdown_timeout_s=settings.drain_s + 5,
             autoscaling_config=_scaled(settings.trunks, settings.trunks), **HEALTH,
         )
@@ -60,6 +63,7 @@ def build(args: dict[str, Any]) -> Application:
     )  # fmt: skip
     api = serve.deployment(serve.ingress()(Api)).options(
         name="api", ray_actor_options={"num_cpus": 0}, num_replicas=settings.apis, max_ongoing_requests=1000,
+        max_surge_percent=100,
         graceful_shutdown_timeout_s=settings.drain_s, **HEALTH,
     )  # fmt: skip
     return api.bind(settings, str(folder), trunk, clusters)

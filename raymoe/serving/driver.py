@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
@@ -37,6 +38,7 @@ class Driver:
     def __init__(self, engine: Engine, deliver: Deliver) -> None:
         self.engine, self.deliver = engine, deliver
         self.failed: Exception | None = None
+        self.stepped = time.monotonic()
         self._commands: queue.SimpleQueue[tuple[Hashable, Request | None] | None] = queue.SimpleQueue()
         self._numbers: dict[Hashable, int] = {}
         self._keys: dict[int, Hashable] = {}
@@ -64,6 +66,7 @@ class Driver:
             while self._obey():
                 if not self.engine.idle:
                     self._give(self.engine.step())
+                self.stepped = time.monotonic()
         except Exception as error:
             log.exception("the engine ended")
             self.failed = error
@@ -91,6 +94,9 @@ class Driver:
             self.deliver([(key, Refused(True, str(error)))])
         except ValueError as error:
             self.deliver([(key, Refused(False, str(error)))])
+        except Exception as error:  # an odd request must not end the others', here and at the next engine
+            log.exception("a request could not be begun")
+            self.deliver([(key, Refused(False, f"{type(error).__name__}: {error}"))])
         else:
             self._numbers[key], self._keys[number] = number, key
 

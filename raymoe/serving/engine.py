@@ -15,10 +15,10 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from raymoe.serving.forward import Segment, Trunk
 from raymoe.serving.kv_cache import KVCache
 from raymoe.serving.request import Echo, Finish, Increment, Request, Usage
 from raymoe.serving.sampling import Detokenizer, Draw, LogProb, StopStrings, choose, logprobs
+from raymoe.serving.trunk import Segment, Trunk
 from raymoe.tokens import END_OF_TEXT
 
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from raymoe.serving.clusters import Cluster, cluster_sizes
+from raymoe.serving.cluster import Cluster, answer, cluster_sizes
 from raymoe.serving.frames import Address, Connection, Lost
 from raymoe.storage.export import Artifact
 from raymoe.storage.offload import Residency
@@ -87,7 +87,7 @@ class Fleet:
             self._step = Counter()
         answers: dict[int, Tensor] = {}
         here: list[tuple[int, dict[int, Cluster]]] = []
-        asked: list[tuple[int, Tensor, list[_Call]]] = []
+        asked: list[tuple[int, list[_Call]]] = []
         for c, part in rows.items():
             self._step[c] += part.shape[0]
             self.rows[c] += part.shape[0]
@@ -95,14 +95,15 @@ class Fleet:
             if cluster is None:
                 self.away[c] += part.shape[0]
                 if calls := self._send(layer, c, part):
-                    asked.append((c, part, calls))
+                    asked.append((c, calls))
                     continue
                 cluster = self._borrow(c)
             here.append((c, cluster))
-        for c, cluster in here:
-            answers[c] = cluster[layer](rows[c])
-        for c, part, calls in asked:
-            answers[c] = self._receive(layer, c, part, calls)
+        if here:
+            said = answer([cluster[layer] for _, cluster in here], [rows[c] for c, _ in here])
+            answers |= dict(zip((c for c, _ in here), said, strict=True))
+        for c, calls in asked:
+            answers[c] = self._receive(layer, c, calls)
         return answers
 
     def _send(self, layer: int, c: int, rows: Tensor) -> list[_Call]:
@@ -110,7 +111,6 @@ class Fleet:
         connections = self.replicas.take(c, -(-rows.shape[0] // self.settings.split_rows))
         if not connections:
             return []
-        self._borrowed.pop(c, None)
         parts = rows.tensor_split(len(connections))
         return [self._ask(layer, c, part, connection) for part, connection in zip(parts, connections, strict=True)]
 
@@ -123,12 +123,13 @@ class Fleet:
             return _Call(rows, None, started)
         return _Call(rows, connection, started)
 
-    def _receive(self, layer: int, c: int, rows: Tensor, calls: Sequence[_Call]) -> Tensor:
+    def _receive(self, layer: int, c: int, calls: Sequence[_Call]) -> Tensor:
         parts: list[Tensor] = []
         for call in calls:
+            last = call.started + 2 * self.settings.call_timeout_s  # replicas may all be slow, and be back at once
             answer = self._answer(c, call)
             while answer is None:
-                spare = self.replicas.take(c, 1)
+                spare = self.replicas.take(c, 1) if time.perf_counter() < last else []
                 if not spare:
                     answer = self._borrow(c)[layer](call.rows)
                 else:
@@ -140,12 +141,13 @@ class Fleet:
     def _answer(self, c: int, call: _Call) -> Tensor | None:
         if call.connection is None:
             return None
-        try:
-            answer = call.connection.receive()
+        try:  # all of a layer have been asked at once, so that hung ones are waited for together
+            answer = call.connection.receive(self.settings.call_timeout_s - (time.perf_counter() - call.started))
         except Lost as error:
             self._lose(c, call.connection, error)
             return None
-        self.replicas.give_back(c, call.connection)
+        self.replicas.give_back(c, call.connection, answered=True)
+        self._borrowed.pop(c, None)
         self.observe(c, "call", time.perf_counter() - call.started)
         return answer
 
@@ -172,10 +174,10 @@ class Replicas:
     """Connections to the replicas of every cluster, made and made again by a thread of their own.
 
     Who calls never waits for a connection: it takes those that are ready. One that was lost is tried again after
-    `PAUSE` seconds for as long as `update` names its address.
+    `PAUSE` seconds, and twice as many each time until it answers, for as long as `update` names its address.
     """
 
-    PAUSE = 1.0
+    PAUSE, LONGEST_PAUSE = 1.0, 60.0
 
     def __init__(self, digest: bytes, width: int, dtype: torch.dtype, timeout: float) -> None:
         self._greeting = digest, width, dtype, timeout
@@ -185,6 +187,8 @@ class Replicas:
         self._known: set[Address] = set()
         """Connected, or in use."""
         self._not_before: dict[Address, float] = {}
+        self._pauses: dict[Address, float] = {}
+        """The last ones, of those that have not answered since."""
         self._closed = False
         self._thread = threading.Thread(target=self._connect, name="replicas", daemon=True)
         self._thread.start()
@@ -196,9 +200,11 @@ class Replicas:
             taken, self._ready[c] = ready[:n], ready[n:]
             return taken
 
-    def give_back(self, c: int, connection: Connection) -> None:
+    def give_back(self, c: int, connection: Connection, answered: bool = False) -> None:
         with self._changed:
-            if connection.address in self._wanted:
+            if answered:
+                self._pauses.pop(connection.address, None)
+            if self._wanted.get(connection.address) == c:
                 self._ready.setdefault(c, []).append(connection)
                 return
             self._known.discard(connection.address)
@@ -206,9 +212,14 @@ class Replicas:
 
     def lose(self, c: int, connection: Connection) -> None:
         with self._changed:
-            self._known.discard(connection.address)
-            self._not_before[connection.address] = time.monotonic() + self.PAUSE
+            self._put_off(connection.address)
             self._changed.notify()
+
+    def _put_off(self, address: Address) -> None:
+        """Under the lock."""
+        pause = min(2 * self._pauses.get(address, self.PAUSE / 2), self.LONGEST_PAUSE)
+        self._known.discard(address)
+        self._pauses[address], self._not_before[address] = pause, time.monotonic() + pause
 
     def count(self, c: int) -> int:
         """Replicas of cluster c that could be asked now."""
@@ -218,10 +229,11 @@ class Replicas:
     def update(self, addresses: Mapping[int, Sequence[Address]]) -> None:
         with self._changed:
             self._wanted = {address: c for c, of_c in addresses.items() for address in of_c}
-            gone = [x for of_c in self._ready.values() for x in of_c if x.address not in self._wanted]
-            self._ready = {c: [x for x in of_c if x.address in self._wanted] for c, of_c in self._ready.items()}
+            gone = [x for c, of_c in self._ready.items() for x in of_c if self._wanted.get(x.address) != c]
+            self._ready = {c: [x for x in of_c if self._wanted.get(x.address) == c] for c, of_c in self._ready.items()}
             self._known -= {connection.address for connection in gone}
             self._not_before = {a: t for a, t in self._not_before.items() if a in self._wanted}
+            self._pauses = {a: s for a, s in self._pauses.items() if a in self._wanted}
             self._changed.notify()
         for connection in gone:
             connection.close()
@@ -246,16 +258,15 @@ class Replicas:
                     waits = [self._not_before[a] - now for a in missing]
                     self._changed.wait(min(waits, default=None))
                     continue
-                address = due[0]
+                address = min(due, key=lambda a: self._not_before.get(a, 0.0))  # new ones first: others may be dead
                 c = self._wanted[address]
                 self._known.add(address)
             digest, width, dtype, timeout = self._greeting
             try:
-                connection = Connection(address, digest, width, dtype, timeout)
+                connection = Connection(address, digest, c, width, dtype, timeout)
             except Lost as error:
                 log.warning("cluster %d: %s", c, error)
                 with self._changed:
-                    self._known.discard(address)
-                    self._not_before[address] = time.monotonic() + self.PAUSE
+                    self._put_off(address)
                 continue
             self.give_back(c, connection)

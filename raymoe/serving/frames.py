@@ -1,8 +1,8 @@
 """Rows over the wire: raw tensors on persistent TCP connections, the way from a trunk to the clusters' replicas.
 
-A connection opens with a greeting (magic, digest of the artifact, compute type), which the server accepts or
-refuses with a reason; then the client sends (layer, rows) and gets as many rows back, in order. Nothing that
-arrives is ever run or unpickled, and no frame is larger than the limit.
+A connection opens with a greeting (magic, digest of the artifact, cluster, compute type), which the server accepts
+or refuses with a reason: an address may have become another's. Then the client sends (layer, rows) and gets as many
+rows back, in order. Nothing that arrives is ever run or unpickled, and no frame is larger than the limit.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -17,8 +18,8 @@ import torch
 from torch import Tensor
 
 MAGIC = b"raymoe 1"
-GREETING = struct.Struct("<8s32s8s")
-"""Magic, digest, compute type."""
+GREETING = struct.Struct("<8s32sI8s")
+"""Magic, digest, cluster, compute type."""
 REQUEST = struct.Struct("<HI")
 """Layer, number of rows."""
 REPLY = struct.Struct("<BI")
@@ -49,8 +50,10 @@ class Connection:
     Raises Lost, also from the constructor, and is then closed. `timeout` in seconds, of each of them.
     """
 
-    def __init__(self, address: Address, digest: bytes, width: int, dtype: torch.dtype, timeout: float) -> None:
-        self.address, self.width, self.dtype = address, width, dtype
+    def __init__(
+        self, address: Address, digest: bytes, cluster: int, width: int, dtype: torch.dtype, timeout: float
+    ) -> None:
+        self.address, self.width, self.dtype, self._timeout = address, width, dtype, timeout
         try:
             self._socket = socket.create_connection(address, timeout)
         except OSError as error:
@@ -58,7 +61,7 @@ class Connection:
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._header = bytearray(REPLY.size)
         self._sent = 0
-        self._do(self._socket.sendall, GREETING.pack(MAGIC, digest, type_name(dtype)))
+        self._do(self._socket.sendall, GREETING.pack(MAGIC, digest, cluster, type_name(dtype)))
         self._reply()
 
     def close(self) -> None:
@@ -95,10 +98,12 @@ class Connection:
         """Ask for the answers to rows [R, D]."""
         self._sent = rows.shape[0]
         header = REQUEST.pack(layer, self._sent)
+        self._socket.settimeout(self._timeout)
         self._do(self._socket.sendall, b"".join((header, _bytes(rows))))
 
-    def receive(self) -> Tensor:
-        """The answers [R, D] to what was sent."""
+    def receive(self, timeout: float | None = None) -> Tensor:
+        """The answers [R, D] to what was sent; within so many seconds, by default as many as for anything else."""
+        self._socket.settimeout(self._timeout if timeout is None else max(timeout, 1e-3))
         n = self._reply()
         if n != self._sent:
             raise self._lost(f"it answered {n} rows to {self._sent}")
@@ -110,11 +115,13 @@ class Connection:
 class Server:
     """The clusters' end: answers every connection from a thread of its own, `compute` one call at a time.
 
-    `address`: the host to bind and a port, 0 for a free one. `digest`: of the artifact that it computes.
+    `address`: the host to bind and a port, 0 for a free one. `digest`: of the artifact whose cluster it computes.
     """
 
-    def __init__(self, compute: Compute, digest: bytes, width: int, dtype: torch.dtype, address: Address) -> None:
-        self.compute, self.digest, self.width, self.dtype = compute, digest, width, dtype
+    def __init__(
+        self, compute: Compute, digest: bytes, cluster: int, width: int, dtype: torch.dtype, address: Address
+    ) -> None:
+        self.compute, self.digest, self.cluster, self.width, self.dtype = compute, digest, cluster, width, dtype
         self._listener = socket.create_server(address, backlog=128)
         self.port: int = self._listener.getsockname()[1]
         self._lock = threading.Lock()
@@ -136,14 +143,16 @@ class Server:
         while not self._closed:
             try:
                 connection, _ = self._listener.accept()
-            except OSError:
-                return
+            except OSError:  # closed, or too many files are open: that may pass
+                time.sleep(0.1)
+                continue
             self._open.add(connection)
             threading.Thread(target=self._serve, args=(connection,), name="frames", daemon=True).start()
 
     def _serve(self, connection: socket.socket) -> None:
         try:
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # a trunk's machine may vanish
             connection.settimeout(10)
             if reason := self._greet(connection):
                 self._refuse(connection, reason)
@@ -160,11 +169,13 @@ class Server:
 
     def _greet(self, connection: socket.socket) -> str:
         """What is wrong with the greeting."""
-        magic, digest, dtype = GREETING.unpack(_read(connection, GREETING.size))
+        magic, digest, cluster, dtype = GREETING.unpack(_read(connection, GREETING.size))
         if magic != MAGIC:
             return "this is not how raymoe greets"
         if digest != self.digest:
             return f"it computes artifact {self.digest.hex()[:12]}, not {digest.hex()[:12]}"
+        if cluster != self.cluster:
+            return f"it computes cluster {self.cluster}, not {cluster}"
         if dtype.rstrip(b"\0") != type_name(self.dtype):
             return f"it computes in {type_name(self.dtype).decode()}"
         return ""

@@ -29,15 +29,15 @@ from torch import Tensor
 from raymoe.metrics import ApiMetrics, ClusterMetrics, TrunkMetrics, write_targets
 from raymoe.metrics import serve as serve_metrics
 from raymoe.serving.api import ApiSettings, Unavailable, create_app
-from raymoe.serving.clusters import Cluster
+from raymoe.serving.cluster import Cluster
 from raymoe.serving.driver import Driver
 from raymoe.serving.engine import Engine
 from raymoe.serving.fleet import Fleet
-from raymoe.serving.forward import Trunk
 from raymoe.serving.frames import Address, Server
 from raymoe.serving.request import Increment, Request
 from raymoe.serving.sessions import SessionServer
 from raymoe.serving.settings import ServeSettings
+from raymoe.serving.trunk import Trunk
 from raymoe.serving.trunks import NoTrunk, Trunks
 from raymoe.storage.export import Artifact
 from raymoe.tokens import load_tokenizer
@@ -46,6 +46,8 @@ log = logging.getLogger(__name__)
 
 DISCOVERY_S = 1.0
 """Seconds between looks at who is there."""
+STUCK_S = 60.0
+"""Seconds after which a step that has not ended never will."""
 TARGETS_EVERY = 5
 """Looks from one to the next that also tells Prometheus."""
 
@@ -73,6 +75,9 @@ async def _endpoints(handle: DeploymentHandle) -> list[Endpoint] | None:
     except RayServeException:  # there are none
         return []
     except (TimeoutError, RayError):
+        return None
+    except Exception:  # whatever Serve has come to: who looks again must not end by it
+        log.exception("it cannot be known who is there")
         return None
     return [endpoint for endpoint in found if isinstance(endpoint, dict)]
 
@@ -108,8 +113,8 @@ class ClusterReplica:
         host = _host(settings)
         self._lock = threading.Lock()
         self._busy_s, self._calls = 0.0, 0
-        self._busy, self._seconds, self._per_s = _Rate(), _Rate(), _Rate()
-        server = Server(self._compute, artifact.digest, model.d_model, settings.dtype, (host, 0))
+        self._busy, self._per_s = _Rate(), _Rate()
+        server = Server(self._compute, artifact.digest, c, model.d_model, settings.dtype, (host, 0))
         self._server = server
         self._endpoint = {
             "address": (host, server.port), "digest": artifact.digest.hex(), "target": _target(host, registry),
@@ -140,7 +145,8 @@ class ClusterReplica:
         return {"busy": busy, "latency_s": busy / calls_per_s if calls_per_s else 0.0}
 
     def __del__(self) -> None:
-        self._server.close()
+        if server := getattr(self, "_server", None):
+            server.close()
 
 
 class TrunkReplica:
@@ -198,6 +204,10 @@ class TrunkReplica:
     def check_health(self) -> None:
         if self.driver.failed is not None:
             raise RuntimeError(f"the engine ended: {self.driver.failed}")
+        if not self.driver.idle and time.monotonic() - self.driver.stepped > STUCK_S:
+            raise RuntimeError(f"the engine has been in one step for more than {STUCK_S:g} s")
+        if self._discovery.done():
+            raise RuntimeError("nobody looks for replicas any more")
 
     async def __del__(self) -> None:
         """Serve ends this replica: answers that have begun are finished first."""
@@ -234,7 +244,8 @@ class Api:
         self._discovery = asyncio.create_task(self._discover())
 
     def __serve_build_asgi_app__(self) -> Any:
-        return create_app(self, ApiSettings(api_key=os.environ.get("RAYMOE_API_KEY") or None), self.metrics)
+        settings = ApiSettings(api_key=os.environ.get("RAYMOE_API_KEY") or None, tell_request_ids=False)
+        return create_app(self, settings, self.metrics)
 
     async def _discover(self) -> None:
         for look in itertools.count():
@@ -253,6 +264,14 @@ class Api:
             await asyncio.to_thread(write_targets, self._targets, targets)
         except OSError as error:
             log.warning("Prometheus's targets could not be written: %s", error)
+
+    def check_health(self) -> None:
+        if self._discovery.done():
+            raise RuntimeError("nobody looks for trunks any more")
+
+    async def __del__(self) -> None:
+        self._discovery.cancel()
+        self._targets.unlink(missing_ok=True)
 
     def ready(self) -> bool:
         return self.trunks.ready

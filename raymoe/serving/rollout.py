@@ -5,14 +5,16 @@ Talks to Ray's dashboard as the `serve` command does, so it works from any machi
 
 from __future__ import annotations
 
+import http.client
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
 
+from raymoe.serving.scaling import Scaler
 from raymoe.serving.settings import from_dict
 from raymoe.storage.export import Artifact
 
@@ -32,6 +34,11 @@ def pinned(config: Config, artifact: str | None = None, root: str | None = None)
     except (KeyError, TypeError, ValueError):
         raise ValueError("the config must have exactly one application under `applications`") from None
     args |= {key: value for key, value in (("artifact", artifact), ("root", root)) if value}
+    if "root" in args:
+        args["root"] = str(Path(args["root"]).expanduser().resolve())  # of here: replicas have folders of their own
+    policy = application.get("autoscaling_policy") or {}
+    if policy.get("policy_function") == f"{Scaler.__module__}:{Scaler.__name__}":
+        Scaler(**policy.get("policy_kwargs") or {})
     settings = from_dict(args)
     folder = settings.folder()
     name = f"{application['name']}-{Artifact.open(folder).digest.hex()[:8]}"
@@ -84,7 +91,7 @@ class Rollout:
         try:
             with urllib.request.urlopen(self.base + path, timeout=5) as answer:
                 return answer.read().decode()
-        except (OSError, urllib.error.URLError):
+        except (OSError, http.client.HTTPException):
             return None
 
     def ready(self, prefix: str = "") -> bool:
@@ -98,33 +105,38 @@ class Rollout:
     def up(self) -> None:
         """Serve the application at `/`: new, or beside what is there, which it then replaces without a failed request.
 
-        Until the switch a failure changes nothing.
+        Until the switch a failure changes nothing. What an update left that did not come to its end is removed.
+        Applications of other code stay as they are.
         """
-        old = [
+        there = self.applications()
+        configs = [
             app["deployed_app_config"]
-            for name, app in self.applications().items()
+            for name, app in there.items()
             if name != self.name and app.get("deployed_app_config")
         ]
+        others = [app for app in configs if app["import_path"] != self.application["import_path"]]
+        old = [app for app in configs if app not in others]
         alone = self.application | {"route_prefix": "/"}
         if not old:
-            self._deploy([alone])
+            self._deploy([*others, alone])
             self.wait(self.ready, "to be ready")
             return
-        aside = f"/{self.name}"
-        try:
-            self._deploy([*old, self.application | {"route_prefix": aside}])
-            self.wait(lambda: self.ready(aside), "to be ready")
-        except RuntimeError:
-            self._deploy(old)
-            raise
+        routes = {app["name"]: there[app["name"]].get("route_prefix") for app in old}
+        answering = [name for name, route in routes.items() if route and self._answers(route.rstrip("/"))]
+        if there.get(self.name, {}).get("route_prefix") != "/":
+            aside = f"/{self.name}"
+            try:
+                self._deploy([*others, *old, self.application | {"route_prefix": aside}])
+                self.wait(lambda: self.ready(aside), "to be ready")
+            except RuntimeError:
+                self._deploy([*others, *old])
+                raise
         moved = [app | {"route_prefix": f"/{app['name']}"} for app in old]
-        self._deploy([*moved, alone])
-        self.wait(
-            lambda: self.ready() and all(self.get(f"/{app['name']}/health") is not None for app in moved), "to have /"
-        )
-        self.wait(lambda: all(self._drained(app["name"]) for app in moved), "to be the only one that is asked")
-        self._deploy([alone])
-        self.wait(lambda: list(self.applications()) == [self.name], "to be alone")
+        self._deploy([*others, *moved, alone])
+        self.wait(lambda: self.ready() and all(self._answers(f"/{name}") for name in answering), "to have /")
+        self.wait(lambda: all(self._drained(name) for name in answering), "to be the only one that is asked")
+        self._deploy([*others, alone])
+        self.wait(lambda: not routes.keys() & self.applications().keys(), "to be alone")
 
     def down(self) -> None:
         """Take everything off that Serve serves."""
@@ -147,6 +159,9 @@ class Rollout:
 
     def _deploy(self, applications: list[dict[str, Any]]) -> None:
         self.client.deploy_applications(self.config | {"applications": applications})
+
+    def _answers(self, prefix: str) -> bool:
+        return self.get(f"{prefix}/health") is not None
 
     def _drained(self, application: str) -> bool:
         metrics = self.get(f"/{application}/metrics") or ""

@@ -49,7 +49,7 @@ class Sampling:
         require("top_k", "0 (all) or more", self.top_k >= 0)
         require("top_p", "greater than 0, at most 1", 0 < self.top_p <= 1)
         require("min_p", "0 to 1", 0 <= self.min_p <= 1)
-        require("repetition_penalty", "greater than 0, at most 100", 0 < self.repetition_penalty <= 100)
+        require("repetition_penalty", "0.01 to 100", 0.01 <= self.repetition_penalty <= 100)
         require("frequency_penalty", "-2 to 2", -2 <= self.frequency_penalty <= 2)
         require("presence_penalty", "-2 to 2", -2 <= self.presence_penalty <= 2)
         require("seed", "0 to 2^64-1", 0 <= self.seed < 2**64)
@@ -191,6 +191,8 @@ def pick(weights_V: np.ndarray, seed: int, position: int) -> int:
     just eligible, changes nothing unless it is about to win.
     """
     tokens = weights_V.nonzero()[0]
+    if not tokens.size:  # nothing was a number
+        return int(weights_V.argmax())
     scores = weights_V[tokens] / -np.log(noise(seed, position, tokens))
     return int(tokens[scores.argmax()])
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 from typing import Any
 
 from raymoe.serving.autoscaling import ClusterState, Load, Policy, decide
@@ -25,10 +26,15 @@ class Scaler:
     """Called by Serve's controller about ten times a second with the contexts of all deployments.
 
     `interval_s`: from one decision to the next; between them the last one stands. The rest are fields of
-    `Policy`, without minimum and maximum, which are those of the deployments.
+    `Policy`, without minimum and maximum, which are those of the deployments. Raises ValueError for what is not
+    allowed; Serve's controller only logs that, and goes on without a policy, so it is asked before it is deployed.
     """
 
     def __init__(self, interval_s: float = LOOK_BACK_S, clock: Callable[[], float] = time.monotonic, **policy: Any):
+        known = sorted({field.name for field in fields(Policy)} - {"minimum", "maximum"})
+        for name in policy:
+            if name not in known:
+                raise ValueError(f"policy_kwargs has an unknown key {name!r}: interval_s, {', '.join(known)}")
         Policy(**policy)  # refused now rather than at the first decision
         self.interval_s, self.clock, self.policy = interval_s, clock, policy
         self._states: dict[int, ClusterState] = {}

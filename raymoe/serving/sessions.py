@@ -6,7 +6,7 @@
                    {"given": [[7, token, text, …], …]}               what one step added to all answers of this api
                    {"refused": 7, "full": true, "reason": "…"}       {"beat": 1} when there is nothing else to say
 
-A connection that ends takes its requests with it; so does one that is silent for `SILENCE` seconds.
+A connection that ends takes its requests with it. A trunk that is silent for `SILENCE` seconds counts as dead.
 """
 
 from __future__ import annotations
@@ -129,6 +129,9 @@ class SessionServer:
         beat = None
         try:
             greeting = json.loads(await asyncio.wait_for(reader.readline(), SILENCE))
+            if self.driver.failed is not None:
+                writer.write(_line({"error": "this trunk's engine has ended"}))
+                return
             if greeting.get("raymoe") != 1 or greeting.get("digest") != self.digest:
                 writer.write(_line({"error": f"this trunk serves artifact {self.digest[:12]}"}))
                 return
@@ -139,12 +142,14 @@ class SessionServer:
                 message = json.loads(line)
                 if "submit" in message:
                     key = message["submit"]
+                    if key in self._keys[session]:
+                        raise ValueError(f"{key} has been submitted and has not ended")
                     self._keys[session].add(key)
                     self.driver.submit((session, key), decode_request(message["request"]))
                 elif "cancel" in message and message["cancel"] in self._keys[session]:
                     self._keys[session].discard(message["cancel"])
                     self.driver.cancel((session, message["cancel"]))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, TimeoutError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, TimeoutError, RecursionError):
             pass  # not one of ours, or gone
         finally:
             if beat:
@@ -155,9 +160,11 @@ class SessionServer:
             writer.close()
 
     async def _beat(self, session: int) -> None:
-        while session in self._writers:
+        assert self.driver is not None
+        while self.driver.failed is None:
             self._tell(session, {"beat": 1})
             await asyncio.sleep(min(1.0, BEAT))
+        self._writers[session].close()  # its requests go on elsewhere
 
 
 # The api's end
@@ -177,17 +184,20 @@ class Session:
     @classmethod
     async def connect(cls, address: Address, digest: str, timeout: float) -> Session:
         """Raises Lost."""
+        writer = None
         try:
             async with asyncio.timeout(timeout):
                 reader, writer = await asyncio.open_connection(*address, limit=LINE_LIMIT)
                 writer.write(_line({"raymoe": 1, "digest": digest}))
                 answer = json.loads(await reader.readline() or b"{}")
-        except (OSError, ValueError, TimeoutError) as error:
-            raise Lost(f"{address[0]}:{address[1]} cannot be reached: {type(error).__name__}: {error}") from None
-        if answer.get("raymoe") != 1:
-            writer.close()
-            raise Lost(f"{address[0]}:{address[1]} refused: {answer.get('error', 'no answer')}")
-        return cls(address, reader, writer)
+            if answer.get("raymoe") == 1:
+                return cls(address, reader, writer)
+            reason = f"refused: {answer.get('error', 'no answer')}"
+        except (OSError, ValueError, AttributeError, TimeoutError, RecursionError) as error:
+            reason = f"cannot be reached: {type(error).__name__}: {error}"
+        if writer is not None:
+            writer.transport.abort()
+        raise Lost(f"{address[0]}:{address[1]} {reason}")
 
     @property
     def active(self) -> int:
@@ -232,7 +242,7 @@ class Session:
                 self._take(json.loads(line))
         except TimeoutError:
             reason = f"it was silent for {SILENCE:g} s"
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except Exception as error:  # gone, or nothing that a trunk says
             reason = f"{type(error).__name__}: {error}"
         self._end(reason)
 

@@ -20,8 +20,13 @@ from raymoe.serving.sessions import Session
 log = logging.getLogger(__name__)
 
 
+LIVES = 5
+"""So many trunks may die under a request, one after the other and without a token of it, before it is given up: it
+may be what kills them."""
+
+
 class NoTrunk(Exception):
-    """No trunk came for as long as a request may wait."""
+    """No trunk came for as long as a request may wait, or none survives it."""
 
 
 class Trunks:
@@ -37,6 +42,7 @@ class Trunks:
     ) -> None:
         self.digest, self.patience_s, self.max_waiting, self.resumed = digest, patience_s, max_waiting, resumed
         self._sessions: dict[Address, Session] = {}
+        self._named: set[Address] = set()
         self._connecting: set[Address] = set()
         self._changed = asyncio.Condition()
         self._waiting = 0
@@ -51,11 +57,12 @@ class Trunks:
     async def update(self, addresses: Iterable[Address]) -> None:
         """The trunks that there are now: connect to those that are new, or were lost.
 
-        One that is no longer named keeps its requests until it closes them.
+        One that is no longer named is about to end: it keeps its requests until it closes them, and gets new ones
+        only while no other one has room.
         """
-        wanted = set(addresses)
+        self._named = set(addresses)
         self._sessions = {a: s for a, s in self._sessions.items() if not s.lost}
-        new = wanted - self._sessions.keys() - self._connecting
+        new = self._named - self._sessions.keys() - self._connecting
         await asyncio.gather(*(self._connect(address) for address in new))
 
     async def _connect(self, address: Address) -> None:
@@ -78,18 +85,19 @@ class Trunks:
     async def generate(self, request: Request) -> AsyncGenerator[Increment, None]:
         """The answer as it comes, whatever happens to the trunks. Leaving the iteration early ends the request.
 
-        Raises before the first part: QueueFull, ValueError (it can never be served). NoTrunk at any time.
+        Raises before the first part: QueueFull, ValueError (it can never be served). NoTrunk at any time. One that a
+        trunk had when it died is not refused for want of room: it waits.
         """
-        tokens, said, started = list(request.resumed), False, False
+        tokens, said, started, taken, lives = list(request.resumed), False, False, False, LIVES
         full: set[Session] = set()
         deadline = self._now() + self.patience_s
         while True:
-            session = await self._choose(full, deadline)
+            session = await self._choose(full, deadline, taken)
             rest = replace(request, resumed=tuple(tokens), echo=request.echo and not said)
             try:
                 async with aclosing(session.ask(rest)) as answer:
                     async for increment in answer:
-                        started, said = True, said or increment.echo is not None
+                        started, taken, said, lives = True, True, said or increment.echo is not None, LIVES
                         if increment.token is not None:
                             tokens.append(increment.token)
                         yield increment
@@ -99,22 +107,25 @@ class Trunks:
                 log.warning("trunk %s", error)
                 if started:
                     self.resumed()
+                taken, lives = True, lives - 1
+                if not lives:
+                    raise NoTrunk(f"{LIVES} trunks died while they had this request") from None
                 deadline = self._now() + self.patience_s
             except QueueFull:
                 full.add(session)
                 if full >= set(self._live()):
-                    if not started:
+                    if not taken:
                         raise
-                    full.clear()  # it was accepted once, and is not refused now: it waits
+                    full.clear()
                     await asyncio.sleep(0.05)
 
     @staticmethod
     def _now() -> float:
         return asyncio.get_running_loop().time()
 
-    async def _choose(self, full: set[Session], deadline: float) -> Session:
+    async def _choose(self, full: set[Session], deadline: float, taken: bool) -> Session:
         """The trunk that answers fewest requests, of those that are not full; waits for one until the deadline."""
-        if not self._live() and self._waiting >= self.max_waiting:
+        if not taken and not self._live() and self._waiting >= self.max_waiting:
             raise NoTrunk(f"no trunk is there, and {self._waiting} requests wait for one")
         self._waiting += 1
         try:
@@ -125,4 +136,4 @@ class Trunks:
         finally:
             self._waiting -= 1
         live = self._live()
-        return min([s for s in live if s not in full] or live, key=lambda session: session.active)
+        return min([s for s in live if s not in full] or live, key=lambda s: (s.address not in self._named, s.active))

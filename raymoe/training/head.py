@@ -58,7 +58,7 @@ class Head:
 
 @contextmanager
 def head(cpus: int, environment: dict[str, str] | None = None) -> Iterator[Head]:
-    """Start a head with `cpus` CPUs; yields when its dashboard answers. Raises RuntimeError with its log if it does not."""
+    """Start a head with `cpus` CPUs; yields when it has started and its dashboard answers. Raises RuntimeError with its log if it does not."""
     gcs, dashboard, agent, listen, metrics, scaler, board = free_ports(7)
     folder = Path(tempfile.mkdtemp(prefix="raymoe-ray-"))
     variables = ENVIRONMENT | {"AUTOSCALER_METRIC_PORT": str(scaler), "DASHBOARD_METRIC_PORT": str(board)}
@@ -78,7 +78,7 @@ def head(cpus: int, environment: dict[str, str] | None = None) -> Iterator[Head]
     address = f"http://127.0.0.1:{dashboard}"
     try:
         deadline = time.monotonic() + 120
-        while not answers(f"{address}/api/jobs/"):
+        while not ("Ray runtime started" in log.read_text() and answers(f"{address}/api/jobs/")):
             if process.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError(f"the Ray head did not start:\n{log.read_text()[-2000:]}")
             time.sleep(0.2)

@@ -18,7 +18,7 @@ from torch import Tensor
 from raymoe.model.fused import padded
 from raymoe.model.router import route
 from raymoe.model.transformer import norm, rope
-from raymoe.serving.clusters import ClusterCompute, Product, by_cluster, few_sizes
+from raymoe.serving.cluster import ClusterCompute, Product, by_cluster, few_sizes
 from raymoe.serving.kv_cache import KVCache
 from raymoe.storage.export import Artifact
 

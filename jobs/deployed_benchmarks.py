@@ -1,0 +1,283 @@
+"""What serving gives on a real Ray Serve: parts `http`, `planes` and `memory` of the name `serve` of `jobs/benchmark.py`.
+
+`http`: three applications of one artifact at a time, with all, half and none of the clusters resident; loads take
+turns. `planes`: ways for rows to get from one replica to another and back, in turns. `memory`: what a trunk holds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+HOUSE = Path(__file__).resolve().parent.parent
+NEW = 64
+"""Tokens of an answer."""
+RESIDENT = ("all", "half", "none")
+
+
+def say(line: str) -> None:
+    print(line, flush=True)
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+# Residency over HTTP
+
+
+def applications(artifact: str, root: str) -> dict[str, Any]:
+    """A Serve config with the artifact three times, a replica of each cluster where one is needed."""
+    import torch
+    import yaml
+
+    from raymoe.serving.cluster import cluster_sizes
+    from raymoe.serving.rollout import pinned
+    from raymoe.storage.export import Artifact
+    from raymoe.training.head import free_ports
+
+    config = pinned(yaml.safe_load((HOUSE / "services" / "raymoe.yaml").read_text()), artifact, root)
+    (config["http_options"]["port"],) = free_ports(1)
+    (template,) = config["applications"]
+    whole = sum(cluster_sizes(Artifact.open(Path(template["args"]["artifact"])), torch.float32).values())
+    made = []
+    for name, resident in zip(RESIDENT, ("all", round(0.55 * whole), 0), strict=True):
+        args = template["args"] | {
+            "resident_bytes": resident,
+            "max_replicas": 1,
+            "min_replicas": int(resident != "all"),
+        }
+        made.append(template | {"name": name, "route_prefix": f"/{name}", "args": args})
+    return config | {"applications": made}
+
+
+def http(artifact: str, root: str, text: str, domain: str, rounds: int) -> dict[str, Any]:
+    """Tokens/s and latency by how much is resident, 16 streams with most prompts from one domain; by streams for `all`."""
+    import psutil
+    from load import load, pieces, summary
+
+    from raymoe.serving.rollout import Rollout
+    from raymoe.training.head import head
+
+    config = applications(artifact, root)
+    args = config["applications"][0]["args"]
+    prompts = pieces(text, domain=domain, share=0.8, words=40, count=400, seed=0)
+    body = {"model": args["name"], "max_tokens": NEW, "temperature": 0, "ignore_eos": True}
+    result: dict[str, Any] = {"16 streams": {}, "all": {}}
+    with head(max(2, os.cpu_count() or 1)) as ray:
+        rollouts = {
+            app["name"]: Rollout(ray.dashboard, config | {"applications": [app]}) for app in config["applications"]
+        }
+        first = rollouts["all"]
+        first.client.deploy_applications(config)
+        for name, rollout in rollouts.items():
+            rollout.wait(lambda r=rollout, n=name: r.ready(f"/{n}") and r.running() == r.targets(), "to be ready")
+        draw = random.Random(0)
+
+        def run(name: str, streams: int, requests: int) -> dict[str, Any]:
+            pick = lambda n: draw.randrange(len(prompts))  # noqa: E731
+            loading = load(f"{first.base}/{name}", prompts, streams=streams, requests=requests, body=body, pick=pick)
+            answers = asyncio.run(loading)
+            made = summary(answers)
+            if made["failed"]:
+                raise RuntimeError(f"{name}: {made['failed']} of {len(answers)} requests failed: {made['errors']}")
+            return made
+
+        for name in RESIDENT:
+            run(name, 16, 48)  # what is hot becomes resident
+        rows: dict[str, list[dict[str, Any]]] = {name: [] for name in RESIDENT}
+        for i in range(rounds):
+            for name in RESIDENT[:: 1 if i % 2 else -1]:
+                rows[name].append(run(name, 16, 48))
+        for name, made in rows.items():
+            result["16 streams"][name] = _felt(made)
+        for streams in (1, 8, 32):
+            result["all"][str(streams)] = _felt([run("all", streams, 3 * streams) for _ in range(2)])
+        result["memory"] = {
+            name: [psutil.Process(pid).memory_info().rss for pid in rollout.pids("trunk")]
+            for name, rollout in rollouts.items()
+        }
+    base = result["16 streams"]["all"]["tokens_per_s"]["median"]
+    for name, row in result["16 streams"].items():
+        row["of_all"] = row["tokens_per_s"]["median"] / base
+        _say(f"resident {name:5} 16 streams", row, f"  {row['of_all']:.2f} of all")
+    for streams, row in result["all"].items():
+        _say(f"resident all   {streams:>2} streams", row)
+    return result
+
+
+def _felt(made: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    names = ("p50_ttft_s", "p99_ttft_s", "p50_itl_s", "p99_itl_s")
+    return {"tokens_per_s": spread([m["output_throughput"] for m in made])} | {
+        name: statistics.median(m[name] for m in made) for name in names
+    }
+
+
+def _say(label: str, row: dict[str, Any], more: str = "") -> None:
+    speed = row["tokens_per_s"]
+    say(f"http  {label}  {speed['median']:6.0f} tokens/s [{speed['min']:.0f}, {speed['max']:.0f}]  first token p50 {row['p50_ttft_s']:.2f} s, "
+        f"p99 {row['p99_ttft_s']:.2f} s; between tokens p50 {1000 * row['p50_itl_s']:.0f} ms, p99 {1000 * row['p99_itl_s']:.0f} ms{more}")  # fmt: skip
+
+
+# Data planes
+
+
+class Echo:
+    """Gives back what it is given, in every way that is measured."""
+
+    def __init__(self, width: int) -> None:
+        import torch
+
+        from raymoe.serving.frames import Server
+
+        self.server = Server(lambda layer, rows: rows, bytes(32), 0, width, torch.float32, ("127.0.0.1", 0))
+        self.zmq_port = 0
+        try:
+            import zmq
+        except ImportError:
+            return
+        import threading
+
+        socket = zmq.Context.instance().socket(zmq.REP)
+        self.zmq_port = socket.bind_to_random_port("tcp://127.0.0.1")
+
+        def serve() -> None:
+            while True:
+                socket.send(socket.recv(copy=False), copy=False)
+
+        threading.Thread(target=serve, daemon=True).start()
+
+    def ports(self) -> tuple[int, int]:
+        return self.server.port, self.zmq_port
+
+    def echo(self, rows: Any) -> Any:
+        return rows
+
+
+class Caller:
+    """Measures round trips to an Echo from inside a replica, ways in turn."""
+
+    def __init__(self, echo: Any, actor: Any) -> None:
+        self.echo, self.actor = echo, actor
+
+    async def measure(self, rows: int, width: int, rounds: int) -> dict[str, list[float]]:
+        import numpy as np
+        import torch
+
+        from raymoe.serving.frames import Connection
+
+        port, zmq_port = await self.echo.ports.remote()
+        connection = Connection(("127.0.0.1", port), bytes(32), 0, width, torch.float32, 5.0)
+        array = np.random.default_rng(0).standard_normal((rows, width), dtype=np.float32)
+        tensor = torch.from_numpy(array)
+        by_value = self.echo.options(_by_reference=False)
+
+        async def frames() -> None:
+            connection.send(0, tensor)
+            connection.receive()
+
+        async def reference() -> None:
+            await self.echo.echo.remote(array)
+
+        async def value() -> None:
+            await by_value.echo.remote(array)
+
+        async def direct() -> None:
+            await self.actor.echo.remote(array)
+
+        ways: dict[str, Callable[[], Any]] = {
+            "frames over TCP": frames, "actor call": direct, "Serve handle, by value": value,
+            "Serve handle, by reference": reference,
+        }  # fmt: skip
+        if zmq_port:
+            import zmq
+
+            socket = zmq.Context.instance().socket(zmq.REQ)
+            socket.connect(f"tcp://127.0.0.1:{zmq_port}")
+
+            async def zeromq() -> None:
+                socket.send(array, copy=False)
+                socket.recv(copy=False)
+
+            ways["ZeroMQ"] = zeromq
+        seconds: dict[str, list[float]] = {name: [] for name in ways}
+        for i in range(rounds + 10):
+            for name, way in ways.items():
+                for _ in range(5):
+                    started = time.perf_counter()
+                    await way()
+                    if i >= 10:
+                        seconds[name].append(time.perf_counter() - started)
+        return seconds
+
+
+def planes(rounds: int, width: int = 256) -> dict[str, Any]:
+    """Round trips of 16 rows (a decoding step of 16 streams) and of 128 (a step with prompts), of D=256, float32."""
+    import ray
+    from ray import serve
+
+    from raymoe.training.head import free_ports, head
+
+    result: dict[str, Any] = {}
+    with head(max(2, os.cpu_count() or 1)) as running:
+        os.environ |= {key: running.environment[key] for key in ("RAY_ADDRESS", "RAY_AUTH_MODE")}
+        ray.init(
+            log_to_driver=False, logging_level="ERROR", runtime_env={"env_vars": {"PYTHONPATH": str(HOUSE / "jobs")}}
+        )
+        try:
+            serve.start(http_options={"host": "127.0.0.1", "port": free_ports(1)[0]})
+            options = {"ray_actor_options": {"num_cpus": 0}}
+            echo = serve.deployment(Echo).options(name="echo", **options).bind(width)
+            actor = ray.remote(num_cpus=0)(Echo).remote(width)
+            handle = serve.run(serve.deployment(Caller).options(name="caller", **options).bind(echo, actor), name="planes", route_prefix=None)  # fmt: skip
+            for rows in (16, 128):
+                seconds = handle.measure.remote(rows, width, rounds).result()
+                result[str(rows)] = {}
+                for name, values in sorted(seconds.items(), key=lambda item: statistics.median(item[1])):
+                    ordered = sorted(values)
+                    row = {"p50_us": 1e6 * statistics.median(values), "p99_us": 1e6 * ordered[int(0.99 * len(ordered))]}
+                    result[str(rows)][name] = row
+                    say(f"planes  {rows:>3} rows  {name:27} p50 {row['p50_us']:7.0f} us  p99 {row['p99_us']:7.0f} us")
+            serve.shutdown()
+        finally:
+            ray.shutdown()
+    return result
+
+
+# Memory
+
+
+def empty_torch() -> int:
+    """Resident bytes of a process that has done nothing but import torch and add."""
+    code = "import torch, psutil; torch.set_num_threads(1); torch.ones(8, 8) @ torch.ones(8, 8); print(psutil.Process().memory_info().rss)"
+    return int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+
+
+def memory(artifact: str, root: str, measured: dict[str, list[int]]) -> dict[str, Any]:
+    """Resident memory of a trunk with all clusters, beside its weights in the compute type and its KV budget."""
+    import torch
+
+    from raymoe.serving.cluster import cluster_sizes
+    from raymoe.serving.settings import ServeSettings
+    from raymoe.storage.export import Artifact
+
+    settings = ServeSettings(artifact=artifact, root=root)
+    opened = Artifact.open(settings.folder())
+    weights = sum(cluster_sizes(opened, torch.float32).values()) + sum(t.numel() * 4 for t in opened.trunk().values())
+    empty, trunk = empty_torch(), max(measured["all"])
+    allowed = 1.1 * (weights + settings.kv_bytes)
+    say(f"memory  a trunk {trunk / 2**20:.0f} MiB, an empty torch process {empty / 2**20:.0f} MiB: {(trunk - empty) / 2**20:.0f} MiB more; "
+        f"weights {weights / 2**20:.0f} + KV budget {settings.kv_bytes / 2**20:.0f}, times 1.1: {allowed / 2**20:.0f} MiB")  # fmt: skip
+    for name, rss in measured.items():
+        say(f"memory  trunk with {name:4} resident: {max(rss) / 2**20:.0f} MiB")
+    return {"trunk": trunk, "empty": empty, "weights": weights, "kv_bytes": settings.kv_bytes, "allowed": allowed} | {
+        f"trunk {name}": max(rss) for name, rss in measured.items()
+    }
