@@ -197,7 +197,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
                 killer = threading.Timer(5.0, os.kill, (pid, signal.SIGKILL))
                 started = time.perf_counter()
                 killer.start()
-                answers = asyncio.run(under_load(seconds=30.0))
+                answers = asyncio.run(under_load(seconds=75.0))
                 killer.join()
                 failed = [a for a in answers if a.error]
                 result[name] = summary(answers) | {

@@ -255,9 +255,12 @@ def planes(rounds: int, width: int = 256) -> dict[str, Any]:
 # Memory
 
 
-def empty_torch() -> int:
-    """Resident bytes of a process that has done nothing but import torch and add."""
-    code = "import torch, psutil; torch.set_num_threads(1); torch.ones(8, 8) @ torch.ones(8, 8); print(psutil.Process().memory_info().rss)"
+def empty(*more: str) -> int:
+    """Resident bytes of a process that has done nothing but import torch (and `more`), and multiply."""
+    code = "; ".join((
+        *(f"import {module}" for module in ("torch", "psutil", *more)), "torch.set_num_threads(1)",
+        "torch.ones(8, 8) @ torch.ones(8, 8)", "print(psutil.Process().memory_info().rss)",
+    ))  # fmt: skip
     return int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
 
 
@@ -272,12 +275,18 @@ def memory(artifact: str, root: str, measured: dict[str, list[int]]) -> dict[str
     settings = ServeSettings(artifact=artifact, root=root)
     opened = Artifact.open(settings.folder())
     weights = sum(cluster_sizes(opened, torch.float32).values()) + sum(t.numel() * 4 for t in opened.trunk().values())
-    empty, trunk = empty_torch(), max(measured["all"])
+    torch_alone, with_serve, trunk = empty(), empty("ray.serve"), max(measured["all"])
     allowed = 1.1 * (weights + settings.kv_bytes)
-    say(f"memory  a trunk {trunk / 2**20:.0f} MiB, an empty torch process {empty / 2**20:.0f} MiB: {(trunk - empty) / 2**20:.0f} MiB more; "
+    say(f"memory  a trunk {trunk / 2**20:.0f} MiB, {(trunk - torch_alone) / 2**20:.0f} more than an empty torch process, "
+        f"{(trunk - with_serve) / 2**20:.0f} more than one that has imported Ray Serve too; "
         f"weights {weights / 2**20:.0f} + KV budget {settings.kv_bytes / 2**20:.0f}, times 1.1: {allowed / 2**20:.0f} MiB")  # fmt: skip
     for name, rss in measured.items():
         say(f"memory  trunk with {name:4} resident: {max(rss) / 2**20:.0f} MiB")
-    return {"trunk": trunk, "empty": empty, "weights": weights, "kv_bytes": settings.kv_bytes, "allowed": allowed} | {
-        f"trunk {name}": max(rss) for name, rss in measured.items()
-    }
+    return {
+        "trunk": trunk,
+        "empty": torch_alone,
+        "empty with Serve": with_serve,
+        "weights": weights,
+        "kv_bytes": settings.kv_bytes,
+        "allowed": allowed,
+    } | {f"trunk {name}": max(rss) for name, rss in measured.items()}

@@ -157,12 +157,14 @@ def pieces(text: str, *, domain: str | None, share: float, words: int, count: in
         raise ValueError(f"--domain {domain} is not in {text}: one of {', '.join(sorted(by_domain))}")
     others = [name for name in by_domain if name != domain] or [str(domain)]
     draw = random.Random(seed)
-    made = []
-    for _ in range(count):
+    made: list[str] = []
+    while len(made) < count:
         name = domain if domain is not None and draw.random() < share else draw.choice(others)
         source = by_domain[str(name)]
         at = draw.randrange(max(1, len(source) - words))
-        made.append(" ".join(source[at : at + words]))
+        piece = " ".join(source[at : at + words])
+        if piece.isascii() and len(piece) <= 10 * words:  # not a page of base64, which would be too many tokens
+            made.append(piece)
     return made
 
 

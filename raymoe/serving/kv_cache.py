@@ -6,8 +6,10 @@ are taken for a request's whole length when it is admitted, so that none ever wa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,6 +18,12 @@ from raymoe.config import ModelSection
 
 class CacheFull(Exception):
     """Not enough free blocks: try again when a request has ended."""
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Zeros, because masked slots are multiplied by zero, which only finite numbers survive; numpy's, because the
+    system gives memory to those that are written and to no others."""
+    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)
 
 
 class KVCache:
@@ -36,8 +44,7 @@ class KVCache:
                 f"a KV budget of {budget:,} bytes is not allowed: one block of {block} tokens takes {block_bytes:,}"
             )
         shape = (model.layers, self.blocks * block, model.kv_heads, model.d_model // model.heads)
-        # Zeros, not empty: masked slots are multiplied by zero, which only finite numbers survive.
-        self.keys, self.values = torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype)
+        self.keys, self.values = _zeros(shape, dtype), _zeros(shape, dtype)
         self._free = list(range(self.blocks))[::-1]
         self._owned: dict[Hashable, list[int]] = {}
 

@@ -23,7 +23,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from raymoe.config import Config, ModelSection, from_dict
@@ -93,6 +92,8 @@ def align_clusters(coactivation: np.ndarray) -> list[list[int]]:
     """
     if coactivation.ndim != 3 or coactivation.shape[1] != coactivation.shape[2]:
         raise ValueError(f"coactivation has the shape {coactivation.shape}: expected [layers-1, C, C]")
+    from scipy.optimize import linear_sum_assignment  # late: 35 MB that those who only read have no use for
+
     relabel = [list(range(coactivation.shape[1]))]
     for counts in coactivation:
         here, following = linear_sum_assignment(counts, maximize=True)
