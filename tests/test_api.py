@@ -371,7 +371,7 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"temperature": -0.5}, "temperature", "0 to 100"), ({"temperature": True}, "temperature", "number"),
     ({"temperature": float("nan")}, "temperature", "0 to 100"), ({"top_p": float("inf")}, "top_p", "at most 1"),
     ({"top_p": 0}, "top_p", "greater than 0"), ({"top_k": -2}, "top_k", "greater"), ({"min_p": 1.5}, "min_p", "0 to 1"),
-    ({"repetition_penalty": 0}, "repetition_penalty", "greater than 0"),
+    ({"repetition_penalty": 1e-39}, "repetition_penalty", "0.01 to 100"),
     ({"frequency_penalty": 3}, "frequency_penalty", "-2 to 2"), ({"presence_penalty": -3}, "presence_penalty", "-2"),
     ({"seed": 2**64}, "seed", "less than"), ({"seed": 1.5}, "seed", "integer"),
     ({"stop": ["a"] * 17}, "stop", "at most 16"), ({"stop": ""}, "stop", "1 to 256"), ({"stop": 5}, "stop", "a text"),
@@ -380,7 +380,9 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"stream": 1}, "stream", "boolean"), ({"stream_options": {}}, "stream_options", "needs stream=true"),
     ({"stream_options": {"include_usage": 1}, "stream": True}, "stream_options", "boolean"),
     ({"echo": "yes"}, "echo", "boolean"), ({"suffix": "end"}, "suffix", "not supported"),
-    ({"logit_bias": {"5": 1}}, "logit_bias", "not supported"), ({"stop_token_ids": [1]}, "stop_token_ids", "not supp"),
+    ({"logit_bias": {"5": 101}}, "logit_bias", "-100 to 100"), ({"logit_bias": {"a": 1}}, "logit_bias", "token ids"),
+    ({"logit_bias": {"5": 1, "05": 1}}, "logit_bias", "each once"), ({"logit_bias": [5]}, "logit_bias", "object"),
+    ({"stop_token_ids": [-1]}, "stop_token_ids", "greater"), ({"min_tokens": 99}, "min_tokens", "at most max_tokens=12"),
 ]  # fmt: skip
 REFUSED_CHAT: list[tuple[dict[str, Any], str, str]] = [
     ({"messages": []}, "messages", "empty"), ({"messages": "Hello"}, "messages", "array"),
@@ -412,6 +414,19 @@ def test_what_cannot_be_served_is_refused(
     assert answer.status == 400 and error.keys() == {"message", "type", "param", "code"}
     assert error["param"] == param and words in error["message"]
     assert error["type"] == "invalid_request_error" and len(error["message"]) < 400
+
+
+def test_biased_tokens_stop_tokens_and_least_lengths(site: Site) -> None:
+    token = site.ask("POST", "/tokenize", {"prompt": "cat"}).json["tokens"][0]
+    text = site.ask("POST", "/detokenize", {"tokens": [token]}).json["prompt"]
+    biased = {"logit_bias": {str(token): 100}, "max_tokens": 12}
+    assert site.complete(**biased).text() == 12 * text
+    stopped = site.complete(**biased, stop_token_ids=[token]).json
+    assert stopped["choices"][0]["finish_reason"] == "stop" and stopped["choices"][0]["text"] == ""
+    later = site.complete(**biased, stop_token_ids=[token], min_tokens=3)
+    assert 3 < later.json["usage"]["completion_tokens"] <= 12
+    chat = site.chat(**biased, stop_token_ids=[token])
+    assert chat.json["choices"][0]["finish_reason"] == "stop"
 
 
 def test_what_is_off_is_not_refused(site: Site) -> None:

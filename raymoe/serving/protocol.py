@@ -36,8 +36,8 @@ DEFAULT_TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.
 
 UNSUPPORTED = (
     "allowed_token_ids", "audio", "bad_words", "chat_template", "continue_final_message", "documents", "functions",
-    "guided_choice", "guided_grammar", "guided_json", "guided_regex", "logit_bias", "min_tokens", "prompt_embeds",
-    "stop_token_ids", "structured_outputs", "suffix", "tools", "use_beam_search",
+    "guided_choice", "guided_grammar", "guided_json", "guided_regex", "prompt_embeds", "structured_outputs",
+    "suffix", "tools", "use_beam_search",
 )  # fmt: skip
 """Fields that would change the answer, and are refused rather than ignored unless they are empty."""
 
@@ -115,6 +115,9 @@ class Options(_Body):
     repetition_penalty: float | None = None
     frequency_penalty: float | None = None
     presence_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    stop_token_ids: Ids | None = None
+    min_tokens: Small | None = None
     ignore_eos: bool | None = None
 
 
@@ -257,7 +260,14 @@ def completion_requests(body: CompletionBody, codec: Codec, length: int, most: i
         tokens = _tokens(prompt, codec, length)
         max_tokens = _max_tokens(len(tokens), body.max_tokens, 16, length, "prompt")
         requests += [
-            Request(tokens, max_tokens, _sampling(body, i), body.logprobs, bool(body.echo), bool(body.ignore_eos))
+            Request(
+                prompt=tokens,
+                max_tokens=max_tokens,
+                sampling=_sampling(body, i),
+                logprobs=body.logprobs,
+                echo=bool(body.echo),
+                **_ends(body, max_tokens),
+            )
             for i in range(n)
         ]
     return requests
@@ -284,16 +294,33 @@ def chat_requests(body: ChatBody, template: ChatTemplate, length: int, most: int
     _bound(1, n, most)
     prompt = template.tokens(body.messages, length)
     asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+    max_tokens = _max_tokens(len(prompt), asked, length, length, "messages")
     return [
         Request(
             prompt=prompt,
-            max_tokens=_max_tokens(len(prompt), asked, length, length, "messages"),
+            max_tokens=max_tokens,
             sampling=_sampling(body, i),
             logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-            ignore_eos=bool(body.ignore_eos),
+            **_ends(body, max_tokens),
         )
         for i in range(n)
     ]
+
+
+def _ends(body: Options, max_tokens: int) -> dict[str, Any]:
+    """What ends an answer beside its stop strings."""
+    least = body.min_tokens or 0
+    if least > max_tokens:
+        raise BadRequest(f"min_tokens={least} is not allowed: at most max_tokens={max_tokens}", "min_tokens")
+    stops = tuple(body.stop_token_ids or ())
+    return {"ignore_eos": bool(body.ignore_eos), "stop_token_ids": stops, "min_tokens": least}
+
+
+def _bias(body: Options) -> tuple[tuple[int, float], ...]:
+    try:
+        return tuple((int(token), bias) for token, bias in (body.logit_bias or {}).items())
+    except ValueError:
+        raise BadRequest("logit_bias: its keys are token ids", "logit_bias") from None
 
 
 def _check(body: Options, n: int) -> None:
@@ -337,8 +364,9 @@ SAMPLING = (
 def _sampling(body: Options, index: int) -> Sampling:
     given = {name: value for name in SAMPLING if (value := getattr(body, name)) is not None}
     seed = secrets.randbits(63) if body.seed is None else (body.seed + index) % 2**64
+    bias = _bias(body)
     try:
-        return Sampling(**given, top_k=max(0, body.top_k or 0), seed=seed, stop=_stops(body))
+        return Sampling(**given, top_k=max(0, body.top_k or 0), seed=seed, stop=_stops(body), logit_bias=bias)
     except ValueError as error:
         raise BadRequest(str(error), str(error).partition("=")[0]) from None
 

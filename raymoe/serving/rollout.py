@@ -57,9 +57,9 @@ class Rollout:
         self.config, self.timeout = config, timeout
         (self.application,) = config["applications"]
         self.name: str = self.application["name"]
-        http = config.get("http_options", {})
-        host = http.get("host", "127.0.0.1")
-        self.base = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{http.get('port', 8000)}"
+        options = config.get("http_options", {})
+        host = options.get("host", "127.0.0.1")
+        self.base = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{options.get('port', 8000)}"
 
     # What there is
 
