@@ -124,8 +124,8 @@ def regrouping(root: str, name: str) -> str:
 
 LOAD_S = 30.0
 DOMAIN = "licences"
-SCALING = {"target": 0.04, "up_cooldown_s": 4.0, "down_cooldown_s": 8.0}
-"""A replica counts as busy from 4 % of its time: the load of one machine should be enough to see them scale."""
+SCALING = {"target": 0.11, "up_cooldown_s": 4.0, "down_cooldown_s": 8.0}
+"""A replica counts as busy from 11 % of its time: the load of one machine should be enough to see them scale."""
 
 
 def ask(base: str, model: str, prompt: str) -> str:
@@ -156,6 +156,7 @@ def served(ray: Head, artifact: Path, run: Path) -> dict[str, Any]:
     print(f"   serving at {rollout.base}/v1 after {ready_s:.0f} s", flush=True)
     prompt = "This licence applies to"
     print(f"   {prompt}{ask(rollout.base, model, prompt)!r}", flush=True)
+    prompts = pieces("builtin", domain=DOMAIN, share=0.8, words=16, count=400, seed=0)
     over, began = threading.Event(), time.monotonic()
 
     def watch() -> None:
@@ -172,13 +173,10 @@ def served(ray: Head, artifact: Path, run: Path) -> dict[str, Any]:
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
-    prompts = pieces("builtin", domain=None, share=0, words=16, count=400, seed=0)
-    hot = pieces("builtin", domain=DOMAIN, share=1, words=16, count=400, seed=0)
-    skewed = [p for i, p in enumerate(prompts) if i % 5 == 0] + hot[:320]
     body = {"model": model, "max_tokens": 32, "temperature": 0, "ignore_eos": True}
     draw = random.Random(0)
     answers = asyncio.run(
-        load(rollout.base, skewed, streams=16, seconds=LOAD_S, body=body, pick=lambda n: draw.randrange(len(skewed)))
+        load(rollout.base, prompts, streams=16, seconds=LOAD_S, body=body, pick=lambda n: draw.randrange(len(prompts)))
     )
     low = lambda: all(n == 1 for name, n in rollout.targets().items() if name.startswith("cluster-"))  # noqa: E731
     rollout.wait(low, "to have its replicas fall again")
