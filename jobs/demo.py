@@ -180,6 +180,7 @@ def served(ray: Head, artifact: Path, run: Path) -> dict[str, Any]:
     )
     low = lambda: all(n == 1 for name, n in rollout.targets().items() if name.startswith("cluster-"))  # noqa: E731
     rollout.wait(low, "to have its replicas fall again")
+    time.sleep(1)  # so that the records have it too
     over.set()
     watcher.join()
     rollout.down()
