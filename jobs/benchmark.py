@@ -240,7 +240,7 @@ def served(arguments: argparse.Namespace, parts: list[str]) -> dict[str, Any]:
     result: dict[str, Any] = {}
     rounds = arguments.rounds
     if "engine" in parts:
-        from serve_benchmarks import engine
+        from engine_benchmarks import engine
 
         result["engine"] = engine(arguments.preset or "small", arguments.data, rounds, arguments.with_peers)
     if {"planes", "http"} & set(parts):

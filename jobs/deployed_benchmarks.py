@@ -17,18 +17,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from engine_benchmarks import say, spread
+
 HOUSE = Path(__file__).resolve().parent.parent
 NEW = 64
 """Tokens of an answer."""
 RESIDENT = ("all", "half", "none")
-
-
-def say(line: str) -> None:
-    print(line, flush=True)
-
-
-def spread(values: Sequence[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
 # Residency over HTTP

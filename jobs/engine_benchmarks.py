@@ -1,6 +1,6 @@
-"""What serving gives: the name `serve` of `jobs/benchmark.py`, which is the command.
+"""What the engine gives: part `engine` of the name `serve` of `jobs/benchmark.py`, which is the command.
 
-`engine`: the engine alone, in this process. The peer is transformers' `generate` on a Mixtral of the same shapes,
+It runs in this process. The peer is transformers' `generate` on a Mixtral of the same shapes,
 in a process of its own that answers over a pipe: both sides take turns, and only one works at a time.
 """
 
@@ -251,22 +251,26 @@ def percentile(values: Sequence[float], percent: int) -> float:
     return statistics.quantiles(values, n=100, method="inclusive")[percent - 1] if len(values) > 1 else values[0]
 
 
-def engine_part(name: str, data: str, rounds: int, peer_folder: Path | None) -> dict[str, Any]:
+def engine(name: str, data: str, rounds: int, with_peers: bool) -> dict[str, Any]:
+    """The engine's speed on a preset with random weights, greedy, prompts of 64 tokens and answers of 64."""
     result: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
+        peers = Path(folder, "peers")
+        if with_peers:
+            install(peers)
         artifact, tokenizer, prompts = make_artifact(name, data, Path(folder))
         for kind, dtype in TYPES.items():
-            engine = make_engine(artifact, tokenizer, dtype)
-            peer = Peer(peer_folder, artifact.model, kind) if peer_folder else None
+            ours = make_engine(artifact, tokenizer, dtype)
+            peer = Peer(peers, artifact.model, kind) if with_peers else None
             if peer:
                 result["peer"] = peer.about
             try:
                 for threads in (2, 1):
                     torch.set_num_threads(threads)
-                    both = compared(engine, peer, prompts[:TOGETHER], threads, rounds)
-                    ours = streams(engine, prompts, rounds)
-                    result[f"{kind}, {threads} threads"] = {f"{TOGETHER} streams": both, "streams": ours}
-                    show(f"{name} {kind:9}{threads} thread(s)", both, ours)
+                    both = compared(ours, peer, prompts[:TOGETHER], threads, rounds)
+                    alone = streams(ours, prompts, rounds)
+                    result[f"{kind}, {threads} threads"] = {f"{TOGETHER} streams": both, "streams": alone}
+                    show(f"{name} {kind:9}{threads} thread(s)", both, alone)
             finally:
                 if peer:
                     peer.close()
@@ -290,17 +294,6 @@ def show(label: str, both: dict[str, Any], ours: dict[str, Any]) -> None:
             f"{label}  {n:>2} streams: {range_of(row['tokens_per_s'])} tokens/s; first token {range_of(row['ttft_ms'], '.1f')} ms; "
             f"between tokens {range_of(row['itl_ms'], '.1f')} ms, p99 {row['itl_ms']['p99']:.1f}"
         )
-
-
-def serve(name: str, data: str, rounds: int, parts: Sequence[str], with_peers: bool) -> dict[str, Any]:
-    """Engine-level speed of a preset with random weights, greedy, prompts of 64 tokens and answers of 64."""
-    result: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        if with_peers:
-            install(Path(folder))
-        if "engine" in parts:
-            result["engine"] = engine_part(name, data, rounds, Path(folder) if with_peers else None)
-    return result
 
 
 if __name__ == "__main__":
