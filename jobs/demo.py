@@ -163,10 +163,11 @@ def served(ray: Head, artifact: Path, run: Path) -> dict[str, Any]:
         with (run / "serving.jsonl").open("w") as file:
             while not over.wait(0.5):
                 seconds = time.monotonic() - began
-                seen = {
-                    name: {c: n for c, n in replicas.items() if c.startswith("cluster-")}
-                    for name, replicas in (("targets", rollout.targets()), ("running", rollout.running()))
-                }
+                try:
+                    both = {"targets": rollout.targets(), "running": rollout.running()}
+                except (OSError, RuntimeError):  # a busy dashboard: the next look will do
+                    continue
+                seen = {name: {c: n for c, n in of.items() if c.startswith("cluster-")} for name, of in both.items()}
                 file.write(
                     json.dumps({"kind": "replicas", "step": round(1000 * seconds), "seconds": seconds, **seen}) + "\n"
                 )

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from pathlib import Path
 
 from raymoe.config import default_root
 
@@ -42,20 +41,13 @@ def main() -> int:
     from raymoe.serving.sampling import Sampling
     from raymoe.serving.trunk import Trunk
     from raymoe.storage.export import Artifact
-    from raymoe.storage.runs import artifact_folder
-    from raymoe.tokens import load_tokenizer
+    from raymoe.storage.runs import find_artifact
 
     torch.set_num_threads(arguments.threads)
-    folder = Path(arguments.name).expanduser()
-    if not folder.is_dir():
-        folder = artifact_folder(arguments.root, arguments.name)
     dtype = torch.float32 if arguments.precision == "float32" else torch.bfloat16
     try:
-        if not folder.is_dir():
-            raise FileNotFoundError(f"there is no artifact at {folder}: make one with jobs/export.py")
-        artifact = Artifact.open(folder)
-        path = artifact.tokenizer_path
-        tokenizer = load_tokenizer(path.read_bytes(), str(path), artifact.model.vocabulary)
+        artifact = Artifact.open(find_artifact(arguments.root, arguments.name))
+        tokenizer = artifact.tokenizer()
         prompts = [tuple(tokenizer.encode(text).ids) for text in arguments.prompts]
         length = max(map(len, prompts)) + arguments.max_tokens
         clusters = LocalClusters(artifact, range(artifact.model.n_clusters), dtype)

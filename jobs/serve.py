@@ -47,7 +47,10 @@ def start_head(dashboard: str) -> None:
 
     if answers(f"{dashboard}/api/version"):
         return
-    port = urlsplit(dashboard).port or 8265
+    place = urlsplit(dashboard)
+    if place.hostname not in ("127.0.0.1", "localhost"):
+        raise RuntimeError(f"no Ray answers at {dashboard}, and --start starts one on this machine alone")
+    port = place.port or 8265
     command = [str(Path(sys.executable).with_name("ray")), "start", "--head", f"--dashboard-port={port}"]
     done = subprocess.run(command, env=ENVIRONMENT | os.environ, capture_output=True, text=True)
     if done.returncode:

@@ -27,6 +27,17 @@ def _require(condition: bool, name: str, value: object, allowed: str) -> None:
         raise ValueError(f"{name}={value!r} is not allowed: {allowed}")
 
 
+def check_field(owner: object, name: str, allowed: str, within: bool) -> None:
+    """Raises ValueError with the field, its value in `owner` and what is `allowed`, unless it is `within`."""
+    _require(within, name, getattr(owner, name), allowed)
+
+
+def hint(key: str, known: typing.Iterable[str]) -> str:
+    """Which of the known keys was probably meant, for the end of an error."""
+    near = difflib.get_close_matches(key, list(known), n=1, cutoff=0.4)
+    return f": did you mean {near[0]!r}?" if near else ""
+
+
 def _positive(section: object, prefix: str, *names: str) -> None:
     for name in names:
         value = getattr(section, name)
@@ -439,8 +450,7 @@ def override(config: Config, assignments: typing.Iterable[str]) -> Config:
             raise ValueError(f"{item!r} is not an override: write section.field=value, for example train.steps=100")
         known = [f"{s}.{f.name}" for s in SECTIONS for f in dataclasses.fields(SECTIONS[s])]
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
-            raise ValueError(f"unknown key {key!r}" + (f": did you mean {near[0]!r}?" if near else ""))
+            raise ValueError(f"unknown key {key!r}" + hint(key, known))
         changes.setdefault(section, {})[name] = _parse(key, _hints(section)[name], text)
     sections: dict[str, Any] = {s: replace(getattr(config, s), **values) for s, values in changes.items()}
     return replace(config, **sections)

@@ -66,7 +66,7 @@ class _Metrics:
         """A metric of this process; one with `labels` of its own is still to be given them, beside `_own`."""
         names = (*self._own, *labels)
         metric = kind(name, help, names, namespace="raymoe", registry=self.registry, **options)
-        return metric if labels else metric.labels(**self._own)
+        return metric if labels or not self._own else metric.labels(**self._own)
 
 
 class TrainingMetrics(_Metrics):
@@ -228,17 +228,15 @@ class TrainingMetrics(_Metrics):
             self.regroup_clusterer_restarts.inc()
 
 
-class TrunkMetrics:
+class TrunkMetrics(_Metrics):
     """What a trunk of a serving application exports. The label `cluster` is a cluster of all layers."""
 
     PLACES = ("resident", "away")
     """Whether rows were of a cluster that was resident or of another: values of the label `place`."""
 
     def __init__(self, registry: CollectorRegistry, *, clusters: int) -> None:
-        def declare(kind: type[M], name: str, help: str, *labels: str, **options: Any) -> M:
-            return kind(name, help, labels, namespace="raymoe", registry=registry, **options)
-
-        self._totals = _Totals()
+        super().__init__(registry, {})
+        declare, self._totals = self._declare, _Totals()
         self.running = declare(Gauge, "num_requests_running", "Requests that are computed.")
         self.waiting = declare(Gauge, "num_requests_waiting", "Requests that wait to be computed.")
         self.kv_usage = declare(Gauge, "kv_cache_usage_perc", "Share of the KV cache in use, 0 to 1.")
@@ -303,13 +301,12 @@ class TrunkMetrics:
             self._totals.grow(counter, total)
 
 
-class ClusterMetrics:
+class ClusterMetrics(_Metrics):
     """What a replica of a cluster exports. All carry the label `cluster`."""
 
     def __init__(self, registry: CollectorRegistry, *, cluster: str) -> None:
-        def declare(kind: type[M], name: str, help: str, **options: Any) -> M:
-            return kind(name, help, ("cluster",), namespace="raymoe", registry=registry, **options).labels(cluster)
-
+        super().__init__(registry, {"cluster": cluster})
+        declare = self._declare
         self.rows = declare(Counter, "cluster_replica_rows", "Rows that this replica computed.")
         self.compute_seconds = declare(
             Histogram, "cluster_compute_seconds", "Time to compute a call.", buckets=CALL_SECONDS

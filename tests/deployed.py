@@ -7,27 +7,18 @@ import os
 import signal
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import yaml
+from waiting import until
 
 from raymoe.serving.rollout import Config, Rollout
 from raymoe.training.head import Head, free_ports
 
 HOUSE = Path(__file__).resolve().parent.parent
-
-
-def until(condition: Callable[[], Any], what: str, seconds: float = 120) -> Any:
-    deadline = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < deadline, f"waited {seconds} s for {what}"
-        time.sleep(0.1)
-    return value
 
 
 def config(args: dict[str, Any], policy: dict[str, Any] | None = None) -> Config:

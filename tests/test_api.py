@@ -7,7 +7,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from http.client import HTTPConnection, HTTPResponse
 from typing import Any
 
@@ -119,13 +119,6 @@ class Site:
         return self.service.tokenizer.encode(text).ids
 
 
-def eventually(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + DEADLINE_S
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-
-
 @pytest.fixture(scope="module")
 def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     return served.artifact(tmp_path_factory.mktemp("served"))
@@ -143,7 +136,7 @@ def site(shared: Site) -> Site:
     """Idle, as each test must leave it."""
     shared.service.pause(False)
     shared.service.up, shared.service.failing = True, False
-    eventually(lambda: shared.service.engine.idle)
+    until(lambda: shared.service.engine.idle)
     return shared
 
 
@@ -566,15 +559,15 @@ def test_a_client_that_leaves_frees_the_engine(site: Site, stream: bool, begun: 
     generated = site.metric("generation_tokens_total")
     connection = site.send("POST", "/v1/completions", body)
     if begun:
-        eventually(lambda: site.metric("generation_tokens_total") > generated)
+        until(lambda: site.metric("generation_tokens_total") > generated)
     else:
-        eventually(lambda: site.service.engine.running == 2)
+        until(lambda: site.service.engine.running == 2)
     site.service.pause()
     if stream and begun:
         connection.getresponse().readline()
     connection.close()
-    eventually(lambda: site.service.engine.idle)  # although nothing is computed
-    eventually(lambda: site.metric("request_success_total", finished_reason="abort") == aborted + 2)
+    until(lambda: site.service.engine.idle)  # although nothing is computed
+    until(lambda: site.metric("request_success_total", finished_reason="abort") == aborted + 2)
     assert site.metric("num_requests_running") == 0
 
 
@@ -585,7 +578,7 @@ def test_a_full_server_says_so_at_once_and_forgets_nobody(artifact: Artifact) ->
         site.service.pause()
         body = {"prompt": "The cat", **GREEDY}
         accepted = [ask_aside(site, "/v1/completions", body | {"stream": stream}) for stream in (True, False)]
-        eventually(lambda: site.service.engine.running + site.service.engine.waiting == 2)
+        until(lambda: site.service.engine.running + site.service.engine.waiting == 2)
         times = []
         for stream in (False, True) * 3:
             begin = time.monotonic()
@@ -595,7 +588,7 @@ def test_a_full_server_says_so_at_once_and_forgets_nobody(artifact: Artifact) ->
             times.append(time.monotonic() - begin)
             assert answer.status == 503 and answer.headers["Retry-After"] == "3"
             assert answer.json["error"]["code"] == "queue_full"
-            eventually(lambda: site.service.engine.running + site.service.engine.waiting == 2)
+            until(lambda: site.service.engine.running + site.service.engine.waiting == 2)
         assert min(times) < 0.1 and site.metric("requests_rejected_total", reason="full") == 6
         site.service.pause(False)
         for thread, answers in accepted:
@@ -611,7 +604,7 @@ def test_one_answer_that_cannot_be_given_ends_the_others(site: Site) -> None:
     for stream in (False, True):
         answer = site.complete([[5, 6], [320]], stream=stream)
         assert answer.status == 400 and "vocabulary" in answer.json["error"]["message"]
-        eventually(lambda: site.service.engine.idle)
+        until(lambda: site.service.engine.idle)
 
 
 class Broken(served.LocalService):
@@ -736,6 +729,6 @@ def test_no_path_or_header_breaks_the_server(small: Site, request: malformed.Rou
 
 def test_the_server_answers_as_before(small: Site) -> None:
     fresh = small.complete([5, 6, 7], max_tokens=16).text()
-    eventually(lambda: small.service.engine.idle)
+    until(lambda: small.service.engine.idle)
     assert small.metric("num_requests_running") == 0 and small.metric("requests_rejected_total", reason="malformed") > 0
     assert fresh == small.complete([5, 6, 7], max_tokens=16).text() != ""

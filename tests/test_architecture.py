@@ -79,15 +79,21 @@ def imports(module: str, tree: ast.AST, modules: Mapping[str, str]) -> Iterator[
             yield node.lineno, str(node.args[0].value) if literal else "?"
 
 
-def brief(node: ast.expr) -> bool:
-    """Whether a sleep is at most a second: a literal, or a `min` with one."""
+def brief(node: ast.expr, named: Mapping[str, ast.expr]) -> bool:
+    """Whether a sleep is at most a second: a literal, what the module `named` so, a `min` with one, either of two."""
     if isinstance(node, ast.Call) and dotted(node.func) == "min":
-        return any(brief(argument) for argument in node.args)
+        return any(brief(argument, named) for argument in node.args)
+    if isinstance(node, ast.IfExp):
+        return brief(node.body, named) and brief(node.orelse, named)
+    if isinstance(node, ast.Name) and isinstance(named.get(node.id), ast.Constant):
+        return brief(named[node.id], {})
     return isinstance(node, ast.Constant) and isinstance(node.value, (int, float)) and node.value <= 1
 
 
 def misdeeds(tree: ast.AST) -> Iterator[tuple[int, str]]:
     """(line, what) of calls that run code from data, or wait blindly."""
+    plain = [node for node in getattr(tree, "body", []) if isinstance(node, ast.Assign)]
+    named = {target.id: node.value for node in plain for target in node.targets if isinstance(target, ast.Name)}
     for node in ast.walk(tree):
         name = dotted(node)
         if name in ("eval", "exec", "builtins.eval", "builtins.exec"):
@@ -99,7 +105,9 @@ def misdeeds(tree: ast.AST) -> Iterator[tuple[int, str]]:
         elif (
             isinstance(node, ast.Call)
             and dotted(node.func).split(".")[-1] == "sleep"
-            and not all(brief(argument) for argument in [*node.args, *(keyword.value for keyword in node.keywords)])
+            and not all(
+                brief(argument, named) for argument in [*node.args, *(keyword.value for keyword in node.keywords)]
+            )
         ):
             yield node.lineno, "sleeps for more than 1 s: wait for a condition"
 
@@ -172,7 +180,7 @@ def test_a_sound_house_passes() -> None:
         parallel="import torch.distributed as dist\nfrom raymoe.model.router import route",
         storage="from raymoe.model import router\nimport raymoe",
         training="import ray.train, torch\ntorch.distributed.barrier()\nfrom raymoe.storage import runs",
-        training__loop="import time\nfrom . import journal\ntime.sleep(0.5)\ntime.sleep(min(1, x))\nmodel.eval()",
+        training__loop="import time\nfrom . import journal\ntime.sleep(0.5)\ntime.sleep(min(1, x))\nmodel.eval()\nA = 1\nsleep(A if x else 0.2)",
         training__journal="import json",
         jobs__train="import ray\nfrom raymoe.training import loop",
     ) == []  # fmt: skip
@@ -216,6 +224,8 @@ def test_a_sound_house_passes() -> None:
         ("jobs__train", "run = exec", "jobs.train:2: exec runs code"),
         ("training", "from time import sleep\nsleep(1.5)", "raymoe.training:3: sleeps for more than 1 s"),
         ("training", "import time\ntime.sleep(delay)", "raymoe.training:3: sleeps for more than 1 s"),
+        ("training", "A = 2.0\nsleep(A)", "raymoe.training:3: sleeps for more than 1 s"),
+        ("training", "A = 1.0\nsleep(A if b else 2)", "raymoe.training:3: sleeps for more than 1 s"),
     ],
 )  # fmt: skip
 def test_a_planted_violation_is_found(file: str, source: str, expected: str) -> None:

@@ -25,10 +25,11 @@ import malformed
 import pytest
 import torch
 import yaml
-from deployed import config, serve, until
+from deployed import config, serve
 from hypothesis import HealthCheck, given, settings
 from prometheus_client.parser import text_string_to_metric_families
 from served import MODEL, TEXT, artifact, tokenizer, whole
+from waiting import until
 
 from raymoe.serving.cluster import LocalClusters
 from raymoe.serving.engine import Engine

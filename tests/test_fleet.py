@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
 
 import pytest
@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from served import MODEL, artifact
 from torch import Tensor
+from waiting import until
 
 from raymoe.serving.cluster import Cluster, LocalClusters
 from raymoe.serving.fleet import Fleet, FleetSettings
@@ -22,13 +23,6 @@ from raymoe.storage.export import Artifact
 
 DIGEST = bytes(range(32))
 LOOPBACK = ("127.0.0.1", 0)
-
-
-def eventually(condition: Callable[[], object], seconds: float = 10.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it never happened"
-        time.sleep(0.005)
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +76,7 @@ def addresses(replicas: list[Replica]) -> dict[int, list[Address]]:
 
 def connected(fleet: Fleet, replicas: list[Replica]) -> Fleet:
     fleet.update(addresses(replicas))
-    eventually(lambda: all(fleet.replicas.count(c) == 2 for c in range(MODEL.n_clusters)))
+    until(lambda: all(fleet.replicas.count(c) == 2 for c in range(MODEL.n_clusters)))
     return fleet
 
 
@@ -261,13 +255,13 @@ def test_a_replica_that_comes_back_is_used_again(
         same(fleet, local, rows(0, {0: 5}))  # nobody there: loaded and computed here
         assert fleet.residency.stats().loads == 1 and not replica.calls
         fleet.update({0: [replica.address]})
-        eventually(lambda: fleet.replicas.count(0) == 1)
+        until(lambda: fleet.replicas.count(0) == 1)
         same(fleet, local, rows(1, {0: 5}))
         assert replica.calls == MODEL.layers and not fleet._borrowed
         replica.fail = True
         same(fleet, local, rows(2, {0: 5}))
         replica.fail = False
-        eventually(lambda: fleet.replicas.count(0) == 1)
+        until(lambda: fleet.replicas.count(0) == 1)
         before = replica.calls
         same(fleet, local, rows(3, {0: 5}))
         assert replica.calls == before + MODEL.layers
@@ -281,7 +275,7 @@ def test_replicas_that_are_all_too_slow_and_always_there_are_given_up(
     slow = [Replica(served, 0) for _ in range(2)]
     with closing(Fleet(served, torch.float32, FleetSettings(0, call_timeout_s=0.1))) as fleet:
         fleet.update({0: [r.address for r in slow]})
-        eventually(lambda: fleet.replicas.count(0) == 2)
+        until(lambda: fleet.replicas.count(0) == 2)
         for replica in slow:
             replica.go.clear()
         started = time.monotonic()
@@ -297,15 +291,15 @@ def test_an_address_that_became_another_clusters_is_not_asked(served: Artifact, 
         closing(Replica(served, 1)) as other,
     ):
         fleet.update({0: [other.address]})
-        eventually(lambda: other.address in fleet.replicas._not_before)
+        until(lambda: other.address in fleet.replicas._not_before)
         same(fleet, local, rows(0, {0: 5}))
         assert not other.calls
         fleet.update({1: [other.address]})
-        eventually(lambda: fleet.replicas.count(1) == 1)
+        until(lambda: fleet.replicas.count(1) == 1)
         fleet.update({0: [other.address]})
         assert fleet.replicas.count(0) == fleet.replicas.count(1) == 0
         fleet.update({1: [other.address]})
-        eventually(lambda: fleet.replicas.count(1) == 1)
+        until(lambda: fleet.replicas.count(1) == 1)
 
 
 def test_dead_addresses_do_not_keep_new_ones_waiting(served: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -316,9 +310,9 @@ def test_dead_addresses_do_not_keep_new_ones_waiting(served: Artifact, monkeypat
     with closing(Fleet(served, torch.float32, settings)) as fleet, closing(Replica(served, 0)) as replica:
         dead: list[Address] = [s.getsockname() for s in silent]
         fleet.update({0: dead})
-        eventually(lambda: len(fleet.replicas._not_before) == 3)
+        until(lambda: len(fleet.replicas._not_before) == 3)
         fleet.update({0: [*dead, replica.address]})
-        eventually(lambda: fleet.replicas.count(0) == 1)
+        until(lambda: fleet.replicas.count(0) == 1)
     for each in silent:
         each.close()
 
@@ -329,7 +323,7 @@ def test_replicas_of_another_artifact_are_not_asked(served: Artifact, local: Loc
         closing(Replica(served, 0, digest=bytes(32))) as stranger,
     ):
         fleet.update({0: [stranger.address]})
-        eventually(lambda: stranger.address in fleet.replicas._not_before)
+        until(lambda: stranger.address in fleet.replicas._not_before)
         same(fleet, local, rows(0, {0: 5}))
         assert not stranger.calls
 
@@ -338,7 +332,7 @@ def test_replicas_that_are_no_longer_named_are_left(served: Artifact, replicas: 
     with closing(Fleet(served, torch.float32, FleetSettings(0))) as fleet:
         connected(fleet, replicas)
         fleet.update({0: [replicas[1].address]})
-        eventually(lambda: [fleet.replicas.count(c) for c in range(3)] == [1, 0, 0])
+        until(lambda: [fleet.replicas.count(c) for c in range(3)] == [1, 0, 0])
         fleet(0, rows(0, {0: 5, 2: 1}))
         assert [r.calls for r in replicas] == [0, 1, 0, 0, 0, 0]
 
@@ -369,7 +363,7 @@ def test_a_call_when_a_timeout_is_near_does_not_mix_answers(served: Artifact, lo
         closing(Replica(served, 0)) as replica,
     ):
         fleet.update({0: [replica.address]})
-        eventually(lambda: fleet.replicas.count(0) == 1)
+        until(lambda: fleet.replicas.count(0) == 1)
         replica.go.clear()
         same(fleet, local, rows(0, {0: 5}))
         replica.go.set()

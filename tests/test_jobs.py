@@ -7,14 +7,14 @@ import os
 import signal
 import subprocess
 import sys
-import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+from waiting import until
 
 from raymoe.training.head import Head, head
 
@@ -45,14 +45,6 @@ def submit(ray: Head, *command: str, name: str = "", wait: bool = True) -> subpr
     if not wait:
         line.insert(3, "--no-wait")
     return subprocess.run(line, env=ray.environment, capture_output=True, text=True, timeout=240)
-
-
-def until(condition: Callable[[], Any], what: str, seconds: float = 120) -> Any:
-    deadline = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < deadline, f"waited {seconds} s for {what}"
-        time.sleep(0.1)
-    return value
 
 
 def records(run: Path, kind: str | None = None) -> list[dict[str, Any]]:

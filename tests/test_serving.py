@@ -13,8 +13,9 @@ import psutil
 import pytest
 import torch
 import yaml
-from deployed import HOUSE, config, deploy, get, kill, post, serve, until
+from deployed import HOUSE, config, deploy, get, kill, post, serve
 from served import artifact, tokenizer, whole
+from waiting import until
 
 from jobs.load import Answer, load
 from raymoe.serving.cluster import LocalClusters, cluster_sizes

@@ -15,6 +15,7 @@ import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from functools import partial
 from hashlib import sha256
 from importlib import metadata
 from typing import Any, Protocol, TypeVar, cast
@@ -29,6 +30,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.types import Message as AsgiMessage
 from tokenizers import Tokenizer
 
+from raymoe.config import check_field
 from raymoe.metrics import ApiMetrics
 from raymoe.serving import protocol
 from raymoe.serving.engine import QueueFull
@@ -87,10 +89,7 @@ class ApiSettings:
     """Whether answers say their X-Request-Id. False: a proxy before this does, as Serve's."""
 
     def __post_init__(self) -> None:
-        def require(name: str, allowed: str, within: bool) -> None:
-            if not within:
-                raise ValueError(f"{name}={getattr(self, name)!r} is not allowed: {allowed}")
-
+        require = partial(check_field, self)
         if self.api_key is not None and not _visible(self.api_key.encode()):
             raise ValueError("api_key is not allowed: visible ASCII characters, at least one")
         require("max_body_bytes", "1 or more", self.max_body_bytes >= 1)

@@ -10,6 +10,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+
+from raymoe.config import check_field
 
 
 @dataclass(frozen=True)
@@ -38,10 +41,7 @@ class Policy:
     """Of all replicas of all clusters together. None: as many as there are."""
 
     def __post_init__(self) -> None:
-        def require(name: str, allowed: str, within: bool) -> None:
-            if not within:
-                raise ValueError(f"{name}={getattr(self, name)!r} is not allowed: {allowed}")
-
+        require = partial(check_field, self)
         require("target", "greater than 0, less than saturated", 0 < self.target < self.saturated)
         require("saturated", "at most 1", self.saturated <= 1)
         require("minimum", "0 or more", self.minimum >= 0)

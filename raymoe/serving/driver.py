@@ -101,9 +101,11 @@ class Driver:
             self._numbers[key], self._keys[number] = number, key
 
     def _give(self, increments: Sequence[Increment]) -> None:
-        given: list[Given] = [(self._keys[increment.request], increment) for increment in increments]
-        for key, increment in given:
-            if isinstance(increment, Increment) and increment.finish:
+        given: list[Given] = []
+        for increment in increments:
+            key = self._keys[increment.request]
+            given.append((key, increment))
+            if increment.finish:
                 self._forget(key)
         if given:
             self.deliver(given)

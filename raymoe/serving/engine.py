@@ -10,11 +10,13 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from raymoe.config import check_field
 from raymoe.serving.kv_cache import KVCache
 from raymoe.serving.request import Echo, Finish, Increment, Request, Usage
 from raymoe.serving.sampling import Detokenizer, Draw, LogProb, StopStrings, choose, logprobs
@@ -40,15 +42,12 @@ class EngineSettings:
     """Tokens of all requests in one step: what a prompt may delay the others by."""
 
     def __post_init__(self) -> None:
+        require = partial(check_field, self)
         for name in ("kv_bytes", "block", "max_running"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)!r} is not allowed: must be greater than 0")
-        if self.max_queued < 0:
-            raise ValueError(f"max_queued={self.max_queued!r} is not allowed: must be 0 or more")
-        if self.step_tokens < self.max_running:
-            raise ValueError(
-                f"step_tokens={self.step_tokens} is not allowed: at least max_running={self.max_running}, a token for each"
-            )
+            require(name, "must be greater than 0", getattr(self, name) > 0)
+        require("max_queued", "must be 0 or more", self.max_queued >= 0)
+        least = f"at least max_running={self.max_running}, a token for each"
+        require("step_tokens", least, self.step_tokens >= self.max_running)
 
 
 class _Running:

@@ -14,10 +14,12 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from raymoe.config import check_field
 from raymoe.serving.cluster import Cluster, answer, cluster_sizes
 from raymoe.serving.frames import Address, Connection, Lost
 from raymoe.storage.export import Artifact
@@ -39,13 +41,10 @@ class FleetSettings:
     """A replica that takes longer is given up: the call goes elsewhere."""
 
     def __post_init__(self) -> None:
-        for name, within, allowed in (
-            ("resident_bytes", self.resident_bytes is None or self.resident_bytes >= 0, "0 or more, or all"),
-            ("split_rows", self.split_rows >= 1, "at least 1"),
-            ("call_timeout_s", self.call_timeout_s > 0, "greater than 0"),
-        ):
-            if not within:
-                raise ValueError(f"{name}={getattr(self, name)!r} is not allowed: {allowed}")
+        require = partial(check_field, self)
+        require("resident_bytes", "0 or more, or all", self.resident_bytes is None or self.resident_bytes >= 0)
+        require("split_rows", "at least 1", self.split_rows >= 1)
+        require("call_timeout_s", "greater than 0", self.call_timeout_s > 0)
 
 
 class Fleet:
@@ -127,29 +126,29 @@ class Fleet:
         parts: list[Tensor] = []
         for call in calls:
             last = call.started + 2 * self.settings.call_timeout_s  # replicas may all be slow, and be back at once
-            answer = self._answer(c, call)
-            while answer is None:
+            said = self._answer(c, call)
+            while said is None:
                 spare = self.replicas.take(c, 1) if time.perf_counter() < last else []
                 if not spare:
-                    answer = self._borrow(c)[layer](call.rows)
+                    said = self._borrow(c)[layer](call.rows)
                 else:
                     call = self._ask(layer, c, call.rows, spare[0])
-                    answer = self._answer(c, call)
-            parts.append(answer)
+                    said = self._answer(c, call)
+            parts.append(said)
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _answer(self, c: int, call: _Call) -> Tensor | None:
         if call.connection is None:
             return None
         try:  # all of a layer have been asked at once, so that hung ones are waited for together
-            answer = call.connection.receive(self.settings.call_timeout_s - (time.perf_counter() - call.started))
+            said = call.connection.receive(self.settings.call_timeout_s - (time.perf_counter() - call.started))
         except Lost as error:
             self._lose(c, call.connection, error)
             return None
         self.replicas.give_back(c, call.connection, answered=True)
         self._borrowed.pop(c, None)
         self.observe(c, "call", time.perf_counter() - call.started)
-        return answer
+        return said
 
     def _lose(self, c: int, connection: Connection, error: Lost) -> None:
         log.warning("cluster %d: %s", c, error)

@@ -40,7 +40,6 @@ from raymoe.serving.settings import ServeSettings
 from raymoe.serving.trunk import Trunk
 from raymoe.serving.trunks import NoTrunk, Trunks
 from raymoe.storage.export import Artifact
-from raymoe.tokens import load_tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +51,7 @@ TARGETS_EVERY = 5
 """Looks from one to the next that also tells Prometheus."""
 
 Endpoint = dict[str, Any]
-"""Of a replica: `address`, `digest` of its artifact, and the `target` that Prometheus scrapes."""
+"""Of a replica: the `target` that Prometheus scrapes; of trunks and clusters `address`, and `digest` of the artifact."""
 
 
 def _host(settings: ServeSettings) -> str:
@@ -156,8 +155,7 @@ class TrunkReplica:
         torch.set_num_threads(settings.threads)
         self.settings, self.clusters = settings, clusters
         artifact = Artifact.open(Path(folder))
-        path, model = artifact.tokenizer_path, artifact.model
-        tokenizer = load_tokenizer(path.read_bytes(), str(path), model.vocabulary)
+        model, tokenizer = artifact.model, artifact.tokenizer()
         registry = CollectorRegistry()
         self.metrics = TrunkMetrics(registry, clusters=model.n_clusters)
         self.digest = artifact.digest.hex()
@@ -183,7 +181,7 @@ class TrunkReplica:
                     known[c] = _addresses(endpoints, self.digest)
             await asyncio.to_thread(self.fleet.update, known)
             self._show()
-            await asyncio.sleep(min(1.0, DISCOVERY_S))
+            await asyncio.sleep(DISCOVERY_S)
 
     def _show(self) -> None:
         engine, fleet = self.engine, self.fleet
@@ -227,20 +225,21 @@ class Api:
         self, settings: ServeSettings, folder: str, trunk: DeploymentHandle, clusters: Sequence[DeploymentHandle]
     ) -> None:
         artifact = Artifact.open(Path(folder), verify=False)
-        path, model = artifact.tokenizer_path, artifact.model
-        self.trunk, self.clusters, self.digest = trunk, clusters, artifact.digest.hex()
+        self.digest = artifact.digest.hex()
         self.name = settings.name or Path(folder).name
         self.created = int(artifact.folder.stat().st_mtime)
-        self.tokenizer = load_tokenizer(path.read_bytes(), str(path), model.vocabulary)
-        self.length = settings.length or model.context
+        self.tokenizer = artifact.tokenizer()
+        self.length = settings.length or artifact.model.context
         template = artifact.folder / "chat_template.jinja"
         self.chat_template = template.read_text() if template.is_file() else None
         registry = CollectorRegistry()
         self.metrics = ApiMetrics(registry, model=self.name)
         self.trunks = Trunks(self.digest, patience_s=settings.patience_s, resumed=self.metrics.resumes.inc)
-        self._target = _target(_host(settings), registry)
-        application = serve.get_replica_context().app_name
-        self._targets = Path(settings.root).expanduser() / "serving" / application / "prometheus_targets.json"
+        self._endpoint = {"target": _target(_host(settings), registry)}
+        context = serve.get_replica_context()
+        self._apis = serve.get_deployment_handle(context.deployment, context.app_name)
+        self._trunks, self._clusters = trunk, clusters
+        self._targets = Path(settings.root).expanduser() / "serving" / context.app_name / "prometheus_targets.json"
         self._discovery = asyncio.create_task(self._discover())
 
     def __serve_build_asgi_app__(self) -> Any:
@@ -249,21 +248,27 @@ class Api:
 
     async def _discover(self) -> None:
         for look in itertools.count():
-            endpoints = await _endpoints(self.trunk)
+            endpoints = await _endpoints(self._trunks)
             if endpoints is not None:
                 await self.trunks.update(_addresses(endpoints, self.digest))
             if look % TARGETS_EVERY == 0:
-                await self._tell_prometheus(endpoints or [])
-            await asyncio.sleep(min(1.0, DISCOVERY_S if self.trunks.ready else 0.25))
+                await self._tell_prometheus()
+            await asyncio.sleep(DISCOVERY_S if self.trunks.ready else 0.25)
 
-    async def _tell_prometheus(self, trunks: Sequence[Endpoint]) -> None:
-        found = await asyncio.gather(*map(_endpoints, self.clusters))
-        targets = [self._target, *(e["target"] for of_one in (trunks, *found) for e in of_one or [])]
+    async def _tell_prometheus(self) -> None:
+        """Write all replicas down, unless one deployment's cannot be known now."""
+        found = await asyncio.gather(*map(_endpoints, (self._apis, self._trunks, *self._clusters)))
+        if None in found:
+            return
+        targets = [endpoint["target"] for endpoints in found for endpoint in endpoints or []]
         try:
             self._targets.parent.mkdir(parents=True, exist_ok=True)
             await asyncio.to_thread(write_targets, self._targets, targets)
         except OSError as error:
             log.warning("Prometheus's targets could not be written: %s", error)
+
+    def endpoint(self) -> Endpoint:
+        return self._endpoint
 
     def check_health(self) -> None:
         if self._discovery.done():

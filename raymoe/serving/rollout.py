@@ -14,6 +14,8 @@ from typing import Any
 
 from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
 
+from raymoe.serving.autoscaling import start
+from raymoe.serving.cluster import cluster_sizes
 from raymoe.serving.scaling import Scaler
 from raymoe.serving.settings import from_dict
 from raymoe.storage.export import Artifact
@@ -36,12 +38,15 @@ def pinned(config: Config, artifact: str | None = None, root: str | None = None)
     args |= {key: value for key, value in (("artifact", artifact), ("root", root)) if value}
     if "root" in args:
         args["root"] = str(Path(args["root"]).expanduser().resolve())  # of here: replicas have folders of their own
-    policy = application.get("autoscaling_policy") or {}
-    if policy.get("policy_function") == f"{Scaler.__module__}:{Scaler.__name__}":
-        Scaler(**policy.get("policy_kwargs") or {})
     settings = from_dict(args)
     folder = settings.folder()
-    name = f"{application['name']}-{Artifact.open(folder).digest.hex()[:8]}"
+    opened = Artifact.open(folder)
+    policy = application.get("autoscaling_policy") or {}
+    if policy.get("policy_function") == f"{Scaler.__module__}:{Scaler.__name__}":
+        scaler = Scaler(**policy.get("policy_kwargs") or {})
+        sizes = list(cluster_sizes(opened, settings.dtype).values())
+        start(scaler.between(settings.min_replicas, settings.max_replicas), sizes, 0.0)  # the budget holds the least
+    name = f"{application['name']}-{opened.digest.hex()[:8]}"
     args |= {"artifact": str(folder), "name": settings.name or folder.name}
     return config | {"applications": [application | {"name": name, "args": args}]}
 

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
+
+from raymoe.config import check_field
 
 
 @dataclass(frozen=True)
@@ -41,10 +44,7 @@ class Sampling:
     """(token, what is added to its logit after the penalties)."""
 
     def __post_init__(self) -> None:
-        def require(name: str, allowed: str, within: bool) -> None:
-            if not within:
-                raise ValueError(f"{name}={getattr(self, name)!r} is not allowed: {allowed}")
-
+        require = partial(check_field, self)
         require("temperature", "0 to 100", 0 <= self.temperature <= 100)
         require("top_k", "0 (all) or more", self.top_k >= 0)
         require("top_p", "greater than 0, at most 1", 0 < self.top_p <= 1)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 from raymoe.serving.autoscaling import ClusterState, Load, Policy, decide
@@ -35,10 +35,13 @@ class Scaler:
         for name in policy:
             if name not in known:
                 raise ValueError(f"policy_kwargs has an unknown key {name!r}: interval_s, {', '.join(known)}")
-        Policy(**policy)  # refused now rather than at the first decision
-        self.interval_s, self.clock, self.policy = interval_s, clock, policy
+        self.interval_s, self.clock, self._policy = interval_s, clock, Policy(**policy)
         self._states: dict[int, ClusterState] = {}
         self._decided = -float("inf")
+
+    def between(self, minimum: int, maximum: int) -> Policy:
+        """The policy for deployments of so many replicas. Raises ValueError."""
+        return replace(self._policy, minimum=minimum, maximum=maximum)
 
     def __call__(self, contexts: Mapping[Any, Any]) -> tuple[dict[Any, int], dict[Any, dict[str, Any]]]:
         clusters = {
@@ -76,5 +79,5 @@ class Scaler:
                 else None  # no trunk has said anything yet
             )
         assert config is not None
-        policy = Policy(minimum=config.min_replicas, maximum=config.max_replicas, **self.policy)
+        policy = self.between(config.min_replicas, config.max_replicas)
         self._states = dict(zip(clusters, decide(policy, sizes, states, loads, now), strict=True))

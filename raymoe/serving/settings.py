@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import typing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from raymoe.config import default_root
+from raymoe.config import check_field, default_root, hint
 from raymoe.serving.engine import EngineSettings
 from raymoe.serving.fleet import FleetSettings
-from raymoe.storage.manifest import MANIFEST
-from raymoe.storage.runs import artifact_folder
+from raymoe.storage.runs import NEWEST, find_artifact
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 ALL = "all"
@@ -25,7 +24,7 @@ ALL = "all"
 class ServeSettings:
     """Raises ValueError with the field, the value and what is allowed."""
 
-    artifact: str = "newest"
+    artifact: str = NEWEST
     """The export of a run, an artifact's folder, or `newest`: the export that was written last."""
     root: str = dataclasses.field(default_factory=default_root)
     """Where exports live, on every node."""
@@ -62,20 +61,17 @@ class ServeSettings:
     """CPUs of Ray's that each trunk and each replica of a cluster takes."""
 
     def __post_init__(self) -> None:
-        def require(name: str, within: bool, allowed: str) -> None:
-            if not within:
-                raise ValueError(f"{name}={getattr(self, name)!r} is not allowed: {allowed}")
-
+        require = partial(check_field, self)
         for name, kind in typing.get_type_hints(ServeSettings).items():
             kinds = typing.get_args(kind) or ((int, float) if kind is float else (kind,))
-            require(name, type(getattr(self, name)) in kinds, "expected " + " or ".join(k.__name__ for k in kinds))
-        require("precision", self.precision in PRECISIONS, " or ".join(PRECISIONS))
+            require(name, "expected " + " or ".join(k.__name__ for k in kinds), type(getattr(self, name)) in kinds)
+        require("precision", " or ".join(PRECISIONS), self.precision in PRECISIONS)
         for name in ("threads", "apis", "trunks", "max_replicas"):
-            require(name, getattr(self, name) >= 1, "at least 1")
+            require(name, "at least 1", getattr(self, name) >= 1)
         for name in ("length", "min_replicas", "patience_s", "drain_s", "cpus"):
-            require(name, getattr(self, name) >= 0, "0 or more")
-        require("max_replicas", self.max_replicas >= self.min_replicas, f"at least min_replicas={self.min_replicas}")
-        require("resident_bytes", self.resident_bytes == ALL or type(self.resident_bytes) is int, "all, or bytes")
+            require(name, "0 or more", getattr(self, name) >= 0)
+        require("max_replicas", f"at least min_replicas={self.min_replicas}", self.max_replicas >= self.min_replicas)
+        require("resident_bytes", "all, or bytes", self.resident_bytes == ALL or type(self.resident_bytes) is int)
         self.engine()
         self.fleet()
 
@@ -97,18 +93,7 @@ class ServeSettings:
 
     def folder(self) -> Path:
         """Of the artifact. Raises FileNotFoundError when there is none."""
-        if self.artifact == "newest":
-            exports = artifact_folder(self.root, "")
-            found = sorted(exports.glob(f"[!.]*/{MANIFEST}"), key=lambda path: path.stat().st_mtime)
-            if not found:
-                raise FileNotFoundError(f"there is no export under {exports}: make one with jobs/export.py")
-            return found[-1].parent
-        for folder in (Path(self.artifact).expanduser(), artifact_folder(self.root, self.artifact)):
-            if (folder / MANIFEST).is_file():
-                return folder.resolve()
-        raise FileNotFoundError(
-            f"artifact={self.artifact!r}: neither a folder with a {MANIFEST} nor an export under {self.root}"
-        )
+        return find_artifact(self.root, self.artifact)
 
 
 def from_dict(args: dict[str, Any]) -> ServeSettings:
@@ -116,6 +101,5 @@ def from_dict(args: dict[str, Any]) -> ServeSettings:
     known = [field.name for field in dataclasses.fields(ServeSettings)]
     for key in args:
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
-            raise ValueError(f"args has an unknown key {key!r}" + (f": did you mean {near[0]!r}?" if near else ""))
+            raise ValueError(f"args has an unknown key {key!r}" + hint(key, known))
     return ServeSettings(**args)

@@ -23,6 +23,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from raymoe.config import Config, ModelSection, from_dict
@@ -39,6 +40,7 @@ from raymoe.storage.manifest import (
     write_json,
     write_tensors,
 )
+from raymoe.tokens import load_tokenizer
 
 FORMAT_VERSION = 1
 Residuals = Literal["int4", "zero"]
@@ -308,6 +310,10 @@ class Artifact:
     @property
     def tokenizer_path(self) -> Path:
         return self.folder / TOKENIZER
+
+    def tokenizer(self) -> Tokenizer:
+        """The one that the model learnt with. Raises ValueError when the file is none, or too large for the model."""
+        return load_tokenizer(self.tokenizer_path.read_bytes(), str(self.tokenizer_path), self.model.vocabulary)
 
     def tensors(self, residuals: Residuals = "int4") -> dict[str, Tensor]:
         """Every logical tensor in float32. `zero`: the residuals as zeros, to see what they are worth."""

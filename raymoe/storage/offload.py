@@ -17,7 +17,10 @@ import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Set
 from dataclasses import dataclass
+from functools import partial
 from typing import Generic, TypeVar
+
+from raymoe.config import check_field
 
 V = TypeVar("V")
 _log = logging.getLogger(__name__)
@@ -71,10 +74,7 @@ class ResidencySettings:
     """At most."""
 
     def __post_init__(self) -> None:
-        def require(name: str, allowed: str, within: bool) -> None:
-            if not within:
-                raise ValueError(f"{name}={getattr(self, name)!r} is not allowed: {allowed}")
-
+        require = partial(check_field, self)
         require("half_life", "greater than 0", self.half_life > 0)
         require("interval", "1 to 500 half-lives", 1 <= self.interval <= 500 * self.half_life)  # weights are floats
         for name in ("margin", "min_steps", "floor", "backoff_s"):

@@ -26,6 +26,26 @@ def artifact_folder(root: str, name: str) -> Path:
     return Path(root).expanduser().resolve() / "exports" / name
 
 
+NEWEST = "newest"
+
+
+def find_artifact(root: str, name: str) -> Path:
+    """The folder of the artifact `name`: a folder that is one, the export of a run, or of all the `newest`.
+
+    Raises FileNotFoundError.
+    """
+    if name == NEWEST:
+        exports = artifact_folder(root, "")
+        found = sorted(exports.glob(f"[!.]*/{MANIFEST}"), key=lambda path: path.stat().st_mtime)
+        if not found:
+            raise FileNotFoundError(f"there is no export under {exports}: make one with jobs/export.py")
+        return found[-1].parent
+    for folder in (Path(name).expanduser(), artifact_folder(root, name)):
+        if (folder / MANIFEST).is_file():
+            return folder.resolve()
+    raise FileNotFoundError(f"artifact={name!r}: neither a folder with a {MANIFEST} nor an export under {root}")
+
+
 @dataclass
 class Stored:
     """A model at rest: of a run's checkpoint or of an artifact."""

@@ -58,7 +58,10 @@ class Head:
 
 @contextmanager
 def head(cpus: int, environment: dict[str, str] | None = None) -> Iterator[Head]:
-    """Start a head with `cpus` CPUs; yields when it has started and its dashboard answers. Raises RuntimeError with its log if it does not."""
+    """Start a head with `cpus` CPUs; yields when it has started and its dashboard answers.
+
+    Raises RuntimeError with its log if it does not. Until it has ended, SIGTERM ends this process in order.
+    """
     gcs, dashboard, agent, listen, metrics, scaler, board = free_ports(7)
     folder = Path(tempfile.mkdtemp(prefix="raymoe-ray-"))
     variables = ENVIRONMENT | {"AUTOSCALER_METRIC_PORT": str(scaler), "DASHBOARD_METRIC_PORT": str(board)}
@@ -71,7 +74,8 @@ def head(cpus: int, environment: dict[str, str] | None = None) -> Iterator[Head]
         f"--dashboard-agent-listen-port={listen}", f"--metrics-export-port={metrics}", f"--num-cpus={cpus}",
         f"--temp-dir={folder / 'ray'}", "--object-store-memory=300000000", "--include-dashboard=true",
     ]  # fmt: skip
-    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+    ours = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    if ours:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that nothing is left running
     with log.open("w") as output:
         process = subprocess.Popen(command, env=variables, stdout=output, stderr=output, start_new_session=True)
@@ -91,6 +95,8 @@ def head(cpus: int, environment: dict[str, str] | None = None) -> Iterator[Head]
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
         shutil.rmtree(folder, ignore_errors=True)
+        if ours:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def answers(url: str) -> bool:
