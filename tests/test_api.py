@@ -19,6 +19,7 @@ import uvicorn
 from hypothesis import HealthCheck, given, settings
 from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
+from waiting import until
 
 from raymoe.metrics import FINISHES, REJECTIONS, ApiMetrics
 from raymoe.serving import api, protocol

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -14,7 +16,7 @@ import pytest
 import torch
 import yaml
 from deployed import HOUSE, config, deploy, get, kill, post, serve
-from served import artifact, tokenizer, whole
+from served import MODEL, artifact, tokenizer, whole
 from waiting import until
 
 from jobs.load import Answer, load
@@ -122,11 +124,15 @@ def test_the_application_serves_and_survives(ray: Head, model: Artifact, expecte
     assert not rollout.applications()
 
 
+def run(*command: str, environment: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """A job, as a person runs it."""
+    environment = os.environ | (environment or {})
+    line = [sys.executable, *command]
+    return subprocess.run(line, cwd=HOUSE, env=environment, capture_output=True, text=True, timeout=500)
+
+
 def job(ray: Head, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "jobs/serve.py", "--address", ray.dashboard, *arguments],
-        cwd=HOUSE, env=os.environ | ray.environment, capture_output=True, text=True, timeout=400,
-    )  # fmt: skip
+    return run("jobs/serve.py", "--address", ray.dashboard, *arguments, environment=ray.environment)
 
 
 @pytest.mark.soak
@@ -214,3 +220,57 @@ def test_clusters_sleep_wake_and_scale_by_their_own_load(ray: Head, model: Artif
         until(lambda: any(clusters(rollout.targets())), "one to wake")
     finally:
         serve(ray, "shutdown", "-y")
+
+
+@pytest.fixture(scope="module")
+def long(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """With room for prompts of real text, of which its tokenizer makes many tokens."""
+    return artifact(tmp_path_factory.mktemp("long"), replace(MODEL, context=512))
+
+
+@pytest.mark.soak
+def test_a_load_is_driven_from_the_command_line(ray: Head, long: Artifact, tmp_path: Path) -> None:
+    rollout = deploy(ray, tmp_path, config({"artifact": str(long.folder), "root": str(tmp_path)}))
+    try:
+        line = ["jobs/load.py", "--url", rollout.base, "--streams", "4", "--seconds", "3", "--words", "8"]
+        done = run(*line, "--domain", "licences", "--json", str(tmp_path / "load.json"))
+        assert done.returncode == 0, done.stdout + done.stderr
+        told = json.loads((tmp_path / "load.json").read_text())
+        assert told["requests"] == len(told["answers"]) >= 4 and told["failed"] == 0 and told["output_throughput"] > 0
+        refused = run(*line, "--domain", "no such")
+        assert refused.returncode == 2 and "--domain no such is not in builtin" in refused.stderr
+    finally:
+        serve(ray, "shutdown", "-y")
+    assert run(*line).returncode == 2
+
+
+@pytest.mark.soak
+def test_processes_are_killed_from_the_command_line(long: Artifact, tmp_path: Path) -> None:
+    told = tmp_path / "chaos.json"
+    line = [
+        "jobs/chaos.py",
+        str(long.folder),
+        "--streams",
+        "4",
+        "--kills",
+        "2",
+        "--seconds",
+        "16",
+        "--no-control-plane",
+    ]
+    done = run(*line, "--json", str(told))
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads(told.read_text())
+    row = result["replicas"]
+    assert row["requests"] > 4 and row["failed"] == row["changed"] == 0
+    assert len(row["kills"]) == 2 and all(kill["recovered_s"] > 0 and kill["pids"] for kill in row["kills"])
+    assert run("jobs/chaos.py", "no such").returncode == 2
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("part", ["engine", "planes"])
+def test_the_benchmarks_of_serving_run(part: str, tmp_path: Path) -> None:
+    told = tmp_path / "told.json"
+    done = run("jobs/benchmark.py", "serve", "--part", part, "--preset", "tiny", "--rounds", "1", "--json", str(told))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads(told.read_text())["result"][part]
