@@ -1,7 +1,7 @@
 """Train a language model with clustered experts on Ray.
 
     python jobs/train.py small data.path=wikitext-103 train.workers=2
-    ray job submit --working-dir . -- python jobs/train.py small run.name=first
+    ray job submit --working-dir . -- python jobs/train.py small run.name=first train.workers=2,8
     python jobs/train.py small train.resume=first train.workers=4
 
 The run leaves config.json, metrics.jsonl, checkpoints/ and report.html under run.root/NAME. Without a
@@ -35,7 +35,7 @@ def parser() -> argparse.ArgumentParser:
 def main() -> int:
     arguments = parser().parse_args()
     # torch and ray are imported late, so that --help and a bad key answer at once.
-    from raymoe.training.launch import connect, launch, resolve
+    from raymoe.training.launch import GaveUp, connect, launch, resolve
 
     try:
         config = resolve(preset(arguments.preset), arguments.overrides)
@@ -44,6 +44,9 @@ def main() -> int:
     except (ValueError, FileNotFoundError, FileExistsError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
+    except GaveUp as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        return 1
     print(f"run     {run}\nreport  {run / 'report.html'}\nmetrics {run / 'metrics.jsonl'}")
     if stopped_by:
         print(f"stopped by {signal.Signals(stopped_by).name}; continue with: train.resume={config.run.name}")

@@ -168,7 +168,11 @@ class ModelSection:
 @dataclass(frozen=True)
 class TrainSection:
     workers: int = 2
-    """Ray Train workers."""
+    """Ray Train workers. `MIN,MAX`: as many as the cluster has room for, changing as nodes come and go."""
+    max_workers: int = 0
+    """The MAX of `train.workers=MIN,MAX`. 0: the number is fixed."""
+    resize_every_s: float = 10.0
+    """How often an elastic run looks whether it should grow."""
     threads: int = 0
     """Compute threads of a worker. 0: the machine's cores divided by its workers."""
     gpu: Literal["auto", "yes", "no"] = "auto"
@@ -202,7 +206,7 @@ class TrainSection:
     validate_windows: int = 128
     """Windows of a periodic validation (the last one of a run reads the whole validation set)."""
     max_failures: int = 3
-    """Worker failures that the run survives by restarting from the newest checkpoint."""
+    """Failures in a row, without a newer checkpoint between them, from which the run restarts; one more ends it."""
     metrics_host: str = "127.0.0.1"
     """Address on which each worker answers Prometheus. `0.0.0.0` for a server on another node."""
     collective_timeout_s: float = 300.0
@@ -211,8 +215,14 @@ class TrainSection:
     def __post_init__(self) -> None:
         _positive(
             self, "train", "workers", "steps", "global_batch", "grain", "lr", "beta2", "clip", "log_every",
-            "validate_every", "validate_windows", "collective_timeout_s",
+            "validate_every", "validate_windows", "collective_timeout_s", "resize_every_s",
         )  # fmt: skip
+        _require(
+            self.max_workers == 0 or self.max_workers >= self.workers,
+            "train.workers",
+            f"{self.workers},{self.max_workers}",
+            "MIN,MAX with MIN at most MAX",
+        )
         for name in ("threads", "warmup", "weight_decay", "bias_rate", "max_failures"):
             _require(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "must be 0 or more")
         _require(0 <= self.final_lr <= 1, "train.final_lr", self.final_lr, "between 0 and 1")
@@ -223,6 +233,11 @@ class TrainSection:
             self.global_batch,
             f"must be a multiple of train.grain={self.grain}",
         )
+
+    @property
+    def elastic(self) -> bool:
+        """Whether the number of workers may change while the run goes on."""
+        return self.max_workers > self.workers
 
 
 @dataclass(frozen=True)
@@ -279,11 +294,14 @@ class RegroupSection:
 class CheckpointSection:
     every: int = 200
     """Steps between checkpoints; one more is written at the end and on a stop."""
+    max_loss_s: float = 60.0
+    """Seconds of training that a killed worker may cost: a checkpoint is also written whenever the newest complete one would become older than this. 0: only `checkpoint.every` counts."""
     keep: int = 2
     """Newest checkpoints kept, beside the best on validation."""
 
     def __post_init__(self) -> None:
         _positive(self, "checkpoint", "every")
+        _require(self.max_loss_s >= 0, "checkpoint.max_loss_s", self.max_loss_s, "must be 0 or more")
         _require(self.keep >= 2, "checkpoint.keep", self.keep, "at least 2, so that a corrupt one is survivable")
 
 
@@ -423,8 +441,6 @@ def _parse(name: str, kind: Any, text: str) -> Any:
         return known[text.lower()]
     if kind is str:
         return text
-    if kind is int and name == "train.workers" and re.fullmatch(r"\d+,\d+", text):
-        raise ValueError(f"{name}={text!r}: a range of workers is not supported; give one number and resume on another")
     try:
         value = kind(text)
     except ValueError:
@@ -451,7 +467,11 @@ def override(config: Config, assignments: typing.Iterable[str]) -> Config:
         known = [f"{s}.{f.name}" for s in SECTIONS for f in dataclasses.fields(SECTIONS[s])]
         if key not in known:
             raise ValueError(f"unknown key {key!r}" + hint(key, known))
-        changes.setdefault(section, {})[name] = _parse(key, _hints(section)[name], text)
+        values = changes.setdefault(section, {})
+        if key == "train.workers":
+            text, both, most = text.partition(",")
+            values["max_workers"] = _parse(key, int, most) if both else 0
+        values[name] = _parse(key, _hints(section)[name], text)
     sections: dict[str, Any] = {s: replace(getattr(config, s), **values) for s, values in changes.items()}
     return replace(config, **sections)
 

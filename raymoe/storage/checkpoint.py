@@ -137,6 +137,11 @@ def newest(checkpoints: Path) -> tuple[Checkpoint | None, list[str]]:
     return None, skipped
 
 
+def newest_step(checkpoints: Path) -> int:
+    """Step of the newest checkpoint that was completed, without reading it; -1 where there is none."""
+    return next((step for step, folder in _folders(checkpoints) if (folder / MANIFEST).exists()), -1)
+
+
 def prune(checkpoints: Path, keep: int, best_step: int | None) -> list[Path]:
     """Remove all but the newest `keep` complete checkpoints and the best; returns what was removed.
 

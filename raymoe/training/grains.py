@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import zlib
 from collections.abc import Callable, Iterator
 
 import torch
@@ -10,6 +11,11 @@ from torch import Tensor
 
 from raymoe.config import Config
 from raymoe.data import Batch, Corpus
+
+
+def checksum_of(rows: range, batch: Batch) -> int:
+    """A checksum of sequences `rows` of a global batch. Those of all grains of a step add up to the same, however split."""
+    return sum(zlib.crc32(tokens.tobytes(), row) for row, tokens in zip(rows, batch.tokens, strict=True))
 
 
 class Grains:

@@ -45,6 +45,11 @@ def next_attempt(run: Path) -> int:
     return told[0]
 
 
+def request_file(run: Path) -> Path:
+    """While it is there, the workers of `run` owe a checkpoint; they remove it when that one is complete."""
+    return run / "checkpoint_now"
+
+
 class Journal:
     """Appends records; on a restart cuts back to the restored step, so that each step stands there once.
 
@@ -53,6 +58,8 @@ class Journal:
 
     def __init__(self, path: Path, step: int) -> None:
         kept: list[str] = []
+        self.redone = 0
+        """Steps on record after `step`, in this restart and those that it cuts away."""
         if path.exists():
             for line in path.read_text().splitlines():
                 try:
@@ -61,11 +68,16 @@ class Journal:
                     break  # the line that a killed worker left behind
                 at = record.get("step", 0)
                 if not isinstance(at, int) or at > step or (at == step and record.get("ahead")):
+                    self._cut(record, step)
                     continue
                 kept.append(line)
         replace_file(path, "".join(line + "\n" for line in kept))
         self._path = path
         self._backlog = ""
+
+    def _cut(self, record: dict[str, Any], step: int) -> None:
+        if record.get("kind") == "train":
+            self.redone = max(self.redone, record["step"] - step)
 
     def write(self, record: dict[str, Any]) -> None:
         """Append one record. On a full disk it is kept and written with a later one; training goes on."""

@@ -28,17 +28,24 @@ from raymoe.data import Corpus, prepare
 from raymoe.metrics import TrainingMetrics, serve, write_targets
 from raymoe.model.transformer import Transformer
 from raymoe.storage.runs import run_folder
-from raymoe.training.journal import replace_file
+from raymoe.training.elastic import ELASTIC_KNOBS, KNOBS, Elastic, dead_end, failures_file
+from raymoe.training.journal import replace_file, request_file
 from raymoe.training.loop import Trainer, threads
 from raymoe.training.mailbox import Actor, Mailbox, Replay
 from raymoe.training.mailbox import start as start_clusterer
 from raymoe.training.report import write_report
 
 
+class GaveUp(RuntimeError):
+    """A run failed again and again where it stands; the message has the reason."""
+
+
 def worker(job: dict[str, Any]) -> None:
     """What each Ray Train worker runs, again from the top after every restart."""
     context = ray.train.get_context()
     config, run = from_dict(job["config"]), Path(job["run"])
+    if dead_end(run, config.train.max_failures):
+        return
     torch.set_num_threads(threads(config, context.get_local_world_size()))
     device = get_device()
     rank, world = context.get_world_rank(), context.get_world_size()
@@ -99,7 +106,8 @@ def connect(config: Config) -> None:
     A local Ray gets at least as many CPUs as there are workers, so that a run made for two cores works on one.
     """
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # how soon a dead worker is seen
+    for knob, value in (KNOBS | (ELASTIC_KNOBS if config.train.elastic else {})).items():
+        os.environ.setdefault(knob, value)
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     try:
         if os.environ.get("RAY_ADDRESS") == "local":
@@ -113,9 +121,9 @@ def launch(config: Config) -> tuple[Path, int]:
     """Train `config` to its end or to an orderly stop; returns the run's folder and the signal that stopped it, or 0.
 
     Needs Ray to be initialised. SIGINT and SIGTERM ask the workers to checkpoint at the next step and leave.
-    Raises what a worker raised once `train.max_failures` restarts are used up.
+    Raises GaveUp after more than `train.max_failures` failures in a row without a newer checkpoint between them.
     """
-    run = run_folder(config.run.root, config.run.name)
+    run, train = run_folder(config.run.root, config.run.name), config.train
     gpus = wants_gpus(config)
     check_capacity(config, gpus)
     if config.regroup.replay:
@@ -129,7 +137,8 @@ def launch(config: Config) -> tuple[Path, int]:
         "parameters": parameters(config.model),
     }
     replace_file(run / "config.json", json.dumps(about, indent=1))
-    (run / "stop").unlink(missing_ok=True)
+    for left in (run / "stop", request_file(run), failures_file(run)):
+        left.unlink(missing_ok=True)
     attempt = f"attempt-{time.time_ns()}"  # Ray Train resumes a run of the same name by itself: ours never is
     clusterer, clusterer_name = None, ""
     if config.regroups and config.regroup.mode != "replay":
@@ -139,12 +148,17 @@ def launch(config: Config) -> tuple[Path, int]:
     trainer = TorchTrainer(
         worker,
         train_loop_config=job,
-        torch_config=TorchConfig(backend="nccl" if gpus else "gloo", timeout_s=int(config.train.collective_timeout_s)),
-        scaling_config=ray.train.ScalingConfig(num_workers=config.train.workers, use_gpu=gpus),
+        torch_config=TorchConfig(backend="nccl" if gpus else "gloo", timeout_s=int(train.collective_timeout_s)),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=(train.workers, train.max_workers) if train.elastic else train.workers,
+            use_gpu=gpus,
+            elastic_resize_monitor_interval_s=train.resize_every_s,
+        ),
         run_config=ray.train.RunConfig(
             name=attempt,
             storage_path=str(run / "ray"),
-            failure_config=ray.train.FailureConfig(max_failures=config.train.max_failures),
+            failure_config=ray.train.FailureConfig(max_failures=-1),  # until `dead_end`
+            callbacks=[Elastic(run)],  # pyright: ignore[reportArgumentType]: of the controller, which the list takes too
         ),
     )
     outcome: list[BaseException | None] = []
@@ -175,6 +189,8 @@ def launch(config: Config) -> tuple[Path, int]:
     shutil.rmtree(run / "ray", ignore_errors=True)
     if outcome[0] is not None:
         raise outcome[0]
+    if reason := dead_end(run, config.train.max_failures):
+        raise GaveUp(f"{reason}; see {run / 'metrics.jsonl'}, and continue with train.resume={config.run.name}")
     return run, received[0] if received else 0
 
 
@@ -185,14 +201,25 @@ def wants_gpus(config: Config) -> bool:
 
 
 def check_capacity(config: Config, gpus: bool) -> None:
-    """Ray Train would wait for ever for workers that cannot be placed: say so instead."""
+    """Ray Train would wait for ever for workers that cannot be placed: say so instead.
+
+    An elastic run waits for nodes, which may be on their way.
+    """
     kind = "GPU" if gpus else "CPU"
     have = ray.cluster_resources().get(kind, 0)
-    if have < config.train.workers:
-        raise ValueError(
-            f"train.workers={config.train.workers} needs {config.train.workers} {kind}s and the Ray cluster has {have:g}: "
-            f"lower train.workers, add nodes, or start Ray with more (ray start --num-{kind.lower()}s)"
+    if have >= config.train.workers:
+        return
+    if config.train.elastic:
+        print(
+            f"waiting for nodes: {config.train.workers} {kind}s are needed at least, the cluster has {have:g}",
+            flush=True,
         )
+        return
+    raise ValueError(
+        f"train.workers={config.train.workers} needs {config.train.workers} {kind}s and the Ray cluster has {have:g}: "
+        f"lower train.workers, add nodes, start Ray with more (ray start --num-{kind.lower()}s), or give a range "
+        "(train.workers=MIN,MAX) to wait for nodes"
+    )
 
 
 def parameters(model: ModelSection) -> int:

@@ -50,10 +50,21 @@ class Window:
         self.losses: list[float] = []
         self.norm = 0.0
         self.sent_bytes = 0.0
+        self.tokens_hash = 0
         self.load = Load(torch.zeros(0), torch.zeros(0), torch.zeros(0), 1)
 
-    def add(self, loss: float | None, norm: float, load: Load, sent_bytes: float, tokens: int, seconds: float) -> None:
+    def add(
+        self,
+        loss: float | None,
+        norm: float,
+        load: Load,
+        sent_bytes: float,
+        tokens: int,
+        seconds: float,
+        tokens_hash: int,
+    ) -> None:
         self.steps += 1
+        self.tokens_hash += tokens_hash
         self.seconds += seconds
         self.tokens += tokens
         self.norm = norm

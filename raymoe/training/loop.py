@@ -27,8 +27,8 @@ from raymoe.model.loss import linear_cross_entropy
 from raymoe.parallel.fold import fold
 from raymoe.parallel.gradients import Gradients
 from raymoe.parallel.sharded import shard
-from raymoe.training.grains import Grains
-from raymoe.training.journal import Journal, next_attempt
+from raymoe.training.grains import Grains, checksum_of
+from raymoe.training.journal import Journal, next_attempt, request_file
 from raymoe.training.load import Load, Window
 from raymoe.training.mailbox import Mailbox
 from raymoe.training.optimizer import Optimizer, bias_rate, learning_rate
@@ -49,6 +49,10 @@ class Said(NamedTuple):
     sent_bytes: float = 0.0
     pending: float = 0.0
     failed: float = 0.0
+    due: float = 0.0
+    """Of rank 0: a checkpoint was asked for, or must be begun now (`checkpoint.max_loss_s`)."""
+    tokens_hash: float = 0.0
+    """Of the step's tokens, whoever read them: a sum of the grains' checksums, exact in float64."""
     plan: Sequence[float] = ()
     """Of rank 0: a plan that it has heard of (`raymoe.training.regroup`)."""
 
@@ -71,6 +75,8 @@ class Trainer:
         self.position = Position.of(checkpoint) if checkpoint else Position.start(config)
         self.window = Window()
         self.skipped_in_a_row = 0
+        self.answering = False
+        """Whether the checkpoint being written is one that the driver asked for."""
         self.hold()
         self.rank, self.world = self.sharded.rank, self.sharded.world
         if checkpoint:
@@ -89,6 +95,7 @@ class Trainer:
                 "event",
                 what="resumed",
                 workers=self.world,
+                redone_steps=self.journal.redone if self.journal else 0,
                 skipped_steps=self.position.skipped,
                 checkpoint=str(checkpoint.folder),
             )
@@ -143,7 +150,7 @@ class Trainer:
                 self.settle(said.failed > 0)
             if (position.step % train.validate_every == 0 or last) and not stopped:
                 self.validate(whole=last)
-            if position.step % self.config.checkpoint.every == 0 or last or stopped:
+            if position.step % self.config.checkpoint.every == 0 or last or stopped or said.due:
                 self.checkpoint()
         self.finish()
         if stopped:
@@ -181,7 +188,7 @@ class Trainer:
         tokens = train.global_batch * self.config.model.context
         position.tokens += tokens
         seconds = time.perf_counter() - started
-        self.window.add(loss if finite else None, norm, load, said.sent_bytes, tokens, seconds)
+        self.window.add(loss if finite else None, norm, load, said.sent_bytes, tokens, seconds, int(said.tokens_hash))
         return said
 
     # One step.
@@ -192,7 +199,9 @@ class Trainer:
         tokens = train.global_batch * self.config.model.context
         self.gradients.zero()
         loss = torch.zeros((), device=self.device)
+        checksum = 0
         for rows, batch in self.grains.training(step):
+            checksum += checksum_of(rows, batch)
             if self.regrouping:
                 self.regrouping.recorder.aim(rows)
             inputs, targets = self.grains.tensors(batch)
@@ -206,9 +215,11 @@ class Trainer:
             objective.backward()
             loss += part.detach()
         stop = self.rank == 0 and (self.run / "stop").exists()
+        due = self.rank == 0 and (self.checkpoints.due or self.asked())
         pending, failed = self.checkpoints.pending, bool(self.checkpoints.failure)
         plan = self.regrouping.say() if self.regrouping else []
-        load, said = self.agree(Said(loss.item(), stop, self.sharded.meter.take(), pending, failed, plan))
+        sent = self.sharded.meter.take()
+        load, said = self.agree(Said(loss.item(), stop, sent, pending, failed, due, checksum, plan))
         self.gradients.reduce()
         norm = self.gradients.clip(train.clip)
         return said.loss, norm, load, said
@@ -254,6 +265,7 @@ class Trainer:
             load_cv=load.measures(load_cv),
             load_max_vio=load.measures(load_max_vio),
             a2a_bytes_per_token=window.sent_bytes / window.tokens,
+            tokens_hash=window.tokens_hash,
             version=self.position.version,
             rss_mb=[round(b / 2**20, 1) for b in rss.tolist()],
             skipped_steps=self.position.skipped,
@@ -305,9 +317,14 @@ class Trainer:
         pause = time.perf_counter() - started
         self.log_plan("folded", ahead=True, pause_ms=1000 * pause, probe_before=before, probe_after=self.probe())
 
+    def asked(self) -> bool:
+        """Whether the driver has asked for a checkpoint that was not begun yet (`raymoe.training.elastic`)."""
+        return not self.answering and request_file(self.run).exists()
+
     def checkpoint(self) -> None:
         if self.checkpoints.unsealed:  # the last one is still being written: training is faster than the disk
             self.drain()
+        self.answering = self.rank == 0 and request_file(self.run).exists()
         extra = self.regrouping.recorder.tensors() if self.regrouping else {}
         self.checkpoints.begin(self.position, extra)
 
@@ -321,6 +338,9 @@ class Trainer:
         if failed:
             event["reason"] = "; ".join(r for r in reasons if r)
         self.log("event", **event)
+        if self.answering:
+            request_file(self.run).unlink(missing_ok=True)
+            self.answering = False
 
     def drain(self) -> None:
         """Wait for the checkpoint being written and seal it. A collective."""

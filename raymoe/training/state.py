@@ -117,6 +117,9 @@ class Checkpointer:
         self.writer = BackgroundWriter()
         self._unsealed: tuple[Path, int, dict[str, Any], float] | None = None
         self.last_sealed = -1
+        self._covered_until = time.monotonic()
+        """What was done after this second would be lost."""
+        self._seconds = 0.0
 
     def begin(self, position: Position, extra: Mapping[str, Tensor]) -> float:
         """Start writing a checkpoint of this position; returns the seconds it held up training.
@@ -132,6 +135,14 @@ class Checkpointer:
         self.writer.submit(folder, self.sharded.rank, self.sharded.world, owned | dict(extra))
         self._unsealed = (folder, position.step, position.meta(self.config), started)
         return time.perf_counter() - started
+
+    @property
+    def due(self) -> bool:
+        """Whether the next one must begin now for no more than `checkpoint.max_loss_s` to be lost at any time."""
+        bound = self.config.checkpoint.max_loss_s
+        if not bound or self.unsealed:
+            return False
+        return time.monotonic() - self._covered_until + self._seconds >= bound
 
     @property
     def pending(self) -> bool:
@@ -160,9 +171,11 @@ class Checkpointer:
                 self._prune(meta)
             except OSError as error:
                 failed, reason = True, str(error)
+        seconds = time.perf_counter() - started
+        self._seconds = seconds
         if not failed:
             self.last_sealed = step
-        seconds = time.perf_counter() - started
+        self._covered_until = time.monotonic() - seconds  # after a failed one too: the next in its own time
         what = "checkpoint failed" if failed else "checkpoint"
         return {"what": what, "checkpoint": step, "seconds": seconds} | ({"reason": reason} if reason else {})
 
