@@ -1,248 +1,63 @@
-"""Kill the processes of a served model under load, and say what its users felt.
+"""Kill, freeze, starve and damage what raymoe consists of, at random moments, and say what each fault cost.
 
-    python jobs/chaos.py first                        16 streams, 10 kills in 3 minutes, then the control plane
-    python jobs/chaos.py first --kills 3 --seconds 40 --no-control-plane
+    python jobs/chaos.py serve first                  16 streams, 10 kills in 3 minutes, then the control plane
+    python jobs/chaos.py serve first --kills 3 --seconds 40 --no-control-plane
+    python jobs/chaos.py train                        50 faults on a training run of 2 workers
+    python jobs/chaos.py train --faults 8 --seed 1
 
-Starts a Ray head of its own, serves the export with two trunks and two replicas of every cluster and nothing
+Each starts a Ray head of its own. `serve` serves an export with two trunks, two replicas of every cluster and nothing
 resident, and ends replicas with SIGKILL, drawn by --seed: clusters, trunks, and once all replicas of one cluster.
 Clients do not retry. Every answer is compared with the undisturbed one. Then Serve's controller and its proxy are
-killed, each once. Exit status: 0 no request failed or changed (those behind a killed proxy do not count), 1 some
-did, 2 refused.
+killed, each once. `train` trains `tiny` with live regrouping and kills or freezes workers, the clusterer, the driver
+and the head, takes the workers' disk space away and damages checkpoints; each step must stand in the run's record
+once in the end, and nothing that was acknowledged may be lost. Exit status: 0 all was survived (requests behind a
+killed proxy do not count), 1 not all, 2 refused.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
-import os
-import random
-import signal
 import sys
-import threading
-import time
-from collections.abc import Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from raymoe.config import default_root
-
-HOUSE = Path(__file__).resolve().parent.parent
-PROMPTS = 48
-TOKENS = 32
-
-
-@dataclass
-class Kill:
-    victim: str
-    pids: list[int]
-    at: float
-    """Of the load's clock."""
-    recovered_s: float | None = None
-    """Until as many other replicas ran as should."""
-    felt: dict[str, Any] = field(default_factory=dict)
-
-
-class Watch:
-    """Looks at Serve a few times a second and notes when each kill was made good."""
-
-    def __init__(self, rollout: Any) -> None:
-        self.rollout, self.kills = rollout, list[Kill]()
-        self.started = time.perf_counter()
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._look, daemon=True)
-        self._thread.start()
-
-    def now(self) -> float:
-        return time.perf_counter() - self.started
-
-    def kill(self, victim: str, pids: Sequence[int]) -> None:
-        self.kills.append(Kill(victim, list(pids), self.now()))
-        for pid in pids:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-
-    def _look(self) -> None:
-        while not self._over.wait(0.25):
-            for kill in [k for k in self.kills if k.recovered_s is None]:
-                try:
-                    pids = self.rollout.pids(kill.victim)
-                    whole = len(pids) >= self.rollout.targets()[kill.victim] and not set(pids) & set(kill.pids)
-                except (OSError, RuntimeError, KeyError):
-                    continue
-                if whole:
-                    kill.recovered_s = self.now() - kill.at
-
-    def end(self, patience_s: float) -> None:
-        deadline = self.now() + patience_s
-        while any(k.recovered_s is None for k in self.kills) and self.now() < deadline:
-            time.sleep(0.25)
-        self._over.set()
-        self._thread.join()
-
-
-def processes(folder: Path, name: str) -> list[int]:
-    """Of the Ray whose files are in `folder`, by the name that Ray gives them."""
-    import psutil
-
-    found = []
-    for process in psutil.process_iter(["cmdline"]):
-        try:
-            title = " ".join(process.info["cmdline"] or [])
-            ours = any(str(folder) in " ".join(parent.cmdline()) for parent in process.parents())
-        except psutil.Error:
-            continue
-        if title.startswith(f"ray::{name}") and ours:
-            found.append(process.pid)
-    return found
-
-
-async def disturbed(watch: Watch, loading: Any, schedule: Sequence[tuple[float, str, int]]) -> Any:
-    """The answers of a load while the schedule's (second, deployment, replicas) are killed."""
-    task = asyncio.create_task(loading)
-    watch.started = time.perf_counter()
-    for at, victim, count in schedule:
-        await asyncio.sleep(0)
-        while watch.now() < at:
-            await asyncio.sleep(min(1.0, at - watch.now()))
-        pids = await asyncio.to_thread(watch.rollout.pids, victim)
-        if pids:
-            watch.kill(victim, pids[:count])
-    return await task
-
-
-def draw(clusters: int, kills: int, seconds: float, seed: int) -> list[tuple[float, str, int]]:
-    """(second, deployment, replicas): about a third trunks, one whole cluster, the rest single replicas."""
-    chance = random.Random(seed)
-    schedule = []
-    for i in range(kills):
-        cluster = f"cluster-{chance.randrange(clusters)}"
-        victim = "trunk" if i % 3 == 1 else cluster
-        schedule.append((seconds * (i + 0.5) / kills, victim, 99 if i == kills // 2 and victim != "trunk" else 1))
-    if not any(count > 1 for _, _, count in schedule):
-        at, _, _ = schedule[-1]
-        schedule[-1] = (at, f"cluster-{chance.randrange(clusters)}", 99)
-    return schedule
 
 
 def parser() -> argparse.ArgumentParser:
     parse = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parse.add_argument("artifact", help="the export of a run, or an artifact's folder")
-    parse.add_argument("--root", default=default_root(), help="where exports live (default: %(default)s)")
-    parse.add_argument("--streams", type=int, default=16, help="requests at a time (default: %(default)s)")
-    parse.add_argument("--kills", type=int, default=10, help="default: %(default)s")
-    parse.add_argument("--seconds", type=float, default=180.0, help="of load (default: %(default)s)")
-    parse.add_argument("--seed", type=int, default=0)
-    parse.add_argument("--control-plane", action=argparse.BooleanOptionalAction, default=True, help="also kill these")
-    parse.add_argument("--json", type=Path, help="write the result to this file")
+    what = parse.add_subparsers(dest="what", required=True)
+    serve = what.add_parser("serve", help="a served model under load")
+    serve.add_argument("artifact", help="the export of a run, or an artifact's folder")
+    serve.add_argument("--root", default=default_root(), help="where exports live (default: %(default)s)")
+    serve.add_argument("--streams", type=int, default=16, help="requests at a time (default: %(default)s)")
+    serve.add_argument("--kills", type=int, default=10, help="default: %(default)s")
+    serve.add_argument("--seconds", type=float, default=180.0, help="of load (default: %(default)s)")
+    serve.add_argument("--control-plane", action=argparse.BooleanOptionalAction, default=True, help="also kill these")
+    train = what.add_parser("train", help="a training run")
+    train.add_argument("--faults", type=int, default=50, help="default: %(default)s")
+    train.add_argument("--workers", default="2", help="of the run (default: %(default)s)")
+    for each in (serve, train):
+        each.add_argument("--seed", type=int, default=0)
+        each.add_argument("--json", type=Path, help="write the result to this file")
     return parse
-
-
-def felt(answers: Sequence[Any], since: float, until: float) -> dict[str, Any]:
-    """Of requests under way in an interval: how many, how many failed, and the longest that one took."""
-    under_way = [a for a in answers if a.began < until and a.ended > since]
-    return {
-        "requests": len(under_way),
-        "failed": sum(bool(a.error) for a in under_way),
-        "longest_s": max((a.ended - a.began for a in under_way), default=0.0),
-    }
-
-
-def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    import yaml
-    from load import load, pieces, summary
-
-    from raymoe.serving.rollout import Rollout, pinned
-    from raymoe.storage.export import Artifact
-    from raymoe.training.head import free_ports, head
-
-    config = yaml.safe_load((HOUSE / "services" / "raymoe.yaml").read_text())
-    config["applications"][0]["args"] |= {"resident_bytes": 0, "trunks": 2, "min_replicas": 2, "max_replicas": 3}
-    (config["http_options"]["port"],) = free_ports(1)
-    config = pinned(config, arguments.artifact, arguments.root)
-    args = config["applications"][0]["args"]
-    clusters = Artifact.open(Path(args["artifact"])).model.n_clusters
-    prompts = pieces("builtin", domain=None, share=0, words=12, count=PROMPTS, seed=arguments.seed)
-    body = {"model": args["name"], "max_tokens": TOKENS, "temperature": 0, "ignore_eos": True}
-    with head(max(2, os.cpu_count() or 1)) as ray:
-        rollout = Rollout(ray.dashboard, config)
-        rollout.up()
-        rollout.wait(lambda: rollout.running() == rollout.targets(), "to have all of its replicas")
-        print("serving; first the undisturbed answers", flush=True)
-
-        def under_load(**how: Any) -> Any:
-            return load(rollout.base, prompts, streams=arguments.streams, body=body, **how)
-
-        calm = asyncio.run(under_load(requests=PROMPTS))
-        expected = {a.prompt: a.text for a in calm}
-        result: dict[str, Any] = {"undisturbed": summary(calm)}
-
-        def disturb(name: str, schedule: Sequence[tuple[float, str, int]], seconds: float) -> None:
-            watch = Watch(rollout)
-            answers = asyncio.run(disturbed(watch, under_load(seconds=seconds), schedule))
-            watch.end(120)
-            for kill in watch.kills:
-                kill.felt = felt(answers, kill.at, kill.at + (120 if kill.recovered_s is None else kill.recovered_s))
-            result[name] = summary(answers) | {
-                "changed": sum(not a.error and a.text != expected[a.prompt] for a in answers),
-                "kills": [vars(k) for k in watch.kills],
-            }
-
-        disturb("replicas", draw(clusters, arguments.kills, arguments.seconds, arguments.seed), arguments.seconds)
-        if arguments.control_plane:
-            for name, process in (("controller", "ServeController"), ("proxy", "ProxyActor")):
-                (pid,) = processes(ray.folder, process)
-                killer = threading.Timer(5.0, os.kill, (pid, signal.SIGKILL))
-                started = time.perf_counter()
-                killer.start()
-                answers = asyncio.run(under_load(seconds=75.0))
-                killer.join()
-                failed = [a for a in answers if a.error]
-                result[name] = summary(answers) | {
-                    "changed": sum(not a.error and a.text != expected[a.prompt] for a in answers),
-                    "failing_s": max((a.ended for a in failed), default=0.0)
-                    - min((a.ended for a in failed), default=0.0),
-                    "seconds": time.perf_counter() - started,
-                }
-        rollout.down()
-    return result
-
-
-def show(result: dict[str, Any]) -> None:
-    print(
-        f"{'':14}{'requests':>9}{'failed':>8}{'changed':>9}{'tokens/s':>10}{'TTFT p50':>10}{'p99':>8}{'ITL p99':>9}{'whole p99':>11}"
-    )
-    for name, row in result.items():
-        number = lambda key: "-" if row[key] is None else f"{row[key]:.2f}"  # noqa: B023, E731
-        print(
-            f"{name:14}{row['requests']:>9}{row['failed']:>8}{row.get('changed', 0):>9}{row['output_throughput']:>10.0f}"
-            f"{number('p50_ttft_s'):>10}{number('p99_ttft_s'):>8}{number('p99_itl_s'):>9}{number('p99_e2el_s'):>11}"
-        )
-    for kill in result["replicas"]["kills"]:
-        recovered = "never" if kill["recovered_s"] is None else f"{kill['recovered_s']:.1f} s"
-        print(
-            f"  {kill['at']:6.1f} s  SIGKILL {len(kill['pids'])} of {kill['victim']:10} whole again after {recovered}; "
-            f"{kill['felt']['requests']} requests under way, the longest took {kill['felt']['longest_s']:.1f} s"
-        )
-    for name in ("controller", "proxy"):
-        if name in result and result[name]["failed"]:
-            print(f"  {name}: failed over {result[name]['failing_s']:.1f} s: {result[name]['errors']}")
 
 
 def main() -> int:
     arguments = parser().parse_args()
+    if arguments.what == "serve":
+        import serving_chaos as chaos
+    else:
+        import training_chaos as chaos
     try:
-        result = run(arguments)
+        result = chaos.run(arguments)
     except (ValueError, FileNotFoundError) as error:
         print(f"chaos.py: {error}", file=sys.stderr)
         return 2
-    show(result)
+    chaos.show(result)
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")
-    failed = any(row["failed"] for name, row in result.items() if name != "proxy")
-    return 1 if failed or any(row.get("changed") for row in result.values()) else 0
+    return 0 if chaos.survived(result) else 1
 
 
 if __name__ == "__main__":

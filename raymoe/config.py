@@ -298,6 +298,8 @@ class CheckpointSection:
     """Seconds of training that a killed worker may cost: a checkpoint is also written whenever the newest complete one would become older than this. 0: only `checkpoint.every` counts."""
     keep: int = 2
     """Newest checkpoints kept, beside the best on validation."""
+    storage: str = ""
+    """A URI (s3://bucket/folder, gs://…, file:///…) to which the checkpoints of `every`, the last one, and the run's records are copied in the background. A run that `run.root` does not have is resumed from there."""
 
     def __post_init__(self) -> None:
         _positive(self, "checkpoint", "every")

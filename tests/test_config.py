@@ -39,7 +39,8 @@ def test_overrides_apply_and_leave_the_rest() -> None:
         ("model.n_clusters=99", "at most n_experts"),
         ("model.experts_per_token=9", "smallest cluster"),
         ("train.grain=5", "multiple of train.grain"),
-        ("train.workers=2,8", "a range of workers is not supported"),
+        ("train.workers=8,2", "MIN at most MAX"),
+        ("train.workers=2,", "expected int"),
         ("run.name=../up", "run.name"),
         ("checkpoint.keep=1", "at least 2"),
         ("data.validation_share=0.9", "between 0 and 0.5"),
@@ -86,3 +87,12 @@ def test_help_explains_every_field() -> None:
     for name in ("train.clip", "model.residual_width", "data.path", "run.root", "checkpoint.keep"):
         assert name in text
     assert "Global gradient norm" in text
+
+
+def test_a_range_of_workers() -> None:
+    elastic = override(preset("tiny"), ["train.workers=2,8"])
+    assert (elastic.train.workers, elastic.train.max_workers, elastic.train.elastic) == (2, 8, True)
+    assert from_dict(elastic.to_dict()) == elastic
+    fixed = override(elastic, ["train.workers=4"])
+    assert (fixed.train.workers, fixed.train.elastic) == (4, False)
+    assert not override(preset("tiny"), ["train.workers=3,3"]).train.elastic

@@ -10,26 +10,132 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import processes
 import pytest
 import torch
 from prometheus_client import CollectorRegistry
+from ray.train.v2._internal.execution.controller.state import TrainControllerStateType as State
+from synthetic import Synthetic
 from waiting import until
 
-from raymoe.config import Config, from_dict
+from raymoe.config import Config, from_dict, override, preset
 from raymoe.data import Corpus
 from raymoe.metrics import TrainingMetrics
+from raymoe.training.elastic import Elastic, dead_end
+from raymoe.training.journal import request_file
 from raymoe.training.loop import Trainer
 
 HOUSE = Path(__file__).resolve().parent.parent
-STEPS = 900
+QUICK = [
+    "model.layers=1", "model.d_model=16", "model.d_expert=12", "model.n_experts=8", "model.residual_width=2",
+    "model.heads=2", "model.kv_heads=1", "model.vocabulary=31", "model.context=8", "train.global_batch=6",
+    "train.grain=1", "train.steps=12", "train.log_every=1", "train.validate_every=99", "train.validate_windows=2",
+    "checkpoint.every=99", "checkpoint.keep=99", "regroup.mode=off",
+]  # fmt: skip
+STEPS = 400
 CONFIG = [
-    "tiny", f"train.steps={STEPS}", "train.precision=float32", "train.log_every=1", "train.validate_every=300",
+    "tiny", f"train.steps={STEPS}", "train.precision=float32", "train.log_every=1", "train.validate_every=200",
     "train.validate_windows=32", "model.context=64", "model.vocabulary=512", "train.threads=1", "regroup.mode=off",
     "train.resize_every_s=2", "checkpoint.every=1000", "checkpoint.max_loss_s=4", "checkpoint.keep=99",
 ]  # fmt: skip
+
+
+class Raised(Exception):
+    """As Ray Train raises: with the failures of each worker."""
+
+    def __init__(self, *causes: str) -> None:
+        super().__init__("workers failed")
+        self.worker_failures = {rank: RuntimeError(cause) for rank, cause in enumerate(causes)}
+
+
+def state(kind: Any, error: Exception | None = None) -> Any:
+    return SimpleNamespace(_state_type=kind, training_failed_error=error)
+
+
+def test_failures_in_a_row_at_one_checkpoint_are_a_dead_end(tmp_path: Path) -> None:
+    callback = Elastic(tmp_path)
+    for _ in range(3):
+        callback.after_controller_state_update(None, state(State.RESTARTING, Raised("trace\nboom", "trace\nboom")))
+    assert not dead_end(tmp_path, allowed=3)
+    (tmp_path / "checkpoints" / "step_00000007").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "step_00000007" / "manifest.json").touch()
+    for _ in range(4):  # there is progress since: counted from one again
+        assert not dead_end(tmp_path, allowed=3)
+        callback.after_controller_state_update(None, state(State.RESTARTING, Raised("trace\nboom", "bang")))
+    reason = dead_end(tmp_path, allowed=3)
+    assert "4 failures in a row after the checkpoint of step 7" in reason and "boom; bang" in reason
+    assert json.loads((tmp_path / "failures.json").read_text())["total"] == 7
+
+
+def test_a_resize_waits_for_the_checkpoint_that_it_asks_for(tmp_path: Path) -> None:
+    request, callback = request_file(tmp_path), Elastic(tmp_path)
+    with ThreadPoolExecutor() as pool:
+        resize = pool.submit(callback.after_controller_state_update, None, state(State.RESIZING))
+        until(request.exists)
+        assert not resize.done()
+        request.unlink()  # as the workers do when it is complete
+        resize.result(20)
+    callback.after_controller_state_update(None, state(State.PREEMPTING))  # does not wait: the node's time is short
+    assert request.exists()
+
+
+def trainer(folder: Path, *changes: str) -> Trainer:
+    config = override(preset("tiny"), [*QUICK, *changes])
+    metrics = TrainingMetrics(CollectorRegistry(), run="test", worker="0")
+    return Trainer(config, Synthetic(31), folder, metrics, torch.device("cpu"))  # type: ignore[arg-type]
+
+
+def test_the_workers_answer_a_request_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    request, real = request_file(tmp_path), Trainer.step
+
+    def watched(self: Trainer, step: int) -> Any:
+        if step == 4:
+            request.touch()
+        return real(self, step)
+
+    monkeypatch.setattr(Trainer, "step", watched)
+    trainer(tmp_path).train()
+    sealed = [r["checkpoint"] for r in records(tmp_path, "event") if r["what"] == "checkpoint"]
+    assert sealed == [5, 12] and not request.exists()
+
+
+def test_checkpoints_keep_the_loss_within_its_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = SimpleNamespace(now=100.0)
+    fake = SimpleNamespace(monotonic=lambda: clock.now, perf_counter=lambda: clock.now)
+    monkeypatch.setattr("raymoe.training.state.time", fake)
+    real = Trainer.step
+
+    def slow(self: Trainer, step: int) -> Any:
+        clock.now += 1.0
+        self.checkpoints.finish()  # in these seconds the file is written
+        return real(self, step)
+
+    monkeypatch.setattr(Trainer, "step", slow)
+    trainer(tmp_path, "checkpoint.max_loss_s=4").train()
+    sealed = [r["checkpoint"] for r in records(tmp_path, "event") if r["what"] == "checkpoint"]
+    # Sealed a step after it begins: the next begins 3 s after the last, so that at its seal 4 s would have been lost.
+    assert sealed == [4, 7, 10, 12]
+    with pytest.raises(ValueError, match=r"checkpoint\.max_loss_s=-1"):
+        override(preset("tiny"), ["checkpoint.max_loss_s=-1"])
+
+
+@pytest.mark.dist
+def test_tokens_hash_is_the_same_on_any_number_of_workers(tmp_path: Path) -> None:
+    hashes = []
+    for world in (1, 3):
+        (tmp_path / str(world)).mkdir()
+        processes.run(world, on_one_of, str(tmp_path / str(world)), folder=tmp_path)
+        hashes.append([r["tokens_hash"] for r in records(tmp_path / str(world), "train")])
+    assert hashes[0] == hashes[1] and len(set(hashes[0])) == 12
+
+
+def on_one_of(rank: int, world: int, folder: str) -> None:
+    trainer(Path(folder)).train()
 
 
 @pytest.fixture

@@ -236,7 +236,7 @@ def test_an_interrupt_of_a_plain_run_checkpoints_and_says_how_to_go_on(text: Pat
     [
         (["tiny", "train.stepz=3"], "did you mean 'train.steps'"),
         (["tiny", "train.resume=nothing"], "no run to resume"),
-        (["tiny", "train.workers=2,8"], "range of workers"),
+        (["tiny", "train.workers=8,2"], "MIN at most MAX"),
         (["huge"], "invalid choice"),
     ],
 )

@@ -249,6 +249,7 @@ def test_processes_are_killed_from_the_command_line(long: Artifact, tmp_path: Pa
     told = tmp_path / "chaos.json"
     line = [
         "jobs/chaos.py",
+        "serve",
         str(long.folder),
         "--streams",
         "4",
@@ -264,7 +265,7 @@ def test_processes_are_killed_from_the_command_line(long: Artifact, tmp_path: Pa
     row = result["replicas"]
     assert row["requests"] > 4 and row["failed"] == row["changed"] == 0
     assert len(row["kills"]) == 2 and all(kill["recovered_s"] > 0 and kill["pids"] for kill in row["kills"])
-    assert run("jobs/chaos.py", "no such").returncode == 2
+    assert run("jobs/chaos.py", "serve", "no such").returncode == 2
 
 
 @pytest.mark.soak

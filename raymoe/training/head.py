@@ -18,6 +18,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 ENVIRONMENT = {
     "RAY_AUTH_MODE": "disabled",
     "RAY_JOB_STOP_WAIT_TIME_S": "120",  # `ray job stop` waits this long for the last checkpoint
@@ -54,6 +56,18 @@ class Head:
         address = ["--address", self.dashboard]
         ray = str(Path(sys.executable).with_name("ray"))
         return [ray, "job", "submit", *address, *name, "--working-dir", str(working_dir), "--", *command]
+
+    def processes(self, name: str) -> list[psutil.Process]:
+        """Of this head, by the name that Ray gives them."""
+        found = []
+        for process in psutil.process_iter(["cmdline"]):
+            try:
+                ours = any(str(self.folder) in " ".join(parent.cmdline()) for parent in process.parents())
+            except psutil.Error:
+                continue
+            if ours and " ".join(process.info["cmdline"] or []).startswith(f"ray::{name}"):
+                found.append(process)
+        return found
 
 
 @contextmanager

@@ -27,6 +27,7 @@ from raymoe.config import Config, ModelSection, from_dict, override
 from raymoe.data import Corpus, prepare
 from raymoe.metrics import TrainingMetrics, serve, write_targets
 from raymoe.model.transformer import Transformer
+from raymoe.storage.mirror import Mirror
 from raymoe.storage.runs import run_folder
 from raymoe.training.elastic import ELASTIC_KNOBS, KNOBS, Elastic, dead_end, failures_file
 from raymoe.training.journal import replace_file, request_file
@@ -88,6 +89,9 @@ def resolve(config: Config, assignments: list[str]) -> Config:
         return config
     folder = run_folder(config.run.root, name)
     saved = folder / "config.json"
+    if config.checkpoint.storage and not folder.exists():
+        for reason in Mirror(config.checkpoint.storage, name).pull(folder):
+            print(f"passed over: {reason}", file=sys.stderr)
     if not saved.is_file():
         raise FileNotFoundError(f"there is no run to resume at {folder}: it has no config.json")
     base = from_dict(json.loads(saved.read_text())["config"])
@@ -124,6 +128,7 @@ def launch(config: Config) -> tuple[Path, int]:
     Raises GaveUp after more than `train.max_failures` failures in a row without a newer checkpoint between them.
     """
     run, train = run_folder(config.run.root, config.run.name), config.train
+    mirror = Mirror(config.checkpoint.storage, config.run.name) if config.checkpoint.storage else None
     gpus = wants_gpus(config)
     check_capacity(config, gpus)
     if config.regroup.replay:
@@ -187,6 +192,11 @@ def launch(config: Config) -> tuple[Path, int]:
     except (OSError, ValueError) as error:
         print(f"the report could not be written: {error}", file=sys.stderr)
     shutil.rmtree(run / "ray", ignore_errors=True)
+    if mirror:
+        try:
+            mirror.push(run, None, config.checkpoint.keep)
+        except OSError as error:
+            print(f"the records could not be copied to {mirror.uri}: {error}", file=sys.stderr)
     if outcome[0] is not None:
         raise outcome[0]
     if reason := dead_end(run, config.train.max_failures):

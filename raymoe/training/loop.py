@@ -27,6 +27,7 @@ from raymoe.model.loss import linear_cross_entropy
 from raymoe.parallel.fold import fold
 from raymoe.parallel.gradients import Gradients
 from raymoe.parallel.sharded import shard
+from raymoe.storage.mirror import BackgroundMirror, Mirror
 from raymoe.training.grains import Grains, checksum_of
 from raymoe.training.journal import Journal, next_attempt, request_file
 from raymoe.training.load import Load, Window
@@ -75,6 +76,7 @@ class Trainer:
         self.position = Position.of(checkpoint) if checkpoint else Position.start(config)
         self.window = Window()
         self.skipped_in_a_row = 0
+        self.mirror: BackgroundMirror | None = None
         self.answering = False
         """Whether the checkpoint being written is one that the driver asked for."""
         self.hold()
@@ -88,12 +90,16 @@ class Trainer:
             self.model.initialise(config.run.seed, common=not self.position.folded)
         self.journal = Journal(run / "metrics.jsonl", self.position.step) if self.rank == 0 else None
         self.plans = Journal(run / "plans.jsonl", self.position.step) if self.rank == 0 else None
+        if config.checkpoint.storage and self.rank == 0:
+            there = Mirror(config.checkpoint.storage, config.run.name)
+            self.mirror = BackgroundMirror(there, run, config.checkpoint.keep)
         for reason in passed_over:
             self.log("event", what="checkpoint passed over", reason=reason)
         if checkpoint:
             self.log(
                 "event",
                 what="resumed",
+                attempt=self.attempt,
                 workers=self.world,
                 redone_steps=self.journal.redone if self.journal else 0,
                 skipped_steps=self.position.skipped,
@@ -338,9 +344,22 @@ class Trainer:
         if failed:
             event["reason"] = "; ".join(r for r in reasons if r)
         self.log("event", **event)
+        self.mirror_checkpoint(event)
         if self.answering:
             request_file(self.run).unlink(missing_ok=True)
             self.answering = False
+
+    def mirror_checkpoint(self, event: dict[str, Any], last: bool = False) -> None:
+        """Copy a sealed checkpoint that is due there, and say which copies failed. Raises OSError where the last one does."""
+        if not self.mirror:
+            return
+        step = event["checkpoint"]
+        if event["what"] == "checkpoint" and (step % self.config.checkpoint.every == 0 or last):
+            self.mirror.push(step)
+        for failed, reason in self.mirror.failures(wait=last):
+            self.log("event", what="copy failed", checkpoint=failed, reason=reason)
+            if last and failed == step:
+                raise OSError(f"the checkpoint of step {step} is in {self.run}, but not at its storage: {reason}")
 
     def drain(self) -> None:
         """Wait for the checkpoint being written and seal it. A collective."""
@@ -358,6 +377,7 @@ class Trainer:
                 f"the checkpoint of step {self.position.step} could not be written under {self.checkpoints.folder}: "
                 "see the last events in metrics.jsonl; free disk space and resume"
             )
+        self.mirror_checkpoint({"what": "checkpoint", "checkpoint": self.position.step}, last=True)
 
 
 def threads(config: Config, local_workers: int) -> int:
