@@ -190,36 +190,38 @@ def freeze_clusterer(victim: Victim, chance: random.Random) -> str:
     return "SIGSTOP of the clusterer for 20 steps"
 
 
-def fill_disk(victim: Victim, chance: random.Random) -> str:
-    """No worker can write a file of more than 2 kB until a checkpoint was due and failed."""
-    workers, failed = victim.processes(WORKER), len(victim.events("checkpoint failed"))
-    sealed = victim.acknowledged()
-    for process in workers:
-        process.rlimit(psutil.RLIMIT_FSIZE, (2000, psutil.RLIM_INFINITY))
-    full_until = time.monotonic() + BOUND_S + 2
-    victim.wait(lambda: time.monotonic() > full_until, "a checkpoint to be due")
-    for process in workers:
-        process.rlimit(psutil.RLIMIT_FSIZE, (psutil.RLIM_INFINITY, psutil.RLIM_INFINITY))
-    victim.wait(lambda: len(victim.events("checkpoint failed")) > failed, "a checkpoint that fails")
+def lose_storage(victim: Victim, chance: random.Random) -> str:
+    """The folder of the checkpoints is not there until one was due and failed."""
+    failed, sealed = len(victim.events("checkpoint failed")), victim.acknowledged()
+    folder, away = victim.run / "checkpoints", victim.run / "checkpoints.away"
+    folder.rename(away)
+    folder.touch()
+    try:
+        victim.wait(lambda: len(victim.events("checkpoint failed")) > failed, "a checkpoint that fails")
+    finally:
+        folder.unlink()
+        away.rename(folder)
     victim.wait(lambda: victim.acknowledged() > sealed, "a checkpoint after it")
-    return "no disk space for workers"
+    return "the checkpoints' folder was gone for a while"
 
 
 RESTARTS = {kill_worker: 12, freeze_worker: 4, damage_checkpoint: 6, kill_driver: 2, restart_head: 1}
-OTHERS = {kill_clusterer: 10, freeze_clusterer: 6, fill_disk: 9}
+OTHERS = {kill_clusterer: 10, freeze_clusterer: 6, lose_storage: 9}
 """Faults and how often each is drawn."""
 
 
 def strike(victim: Victim, fault: Callable[[Victim, random.Random], str], chance: random.Random) -> Outcome:
     """One fault, and what came of it."""
-    victim.wait(lambda: victim.acknowledged() > 0, "a checkpoint")
-    attempt, before, kept = victim.attempt(), victim.step(), victim.acknowledged()
-    if fault is damage_checkpoint:  # falls back to the one before
-        complete = [c for c in sorted(victim.run.glob("checkpoints/step_*")) if (c / "manifest.json").exists()]
-        kept = int(complete[-2].name.split("_")[1]) if len(complete) > 1 else 0
-    outcome = Outcome(fault.__name__, before)
+    outcome = Outcome(fault.__name__, victim.step())
     started = time.monotonic()
     try:
+        target = outcome.at + chance.randrange(5, 60)
+        victim.wait(lambda: victim.step() >= target and victim.acknowledged() > 0, f"step {target} and a checkpoint")
+        attempt, before, kept = victim.attempt(), victim.step(), victim.acknowledged()
+        if fault is damage_checkpoint:  # falls back to the one before
+            complete = [c for c in sorted(victim.run.glob("checkpoints/step_*")) if (c / "manifest.json").exists()]
+            kept = int(complete[-2].name.split("_")[1]) if len(complete) > 1 else 0
+        outcome.at, started = before, time.monotonic()
         outcome.fault = fault(victim, chance)
         if fault in RESTARTS:
             victim.wait(lambda: victim.goes_on(attempt), "training to go on")
@@ -249,14 +251,13 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         victim = Victim(folder, arguments.workers, stack)
         victim.wait(lambda: victim.step() > 0, "the first step")
         for number, fault in enumerate(drawn, 1):
-            target = victim.step() + chance.randrange(5, 60)
-            victim.wait(lambda target=target: victim.step() >= target, f"step {target}")
             outcomes.append(strike(victim, fault, chance))
             last = outcomes[-1]
             print(f"{number:3} of {len(drawn)}  {last.fault:52} {last.recovery_s:6.1f} s  {last.outcome}", flush=True)
             if last.failed:
                 break
-        victim.driver.terminate()
+        if victim.driver.poll() is None:
+            victim.driver.terminate()
         code = victim.driver.wait(PATIENCE_S)
         steps = [r["step"] for r in victim.records() if r["kind"] == "train"]
         result = {

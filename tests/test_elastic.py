@@ -27,7 +27,8 @@ from raymoe.config import Config, from_dict, override, preset
 from raymoe.data import Corpus
 from raymoe.metrics import TrainingMetrics
 from raymoe.training.elastic import Elastic, dead_end
-from raymoe.training.journal import request_file
+from raymoe.training.journal import Journal, request_file
+from raymoe.training.launch import Progress
 from raymoe.training.loop import Trainer
 
 HOUSE = Path(__file__).resolve().parent.parent
@@ -268,3 +269,52 @@ def continued_alone(run: Path, at: int, folder: Path) -> list[float]:
         trainer.report(trainer.window)
         trainer.window = type(trainer.window)()
     return [r["loss"] for r in records(folder, "train")]
+
+
+def command(*words: str, root: Path) -> subprocess.CompletedProcess:
+    environment = os.environ | {"RAY_AUTH_MODE": "disabled", "RAY_ADDRESS": "local", "RAYMOE_HOME": str(root)}
+    return subprocess.run(
+        [sys.executable, *words], cwd=HOUSE, env=environment, capture_output=True, text=True, timeout=900
+    )
+
+
+@pytest.mark.soak
+def test_a_run_that_fails_again_and_again_ends_with_the_reason(tmp_path: Path) -> None:
+    given = [
+        "run.name=lost",
+        "train.lr=1e30",
+        "train.warmup=0",
+        "train.clip=1e30",
+        "train.max_failures=1",
+        "regroup.mode=off",
+    ]
+    done = command("jobs/train.py", *CONFIG, f"run.root={tmp_path}", *given, root=tmp_path)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "2 failures in a row after the checkpoint of step -1" in done.stderr
+    assert "the loss was not finite for 20 steps in a row" in done.stderr and "train.resume=lost" in done.stderr
+
+
+@pytest.mark.soak
+def test_faults_drawn_at_random_are_survived(tmp_path: Path) -> None:
+    told = tmp_path / "chaos.json"
+    done = command("jobs/chaos.py", "train", "--faults", "6", "--seed", "1", "--json", str(told), root=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads(told.read_text())
+    assert len(result["faults"]) == 6 and result["each_step_once"] and result["steps"] > 30
+    assert "SIGKILL" in done.stdout and "each on record once: yes" in done.stdout
+
+
+def test_progress_survives_a_restart_that_rewrites_the_record(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    def event(step: int, what: str) -> dict[str, Any]:
+        return {"kind": "event", "step": step, "what": what}
+
+    journal, progress = Journal(tmp_path / "metrics.jsonl", 0), Progress(tmp_path / "metrics.jsonl", 9)
+    for step in range(1, 6):
+        journal.write(event(step, f"first {step}"))
+    progress.update()
+    again = Journal(tmp_path / "metrics.jsonl", 3)
+    for step in range(4, 10):  # longer than before by the next look
+        again.write(event(step, f"second {step} with more to say"))
+    progress.update()
+    said = [line.split("  ")[1].strip() for line in capsys.readouterr().out.splitlines()]
+    assert said == [f"first {n}" for n in range(1, 6)] + [f"second {n} with more to say" for n in range(4, 10)]

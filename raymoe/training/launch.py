@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -271,21 +272,30 @@ class Progress:
 
     def __init__(self, path: Path, steps: int) -> None:
         self.path, self.steps = path, steps
-        self.position = path.stat().st_size if path.exists() else 0
+        self.file = self.position = 0
+        self.shown: set[int] = set()
+        """Hashes of lines that were read: a restart replaces the file by what it keeps of it."""
+        self._read()
         self.bar = tqdm(total=steps, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
 
     def update(self) -> None:
-        if not self.path.exists():
-            return
-        with self.path.open() as file:
-            if self.path.stat().st_size < self.position:
-                self.position = 0  # a restart has cut the file back
-            file.seek(self.position)
-            for line in iter(file.readline, ""):
-                if not line.endswith("\n"):
-                    break
-                self.position += len(line.encode())
+        for line in self._read():
+            with contextlib.suppress(ValueError):  # of a line that a killed worker left behind
                 self.show(json.loads(line))
+
+    def _read(self) -> list[bytes]:
+        """Whole lines that are new."""
+        if not self.path.exists():
+            return []
+        with self.path.open("rb") as file:
+            if (number := os.fstat(file.fileno()).st_ino) != self.file:
+                self.file, self.position = number, 0
+            file.seek(self.position)
+            lines = [line for line in file if line.endswith(b"\n")]
+        self.position += sum(map(len, lines))
+        new = [line for line in lines if hash(line) not in self.shown]
+        self.shown.update(map(hash, lines))
+        return new
 
     def show(self, record: dict[str, Any]) -> None:
         text = describe(record)
