@@ -8,8 +8,8 @@
 Each starts a Ray head of its own. `serve` serves an export with two trunks, two replicas of every cluster and nothing
 resident, and ends replicas with SIGKILL, drawn by --seed: clusters, trunks, and once all replicas of one cluster.
 Clients do not retry. Every answer is compared with the undisturbed one. Then Serve's controller and its proxy are
-killed, each once. `train` trains `tiny` with live regrouping and kills or freezes workers, the clusterer, the driver
-and the head, takes the checkpoints' folder away and damages checkpoints; each step must stand in the run's record
+killed, each once. `train` trains `tiny` with live regrouping and kills or freezes workers, the clusterer, Ray Train's
+controller, the driver and the head, takes the checkpoints' folder away and damages checkpoints; each step must stand in the run's record
 once in the end, and nothing that was acknowledged may be lost. Exit status: 0 all was survived (requests behind a
 killed proxy do not count), 1 not all, 2 refused.
 """

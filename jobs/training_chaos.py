@@ -156,6 +156,11 @@ def damage_checkpoint(victim: Victim, chance: random.Random) -> str:
     return f"{'bit flipped in' if flipped else 'end cut off'} {'a manifest' if file.suffix == '.json' else 'a shard'}, SIGKILL of a worker"
 
 
+def kill_controller(victim: Victim, chance: random.Random) -> str:
+    victim.processes("TrainController")[0].send_signal(signal.SIGKILL)
+    return "SIGKILL of Ray Train's controller"
+
+
 def kill_driver(victim: Victim, chance: random.Random) -> str:
     victim.driver.kill()
     victim.driver.wait()
@@ -205,7 +210,14 @@ def lose_storage(victim: Victim, chance: random.Random) -> str:
     return "the checkpoints' folder was gone for a while"
 
 
-RESTARTS = {kill_worker: 12, freeze_worker: 4, damage_checkpoint: 6, kill_driver: 2, restart_head: 1}
+RESTARTS = {
+    kill_worker: 12,
+    freeze_worker: 4,
+    damage_checkpoint: 6,
+    kill_controller: 3,
+    kill_driver: 2,
+    restart_head: 1,
+}
 OTHERS = {kill_clusterer: 10, freeze_clusterer: 6, lose_storage: 9}
 """Faults and how often each is drawn."""
 

@@ -20,6 +20,7 @@ import ray
 import ray.train
 import torch
 from prometheus_client import CollectorRegistry
+from ray.exceptions import RayActorError
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from tqdm import tqdm
 
@@ -128,7 +129,7 @@ def launch(config: Config) -> tuple[Path, int]:
     Needs Ray to be initialised. SIGINT and SIGTERM ask the workers to checkpoint at the next step and leave.
     Raises GaveUp after more than `train.max_failures` failures in a row without a newer checkpoint between them.
     """
-    run, train = run_folder(config.run.root, config.run.name), config.train
+    run = run_folder(config.run.root, config.run.name)
     mirror = Mirror(config.checkpoint.storage, config.run.name) if config.checkpoint.storage else None
     gpus = wants_gpus(config)
     check_capacity(config, gpus)
@@ -145,38 +146,13 @@ def launch(config: Config) -> tuple[Path, int]:
     replace_file(run / "config.json", json.dumps(about, indent=1))
     for left in (run / "stop", request_file(run), failures_file(run)):
         left.unlink(missing_ok=True)
-    attempt = f"attempt-{time.time_ns()}"  # Ray Train resumes a run of the same name by itself: ours never is
     clusterer, clusterer_name = None, ""
     if config.regroups and config.regroup.mode != "replay":
-        clusterer_name = f"clusterer of {config.run.name}, {attempt}"
+        clusterer_name = f"clusterer of {config.run.name}, {time.time_ns()}"
         clusterer = start_clusterer(config.to_dict(), clusterer_name)
     job = {"config": config.to_dict(), "run": str(run), "corpus": str(corpus), "clusterer": clusterer_name}
-    trainer = TorchTrainer(
-        worker,
-        train_loop_config=job,
-        torch_config=TorchConfig(backend="nccl" if gpus else "gloo", timeout_s=int(train.collective_timeout_s)),
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=(train.workers, train.max_workers) if train.elastic else train.workers,
-            use_gpu=gpus,
-            elastic_resize_monitor_interval_s=train.resize_every_s,
-        ),
-        run_config=ray.train.RunConfig(
-            name=attempt,
-            storage_path=str(run / "ray"),
-            failure_config=ray.train.FailureConfig(max_failures=-1),  # until `dead_end`
-            callbacks=[Elastic(run)],  # pyright: ignore[reportArgumentType]: of the controller, which the list takes too
-        ),
-    )
     outcome: list[BaseException | None] = []
-
-    def fit() -> None:
-        try:
-            trainer.fit()
-            outcome.append(None)
-        except BaseException as error:
-            outcome.append(error)
-
-    thread = threading.Thread(target=fit, name="ray-train", daemon=True)
+    thread = threading.Thread(target=fit, args=(config, job, gpus, outcome), name="ray-train", daemon=True)
     progress = Progress(run / "metrics.jsonl", config.train.steps)
     try:
         with stop_on_signal(run / "stop") as received:
@@ -203,6 +179,38 @@ def launch(config: Config) -> tuple[Path, int]:
     if reason := dead_end(run, config.train.max_failures):
         raise GaveUp(f"{reason}; see {run / 'metrics.jsonl'}, and continue with train.resume={config.run.name}")
     return run, received[0] if received else 0
+
+
+def fit(config: Config, job: dict[str, Any], gpus: bool, outcome: list[BaseException | None]) -> None:
+    """Run Ray Train to its end; what it raised, or None, is added to `outcome`."""
+    run, train = Path(job["run"]), config.train
+    elastic = Elastic(run)
+    while not outcome:
+        try:
+            trainer = TorchTrainer(
+                worker,
+                train_loop_config=job,
+                torch_config=TorchConfig(backend="nccl" if gpus else "gloo", timeout_s=int(train.collective_timeout_s)),
+                scaling_config=ray.train.ScalingConfig(
+                    num_workers=(train.workers, train.max_workers) if train.elastic else train.workers,
+                    use_gpu=gpus,
+                    elastic_resize_monitor_interval_s=train.resize_every_s,
+                ),
+                run_config=ray.train.RunConfig(
+                    name=f"attempt-{time.time_ns()}",  # Ray Train resumes a run of the same name by itself: ours never is
+                    storage_path=str(run / "ray"),
+                    failure_config=ray.train.FailureConfig(max_failures=-1),  # until `dead_end`
+                    callbacks=[elastic],  # pyright: ignore[reportArgumentType]: of the controller; the list takes both
+                ),
+            )
+            trainer.fit()
+            outcome.append(None)
+        except RayActorError as error:  # Ray Train's own controller died, which nobody else restarts
+            elastic.count(error)
+            if dead_end(run, train.max_failures):
+                outcome.append(None)
+        except BaseException as error:
+            outcome.append(error)
 
 
 def wants_gpus(config: Config) -> bool:
