@@ -23,6 +23,7 @@ from raymoe.training.journal import replace_file, request_file
 KNOBS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # how soon a dead worker is seen
     "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
+    "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",  # what a frozen worker costs beyond a collective's timeout
 }
 """Of Ray Train, in its environment: seconds instead of minutes. Values that are set already win."""
 
