@@ -5,6 +5,7 @@ PYTHON ?= python3
 TORCH ?= lock
 UV_VERSION := 0.13.9
 BIN := .venv/bin
+# Ray listens on all addresses of a machine: where others reach it, set RAY_AUTH_MODE=token (README, Safety).
 export RAY_AUTH_MODE ?= disabled
 export RAY_USAGE_STATS_ENABLED ?= 0
 export UV_PROJECT_ENVIRONMENT := .venv
@@ -68,6 +69,7 @@ serve: setup
 watch: setup
 	$(BIN)/python dashboards/watch.py
 
-# A Ray head for `ray job submit`; `ray job stop` then waits for the last checkpoint.
+# A Ray head for `ray job submit`; `ray job stop` then waits for the last checkpoint. With RAY_AUTH_MODE=token it asks
+# for the token that `ray get-auth-token --generate` makes.
 head: setup
 	RAY_JOB_STOP_WAIT_TIME_S=120 RAY_TRAIN_HEALTH_CHECK_INTERVAL_S=0.5 PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/ray start --head --block

@@ -43,16 +43,17 @@ def parser() -> argparse.ArgumentParser:
 
 def start_head(dashboard: str) -> None:
     """A head that stays, unless one is there. Raises RuntimeError when Ray does not start."""
-    from raymoe.training.head import ENVIRONMENT, answers
+    from raymoe.training.head import ENVIRONMENT, answers, authorisation
 
-    if answers(f"{dashboard}/api/version"):
+    environment = ENVIRONMENT | os.environ
+    if answers(f"{dashboard}/api/version", authorisation(environment)):
         return
-    place = urlsplit(dashboard)
-    if place.hostname not in ("127.0.0.1", "localhost"):
+    url = urlsplit(dashboard)
+    if url.hostname not in ("127.0.0.1", "localhost"):
         raise RuntimeError(f"no Ray answers at {dashboard}, and --start starts one on this machine alone")
-    port = place.port or 8265
+    port = url.port or 8265
     command = [str(Path(sys.executable).with_name("ray")), "start", "--head", f"--dashboard-port={port}"]
-    done = subprocess.run(command, env=ENVIRONMENT | os.environ, capture_output=True, text=True)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(
             f"no Ray answers at {dashboard}, and none starts:\n{done.stdout[-1000:]}{done.stderr[-1000:]}"

@@ -123,6 +123,7 @@ class ModelSection:
             self, "model", "layers", "d_model", "d_expert", "n_experts", "n_clusters", "experts_per_token",
             "clusters_per_token", "gate_scale", "heads", "kv_heads", "vocabulary", "context", "rope_theta",
         )  # fmt: skip
+        _require(self.context <= 1 << 20, "model.context", self.context, "at most 2^20")
         _require(self.residual_width >= 0, "model.residual_width", self.residual_width, "must be 0 or more")
         _require(
             self.d_model % (2 * self.heads) == 0,
@@ -447,8 +448,14 @@ def _parse(name: str, kind: Any, text: str) -> Any:
         value = kind(text)
     except ValueError:
         raise ValueError(f"{name}={text!r} is not allowed: expected {kind.__name__}") from None
-    _require(value == value and abs(value) != float("inf"), name, text, "must be finite")
+    _check_number(name, value)
     return value
+
+
+def _check_number(name: str, value: float) -> None:
+    """Raises ValueError for a number that is not finite, or so large that float64 does not count it exactly."""
+    _require(value == value and abs(value) != float("inf"), name, value, "must be finite")
+    _require(abs(value) <= 1 << 53, name, value, "at most 2^53")
 
 
 def _hints(section: str) -> dict[str, Any]:
@@ -485,7 +492,8 @@ def from_dict(data: Any) -> Config:
     sections: dict[str, Any] = {}
     for section, values in data.items():
         if section == "preset":
-            sections["preset"] = str(values)
+            _require(type(values) is str, "preset", values, "expected str")
+            sections["preset"] = values
             continue
         if section not in SECTIONS or not isinstance(values, dict):
             raise ValueError(f"unknown config section {section!r}")
@@ -500,6 +508,8 @@ def from_dict(data: Any) -> Config:
                 _require(type(value) in (int, float), f"{section}.{name}", value, "expected float")
             else:
                 _require(type(value) is kind, f"{section}.{name}", value, f"expected {kind.__name__}")
+            if type(value) in (int, float):
+                _check_number(f"{section}.{name}", value)
         sections[section] = SECTIONS[section](**values)
     return Config(**sections)
 

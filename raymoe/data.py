@@ -35,6 +35,7 @@ PACKING = (
     "documents of a domain joined by <|endoftext|>, windows of context+1 tokens overlapping by one; "
     "attention crosses documents, never domains"
 )
+SPLITS = ("train", "validation")
 TOKENIZER_SAMPLE = 20_000_000
 """About how many characters of training text the tokenizer is trained on."""
 
@@ -109,8 +110,11 @@ def prepare(config: Config, progress: bool = True) -> Path:
 def _complete(folder: Path) -> bool:
     try:
         about = json.loads((folder / "corpus.json").read_text())
+        named = {about["splits"][split][domain]["file"] for split in SPLITS for domain in about["domains"]}
+        if not named <= about["files"].keys() or any(Path(name).name != name for name in about["files"]):
+            return False  # a file of another folder is none of a corpus
         return all((folder / name).stat().st_size == size for name, size in about["files"].items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return False
 
 
@@ -264,7 +268,10 @@ class Corpus:
         folder = Path(folder)
         if not _complete(folder):
             raise ValueError(f"{folder} is not a complete corpus: delete it and start the run again to rebuild it")
-        return cls(folder, json.loads((folder / "corpus.json").read_text()))
+        about = json.loads((folder / "corpus.json").read_text())
+        if {type(about.get(name)) for name in ("vocabulary", "end_of_text")} != {int} or "fingerprint" not in about:
+            raise ValueError(f"{folder} is not a corpus: its corpus.json does not describe one")
+        return cls(folder, about)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -275,8 +282,16 @@ class Corpus:
         """All tokens of a domain, memory-mapped."""
         key = (split, domain)
         if key not in self._streams:
-            source = pa.memory_map(str(self.folder / self.about["splits"][split][domain]["file"]))
-            column = pa.ipc.open_file(source).read_all().column("tokens")
+            file = self.folder / self.about["splits"][split][domain]["file"]
+            try:
+                column = pa.ipc.open_file(pa.memory_map(str(file))).read_all().column("tokens")
+                column.validate()  # the bytes of a damaged one may be anywhere
+                if column.type not in (pa.uint16(), pa.uint32()) or column.num_chunks > 1:
+                    raise ValueError(f"tokens of type {column.type} in {column.num_chunks} pieces")
+            except (pa.ArrowException, OSError, KeyError, ValueError) as error:
+                raise ValueError(
+                    f"{file} is damaged ({error}): delete {self.folder} to have it prepared again"
+                ) from None
             self._streams[key] = column.chunk(0).to_numpy() if column.num_chunks else np.zeros(0, np.uint16)
         return self._streams[key]
 

@@ -110,6 +110,13 @@ class TrainingMetrics(_Metrics):
         self.checkpoint_last_step = declare(Gauge, "checkpoint_last_step", "Step of the newest checkpoint.")
         self.checkpoint_failures = declare(Counter, "checkpoint_failures", "Checkpoints that could not be written.")
         self.resident_bytes = declare(Gauge, "resident_bytes", "Resident memory of the worker.")
+        self.worker_compute_seconds = declare(
+            Gauge, "worker_compute_seconds", "Mean time of a step that the worker computes by itself, on a CPU."
+        )
+        self.worker_slowness = declare(
+            Gauge, "worker_slowness_ratio", "The worker's own time for a micro-batch, of the median of the others'."
+        )
+        self.worker_slowness.set(math.nan)
         self.regroup_plans = declare(
             Counter, "regroup_plans", "Plans made, applied and refused; none where one was looked for.", "outcome"
         )
@@ -191,6 +198,8 @@ class TrainingMetrics(_Metrics):
         self._labelled(self.cluster_load_share, "cluster", shares)
         self.assignment_version.set(record["version"])
         self.resident_bytes.set(record["rss_mb"][self._rank] * 2**20)
+        self.worker_compute_seconds.set(record["compute_ms"][self._rank] / 1000)
+        self.worker_slowness.set(_number(record["slowness"][self._rank]))
 
     def _event(self, record: Mapping[str, Any]) -> None:
         if record["what"] == "resumed":

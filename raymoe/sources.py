@@ -175,8 +175,9 @@ def _jsonl(file: Path, data: DataSection) -> Iterator[tuple[str, dict[str, Any]]
             place = f"{file}:{number}"
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{place} is not JSON ({error.msg}): one object a line is expected") from None
+            except (ValueError, RecursionError) as error:
+                said = error.msg if isinstance(error, json.JSONDecodeError) else error
+                raise ValueError(f"{place} is not JSON ({said}): one object a line is expected") from None
             if not isinstance(row, dict):
                 raise ValueError(f"{place} is not a JSON object: one object a line is expected")
             _columns(row, data, place)

@@ -40,18 +40,25 @@ def load_tokenizer(content: bytes, name: str, vocabulary: int) -> Tokenizer:
     """
     try:
         tokenizer = Tokenizer.from_str(content.decode())
-    except Exception as error:
-        raise ValueError(f"data.tokenizer={name}: not a tokenizer.json ({error})") from None
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    tokenizer.add_special_tokens([END_OF_TEXT])  # keeps its id where there is one
-    tokenizer.encode_special_tokens = True
-    if (size := vocabulary_size(tokenizer)) > vocabulary:
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        tokenizer.add_special_tokens([END_OF_TEXT])  # keeps its id where there is one
+        tokenizer.encode_special_tokens = True
+        size = vocabulary_size(tokenizer)
+    except BaseException as error:
+        raise _refusal(error, f"data.tokenizer={name}: not a tokenizer.json") from None
+    if size > vocabulary:
         raise ValueError(
             f"data.tokenizer={name} has {size} entries and model.vocabulary={vocabulary}: "
             f"set model.vocabulary={size} or more"
         )
     return tokenizer
+
+
+def _refusal(error: BaseException, what: str) -> BaseException:
+    """A ValueError for what the tokenizer raised: what its Rust code panics with is no Exception."""
+    ours = isinstance(error, Exception) or type(error).__name__ == "PanicException"
+    return ValueError(f"{what} ({error})") if ours else error
 
 
 def vocabulary_size(tokenizer: Tokenizer) -> int:
@@ -60,12 +67,18 @@ def vocabulary_size(tokenizer: Tokenizer) -> int:
 
 
 def encode(tokenizer: Tokenizer, texts: Iterable[Document], kind: type = np.uint32, tell: Any = None) -> np.ndarray:
-    """Token ids of documents joined by end-of-text, in parallel over documents. Pieces of one file are not separated."""
+    """Token ids of documents joined by end-of-text, in parallel over documents. Pieces of one file are not separated.
+
+    Raises ValueError where the tokenizer, one that was given, cannot.
+    """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     end = np.array([tokenizer.token_to_id(END_OF_TEXT)], dtype=kind)
     parts: list[np.ndarray] = []
     for batch in _batches(texts):
-        encodings = tokenizer.encode_batch_fast([d.text for d in batch], add_special_tokens=False)
+        try:
+            encodings = tokenizer.encode_batch_fast([d.text for d in batch], add_special_tokens=False)
+        except BaseException as error:
+            raise _refusal(error, "the tokenizer cannot encode this text: give another data.tokenizer") from None
         for document, encoding in zip(batch, encodings, strict=True):
             parts.append(np.array(encoding.ids, dtype=kind))
             if document.last:

@@ -4,51 +4,97 @@ from __future__ import annotations
 
 import multiprocessing
 import pickle
+import time
 import traceback
 from collections.abc import Callable
+from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["raymoe.parallel.gradients"])
 
 
-def _main(function: Callable[..., Any], rank: int, world: int, store: str, args: tuple, pipe: Any) -> None:
+class Outcome(NamedTuple):
+    """Of one rank: it gave a value, or raised and `error` is the traceback, or did neither, and `error` says how it is."""
+
+    value: Any
+    error: str
+    seconds: float
+    """Until it was known, since the first rank's was."""
+
+
+def _main(
+    function: Callable[..., Any], rank: int, world: int, store: str, timeout_s: float, args: tuple, pipe: Any
+) -> None:
     import torch
 
     from raymoe.parallel.local import gloo
 
     torch.set_num_threads(1)
     try:
-        with gloo(rank, world, store, timeout_s=60):
+        with gloo(rank, world, store, timeout_s):
             pipe.send_bytes(pickle.dumps((True, function(rank, world, *args))))
     except BaseException:
         pipe.send_bytes(pickle.dumps((False, traceback.format_exc())))
 
 
-def run(world: int, function: Callable[..., Any], *args: Any, folder: Path) -> list[Any]:
-    """function(rank, world, *args) on `world` processes; the results by rank. `function` must be importable."""
+def outcomes(
+    world: int,
+    function: Callable[..., Any],
+    *args: Any,
+    folder: Path,
+    timeout_s: float = 60,
+    patience_s: float = 120,
+    absent: int | None = None,
+) -> list[Outcome]:
+    """function(rank, world, *args) on `world` processes; what became of each. `function` must be importable.
+
+    timeout_s: of collectives. patience_s: after which a rank that has not ended counts as hung. absent: the rank that
+    nobody waits for. None is left running.
+    """
     store = folder / f"store-{world}-{len(list(folder.iterdir()))}"
     pipes, processes = [], []
     for rank in range(world):
         mine, theirs = _CONTEXT.Pipe(duplex=False)
-        process = _CONTEXT.Process(target=_main, args=(function, rank, world, str(store), args, theirs), daemon=True)
+        arguments = (function, rank, world, str(store), timeout_s, args, theirs)
+        process = _CONTEXT.Process(target=_main, args=arguments, daemon=True)
         process.start()
         theirs.close()
         pipes.append(mine)
         processes.append(process)
+    found: dict[int, Outcome] = {}
+    first = None
+    deadline = time.monotonic() + patience_s
     try:
-        answers = []
-        for rank, pipe in enumerate(pipes):
-            assert pipe.poll(120), f"rank {rank} of {world} did not answer"
-            answers.append(pickle.loads(pipe.recv_bytes()))
-        failures = [f"rank {rank} of {world}:\n{value}" for rank, (good, value) in enumerate(answers) if not good]
-        assert not failures, "\n".join(failures)
-        results = [value for _, value in answers]
-        for process in processes:
-            process.join(30)
-        return results
+        while missing := {pipes[rank]: rank for rank in range(world) if rank not in found and rank != absent}:
+            for pipe in wait(list(missing), max(0.0, deadline - time.monotonic())) or missing:
+                rank = missing[pipe]  # type: ignore[index]
+                if not pipe.poll():  # type: ignore[union-attr]
+                    found[rank] = Outcome(None, f"hung: it did not answer within {patience_s} s", patience_s)
+                    continue
+                first = first or time.monotonic()
+                seconds = time.monotonic() - first
+                try:
+                    good, value = pickle.loads(pipe.recv_bytes())  # type: ignore[union-attr]
+                    found[rank] = Outcome(value, "", seconds) if good else Outcome(None, value, seconds)
+                except EOFError:
+                    processes[rank].join(30)
+                    found[rank] = Outcome(None, f"died: exit code {processes[rank].exitcode}", seconds)
+        for rank, process in enumerate(processes):
+            if rank in found and not found[rank].error.startswith("hung"):
+                process.join(30)
+        return [found.get(rank, Outcome(None, "absent", 0.0)) for rank in range(world)]
     finally:
         for process in processes:
             if process.is_alive():
                 process.kill()
+                process.join(30)
+
+
+def run(world: int, function: Callable[..., Any], *args: Any, folder: Path) -> list[Any]:
+    """function(rank, world, *args) on `world` processes; the results by rank. `function` must be importable."""
+    made = outcomes(world, function, *args, folder=folder)
+    failures = [f"rank {rank} of {world}:\n{outcome.error}" for rank, outcome in enumerate(made) if outcome.error]
+    assert not failures, "\n".join(failures)
+    return [outcome.value for outcome in made]

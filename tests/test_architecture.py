@@ -100,6 +100,17 @@ def misdeeds(tree: ast.AST) -> Iterator[tuple[int, str]]:
             yield node.lineno, f"{name} runs code from data"  # type: ignore[attr-defined]
         elif name in ("torch.load", "torch.save"):
             yield node.lineno, f"{name} is pickle: use safetensors"  # type: ignore[attr-defined]
+        elif name in (
+            "yaml.load",
+            "yaml.load_all",
+            "yaml.unsafe_load",
+            "yaml.full_load",
+            "torch.jit.load",
+            "os.system",
+        ):
+            yield node.lineno, f"{name} runs code from data"  # type: ignore[attr-defined]
+        elif isinstance(node, ast.keyword) and node.arg in ("shell", "trust_remote_code"):
+            yield node.value.lineno, f"{node.arg} runs code from data"
         elif isinstance(node, ast.keyword) and node.arg == "allow_pickle" and ast.unparse(node.value) != "False":
             yield node.value.lineno, "allow_pickle runs code from data"
         elif (
@@ -220,6 +231,11 @@ def test_a_sound_house_passes() -> None:
         ("storage", "import torch\ntorch.load(f)", "raymoe.storage:3: torch.load is pickle"),
         ("storage", "from torch import load", "raymoe.storage:2: storage may not import torch.load"),
         ("data", "np.load(f, allow_pickle=True)", "raymoe.data:2: allow_pickle runs code"),
+        ("data", "yaml.load(text)", "raymoe.data:2: yaml.load runs code"),
+        ("data", "yaml.unsafe_load(text)", "raymoe.data:2: yaml.unsafe_load runs code"),
+        ("sources", "load_dataset(n, trust_remote_code=True)", "raymoe.sources:2: trust_remote_code runs code"),
+        ("jobs__train", "subprocess.run(line, shell=True)", "jobs.train:2: shell runs code"),
+        ("storage", "torch.jit.load(f)", "raymoe.storage:2: torch.jit.load runs code"),
         ("data", "eval(text)", "raymoe.data:2: eval runs code"),
         ("jobs__train", "run = exec", "jobs.train:2: exec runs code"),
         ("training", "from time import sleep\nsleep(1.5)", "raymoe.training:3: sleeps for more than 1 s"),

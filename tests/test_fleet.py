@@ -18,7 +18,18 @@ from waiting import until
 
 from raymoe.serving.cluster import Cluster, LocalClusters
 from raymoe.serving.fleet import Fleet, FleetSettings
-from raymoe.serving.frames import GREETING, MAGIC, REPLY, REQUEST, Address, Connection, Lost, Server, type_name
+from raymoe.serving.frames import (
+    GREETING,
+    MAGIC,
+    NO_SECRET,
+    REPLY,
+    REQUEST,
+    Address,
+    Connection,
+    Lost,
+    Server,
+    type_name,
+)
 from raymoe.storage.export import Artifact
 
 DIGEST = bytes(range(32))
@@ -127,6 +138,19 @@ def test_another_artifact_cluster_or_type_is_refused(
         Connection(("127.0.0.1", server.port), digest, cluster, 8, dtype, 5.0)
 
 
+def test_who_does_not_know_the_secret_is_refused_and_told_nothing() -> None:
+    secret = bytes(range(1, 33))
+    with closing(Server(lambda layer, x: x, DIGEST, 1, 8, torch.float32, LOOPBACK, secret)) as server:
+        address = ("127.0.0.1", server.port)
+        for wrong in (NO_SECRET, secret[::-1]):
+            with pytest.raises(Lost) as caught:
+                Connection(address, bytes(32), 1, 8, torch.float32, 5.0, wrong)
+            assert str(caught.value).endswith("it refused: it is of another application")
+        with closing(Connection(address, DIGEST, 1, 8, torch.float32, 5.0, secret)) as connection:
+            connection.send(0, torch.ones(2, 8))
+            assert torch.equal(connection.receive(), torch.ones(2, 8))
+
+
 def test_what_a_call_raises_is_told_and_the_server_lives() -> None:
     def compute(layer: int, x: Tensor) -> Tensor:
         if layer:
@@ -150,7 +174,7 @@ def test_garbage_ends_its_own_connection_alone(garbage: bytes, greets: bool, lay
     with closing(Server(lambda layer, x: x, DIGEST, 1, 8, torch.float32, LOOPBACK)) as server:
         with socket.create_connection(("127.0.0.1", server.port), 5.0) as hostile:
             if greets:
-                hostile.sendall(GREETING.pack(MAGIC, DIGEST, 1, type_name(torch.float32)))
+                hostile.sendall(GREETING.pack(MAGIC, NO_SECRET, DIGEST, 1, type_name(torch.float32)))
                 assert hostile.recv(REPLY.size)
                 hostile.sendall(REQUEST.pack(layer, n))
             hostile.sendall(garbage)

@@ -28,6 +28,7 @@ def record(step: int, **changes: Any) -> dict[str, Any]:
         "kind": "train", "step": step, "loss": 4.5, "lr": 0.003, "tokens_per_s": 2000.0, "step_ms": 500.0,
         "grad_norm": 0.7, "load_cv": levels, "load_max_vio": {k: 2 * v for k, v in levels.items()},
         "a2a_bytes_per_token": 96.0, "version": 3, "rss_mb": [100.0, 250.5], "skipped_steps": 0,
+        "compute_ms": [100.0, 250.0], "slowness": [0.4, 2.5],
         "load_experts": [], "load_clusters": [[0.75, 0.25], [0.25, 0.75]], **changes,
     }  # fmt: skip
 
@@ -49,7 +50,7 @@ def test_a_train_record_sets_every_training_metric(exported: tuple[TrainingMetri
         "training_step": 10, "training_loss": 4.5, "learning_rate": 0.003, "gradient_norm": 0.7,
         "tokens_total": 10_000, "tokens_per_second": 2000, "step_seconds_count": 1, "step_seconds_sum": 0.5,
         "all_to_all_bytes_total": 960_000, "skipped_steps_total": 0, "assignment_version": 3,
-        "resident_bytes": 250.5 * 2**20,
+        "resident_bytes": 250.5 * 2**20, "worker_compute_seconds": 0.25, "worker_slowness_ratio": 2.5,
     }  # fmt: skip
     assert {name: value(registry, name) for name in expected} == expected
     assert value(registry, "load_cv", level="clusters") == 0.25
@@ -215,7 +216,7 @@ def test_every_metric_follows_the_house_rules(exported: tuple[TrainingMetrics, C
     metrics, registry = exported
     metrics.observe(record(10))
     families = list(registry.collect())
-    assert len(families) == 31
+    assert len(families) == 33
     for family in families:
         assert family.name.startswith("raymoe_") and family.documentation.endswith(".")
         assert not family.name.endswith(("_ms", "_mb", "_mib"))  # base units

@@ -64,6 +64,8 @@ def test_a_command_of_the_readme_is_one_that_works(line: str) -> None:
             rf'"{urlsplit(words[1]).path.removeprefix("/v1")}"', (HOUSE / "raymoe/serving/api.py").read_text()
         )
         assert {"model", "prompt"} <= json.loads(words[words.index("-d") + 1]).keys()
+    elif words[:2] == ["ray", "get-auth-token"]:
+        assert words[2:] == ["--generate"]
     elif words[:2] == ["ray", "job"]:
         assert words[2] in ("stop", "logs", "status")
     else:

@@ -16,7 +16,7 @@ from served import MODEL, artifact, tokenizer
 from raymoe.serving.cluster import LocalClusters
 from raymoe.serving.driver import Driver
 from raymoe.serving.engine import Engine, EngineSettings, QueueFull
-from raymoe.serving.frames import Address, Lost
+from raymoe.serving.frames import NO_SECRET, Address, Lost
 from raymoe.serving.request import Increment, Request
 from raymoe.serving.sampling import Sampling
 from raymoe.serving.sessions import Session, SessionServer, decode_increment, decode_request, encode_increment
@@ -41,11 +41,18 @@ def engine(served: Artifact, settings: EngineSettings = SETTINGS) -> Engine:
 class OneTrunk:
     """An engine behind a port. `after`: dies by itself once it has given so many increments."""
 
-    def __init__(self, served: Artifact, after: int | None = None, settings: EngineSettings = SETTINGS) -> None:
+    def __init__(
+        self,
+        served: Artifact,
+        after: int | None = None,
+        settings: EngineSettings = SETTINGS,
+        secret: bytes = NO_SECRET,
+    ) -> None:
+        self.secret = secret
         self.engine, self.after, self.given = engine(served, settings), after, 0
 
     async def start(self) -> OneTrunk:
-        self.server = SessionServer(DIGEST)
+        self.server = SessionServer(DIGEST, self.secret)
         self.driver = Driver(self.engine, self.deliver)
         await self.server.start(("127.0.0.1", 0), self.driver)
         return self
@@ -339,7 +346,7 @@ def test_an_odd_request_is_refused_and_ends_nothing_else(served: Artifact) -> No
     together(test)
 
 
-@pytest.mark.parametrize("line", [b"[]\n", b"5\n", b'{"raymoe": 2}\n', b"\xff\n", b"[" * 100_000 + b"\n", b""])
+@pytest.mark.parametrize("line", [b"[]\n", b"5\n", b'{"raymoe": 3}\n', b"\xff\n", b"[" * 100_000 + b"\n", b""])
 def test_what_is_no_trunk_is_left(served: Artifact, line: bytes) -> None:
     async def test() -> None:
         left = asyncio.Event()
@@ -363,7 +370,7 @@ def test_a_trunk_that_says_odd_things_is_lost(served: Artifact) -> None:
     async def test() -> None:
         async def odd(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             await reader.readline()
-            writer.write(b'{"raymoe": 1}\n')
+            writer.write(b'{"raymoe": 2}\n')
             await reader.readline()
             writer.write(b'{"given": [[]]}\n')
 
@@ -429,7 +436,7 @@ def test_a_dead_api_frees_the_engine(served: Artifact) -> None:
 def test_a_silent_trunk_counts_as_dead(served: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
     async def test() -> None:
         monkeypatch.setattr("raymoe.serving.sessions.SILENCE", 0.2)
-        silent = await asyncio.start_server(lambda reader, writer: writer.write(b'{"raymoe": 1}\n'), "127.0.0.1", 0)
+        silent = await asyncio.start_server(lambda reader, writer: writer.write(b'{"raymoe": 2}\n'), "127.0.0.1", 0)
         living = await OneTrunk(served).start()
         monkeypatch.setattr("raymoe.serving.sessions.BEAT", 0.05)
         trunks = Trunks(DIGEST)
@@ -445,17 +452,51 @@ def test_a_silent_trunk_counts_as_dead(served: Artifact, monkeypatch: pytest.Mon
     together(test)
 
 
-@pytest.mark.parametrize("line", [b"", b"\xff\n", b"[]\n", b'{"raymoe": 2}\n', b'{"raymoe": 1, "digest": "x"}\n'])
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"",
+        b"\xff\n",
+        b"[]\n",
+        b'{"raymoe": 3}\n',
+        b'{"raymoe": 2, "digest": "x"}\n',
+        b'{"raymoe": 2, "secret": 1}\n',
+        b"x" * 9999,
+    ],
+)
 def test_strangers_are_refused(served: Artifact, line: bytes) -> None:
     async def test() -> None:
         trunk = await OneTrunk(served).start()
         reader, writer = await asyncio.open_connection(*trunk.address)
         writer.write(line)
         writer.write_eof()
-        assert b'"raymoe":1' not in await reader.read()
+        assert b'"raymoe":2' not in await reader.read()
         with pytest.raises(Lost, match="this trunk serves artifact"):
             await Session.connect(trunk.address, "e" * 64, 5)
         trunks = Trunks(DIGEST)
+        await trunks.update([trunk.address])
+        same(await collect(trunks, request(0)), alone(served, request(0)))
+        trunks.close()
+        await trunk.close()
+
+    together(test)
+
+
+def test_who_does_not_know_the_secret_is_refused_and_told_nothing(served: Artifact) -> None:
+    """Whoever reaches the port and knows the artifact's digest is no api all the same."""
+
+    async def test() -> None:
+        secret = bytes(range(32))
+        trunk = await OneTrunk(served, secret=secret).start()
+        for wrong in (NO_SECRET, secret[::-1]):
+            with pytest.raises(Lost) as caught:
+                await Session.connect(trunk.address, DIGEST, 5, wrong)
+            assert str(caught.value).endswith("refused: this trunk is of another application")
+        reader, writer = await asyncio.open_connection(*trunk.address)
+        writer.write(b'{"raymoe": 2, "digest": "%b"}\n{"submit": 1, "request": {}}\n' % DIGEST.encode())
+        assert await reader.read() == b"" and not trunk.driver._numbers
+        writer.close()
+        trunks = Trunks(DIGEST, secret=secret)
         await trunks.update([trunk.address])
         same(await collect(trunks, request(0)), alone(served, request(0)))
         trunks.close()

@@ -6,6 +6,7 @@ every exchange, with zero rows if it has none.
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,16 +23,21 @@ class Meter:
     """Bytes that left this process in all-to-alls, forward and backward, row counts included."""
 
     sent_bytes: int = 0
+    waited_s: float = 0.0
+    """Time in all-to-alls, most of which is waiting for others. On a GPU they are only begun in it."""
 
     def take(self) -> int:
-        sent, self.sent_bytes = self.sent_bytes, 0
+        """Bytes since the last call; the time begins anew, too."""
+        sent, self.sent_bytes, self.waited_s = self.sent_bytes, 0, 0.0
         return sent
 
 
 def _exchange(rows: Tensor, send: list[int], receive: list[int], meter: Meter) -> Tensor:
     """rows [Σ send, …] in order of destination -> [Σ receive, …] in order of source."""
     out = rows.new_empty(sum(receive), *rows.shape[1:])
+    started = time.perf_counter()
     dist.all_to_all_single(out, rows.contiguous(), receive, send)
+    meter.waited_s += time.perf_counter() - started
     stays = send[dist.get_rank()]
     meter.sent_bytes += (rows.shape[0] - stays) * rows[:1].numel() * rows.element_size() if rows.shape[0] else 0
     return out

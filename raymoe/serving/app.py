@@ -7,6 +7,7 @@ Its `args` are the fields of `ServeSettings`.
 
 from __future__ import annotations
 
+import secrets
 import warnings
 from typing import Any
 
@@ -43,13 +44,14 @@ def build(args: dict[str, Any]) -> Application:
     if model.experts != "clustered":
         raise ValueError(f"{folder} has experts={model.experts!r}: only clustered experts can be served")
     cpus: dict[str, Any] = {"num_cpus": settings.cpus}
+    secret = secrets.token_bytes(32)  # by which the processes of this application know each other
     clusters = [
         serve.deployment(ClusterReplica)
         .options(
             name=f"{PREFIX}{c}", ray_actor_options=cpus, graceful_shutdown_timeout_s=5,
             autoscaling_config=_scaled(settings.min_replicas, settings.max_replicas), **HEALTH,
         )
-        .bind(settings, str(folder), c)
+        .bind(settings, str(folder), secret, c)
         for c in range(model.n_clusters)
     ]  # fmt: skip
     trunk = (
@@ -59,11 +61,11 @@ def build(args: dict[str, Any]) -> Application:
             graceful_shutdown_timeout_s=settings.drain_s + 5,
             autoscaling_config=_scaled(settings.trunks, settings.trunks), **HEALTH,
         )
-        .bind(settings, str(folder), clusters)
+        .bind(settings, str(folder), secret, clusters)
     )  # fmt: skip
     api = serve.deployment(serve.ingress()(Api)).options(
         name="api", ray_actor_options={"num_cpus": 0}, num_replicas=settings.apis, max_ongoing_requests=1000,
         max_surge_percent=100,
         graceful_shutdown_timeout_s=settings.drain_s, **HEALTH,
     )  # fmt: skip
-    return api.bind(settings, str(folder), trunk, clusters)
+    return api.bind(settings, str(folder), secret, trunk, clusters)

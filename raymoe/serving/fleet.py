@@ -21,7 +21,7 @@ from torch import Tensor
 
 from raymoe.config import check_field
 from raymoe.serving.cluster import Cluster, answer, cluster_sizes
-from raymoe.serving.frames import Address, Connection, Lost
+from raymoe.serving.frames import NO_SECRET, Address, Connection, Lost
 from raymoe.storage.export import Artifact
 from raymoe.storage.offload import Residency
 
@@ -54,12 +54,17 @@ class Fleet:
     """
 
     def __init__(
-        self, artifact: Artifact, dtype: torch.dtype, settings: FleetSettings, observe: Observe = lambda *_: None
+        self,
+        artifact: Artifact,
+        dtype: torch.dtype,
+        settings: FleetSettings,
+        observe: Observe = lambda *_: None,
+        secret: bytes = NO_SECRET,
     ) -> None:
         self.artifact, self.dtype, self.settings, self.observe = artifact, dtype, settings, observe
         self.sizes = cluster_sizes(artifact, dtype)
         self.residency = Residency(self.sizes, self._load, settings.resident_bytes)
-        self.replicas = Replicas(artifact.digest, artifact.model.d_model, dtype, settings.call_timeout_s)
+        self.replicas = Replicas(artifact.digest, artifact.model.d_model, dtype, settings.call_timeout_s, secret)
         self.rows: Counter[int] = Counter(dict.fromkeys(self.sizes, 0))
         """Rows of each cluster so far."""
         self.away: Counter[int] = Counter(dict.fromkeys(self.sizes, 0))
@@ -178,8 +183,8 @@ class Replicas:
 
     PAUSE, LONGEST_PAUSE = 1.0, 60.0
 
-    def __init__(self, digest: bytes, width: int, dtype: torch.dtype, timeout: float) -> None:
-        self._greeting = digest, width, dtype, timeout
+    def __init__(self, digest: bytes, width: int, dtype: torch.dtype, timeout: float, secret: bytes) -> None:
+        self._greeting = digest, width, dtype, timeout, secret
         self._changed = threading.Condition()
         self._wanted: dict[Address, int] = {}
         self._ready: dict[int, list[Connection]] = {}
@@ -260,9 +265,9 @@ class Replicas:
                 address = min(due, key=lambda a: self._not_before.get(a, 0.0))  # new ones first: others may be dead
                 c = self._wanted[address]
                 self._known.add(address)
-            digest, width, dtype, timeout = self._greeting
+            digest, width, dtype, timeout, secret = self._greeting
             try:
-                connection = Connection(address, digest, c, width, dtype, timeout)
+                connection = Connection(address, digest, c, width, dtype, timeout, secret)
             except Lost as error:
                 log.warning("cluster %d: %s", c, error)
                 with self._changed:

@@ -1,12 +1,14 @@
 """Rows over the wire: raw tensors on persistent TCP connections, the way from a trunk to the clusters' replicas.
 
-A connection opens with a greeting (magic, digest of the artifact, cluster, compute type), which the server accepts
-or refuses with a reason: an address may have become another's. Then the client sends (layer, rows) and gets as many
+A connection opens with a greeting (magic, the application's secret, digest of the artifact, cluster, compute type),
+which the server accepts or refuses with a reason: an address may have become another's. Without the secret it says
+nothing of what it computes. Then the client sends (layer, rows) and gets as many
 rows back, in order. Nothing that arrives is ever run or unpickled, and no frame is larger than the limit.
 """
 
 from __future__ import annotations
 
+import hmac
 import socket
 import struct
 import threading
@@ -17,9 +19,11 @@ from contextlib import suppress
 import torch
 from torch import Tensor
 
-MAGIC = b"raymoe 1"
-GREETING = struct.Struct("<8s32sI8s")
-"""Magic, digest, cluster, compute type."""
+MAGIC = b"raymoe 2"
+GREETING = struct.Struct("<8s32s32sI8s")
+"""Magic, secret, digest, cluster, compute type."""
+NO_SECRET = bytes(32)
+"""Of processes that are not an application's."""
 REQUEST = struct.Struct("<HI")
 """Layer, number of rows."""
 REPLY = struct.Struct("<BI")
@@ -51,7 +55,14 @@ class Connection:
     """
 
     def __init__(
-        self, address: Address, digest: bytes, cluster: int, width: int, dtype: torch.dtype, timeout: float
+        self,
+        address: Address,
+        digest: bytes,
+        cluster: int,
+        width: int,
+        dtype: torch.dtype,
+        timeout: float,
+        secret: bytes = NO_SECRET,
     ) -> None:
         self.address, self.width, self.dtype, self._timeout = address, width, dtype, timeout
         try:
@@ -61,7 +72,7 @@ class Connection:
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._header = bytearray(REPLY.size)
         self._sent = 0
-        self._do(self._socket.sendall, GREETING.pack(MAGIC, digest, cluster, type_name(dtype)))
+        self._do(self._socket.sendall, GREETING.pack(MAGIC, secret, digest, cluster, type_name(dtype)))
         self._reply()
 
     def close(self) -> None:
@@ -116,11 +127,20 @@ class Server:
     """The clusters' end: answers every connection from a thread of its own, `compute` one call at a time.
 
     `address`: the host to bind and a port, 0 for a free one. `digest`: of the artifact whose cluster it computes.
+    `secret`: 32 bytes that every greeting must hold.
     """
 
     def __init__(
-        self, compute: Compute, digest: bytes, cluster: int, width: int, dtype: torch.dtype, address: Address
+        self,
+        compute: Compute,
+        digest: bytes,
+        cluster: int,
+        width: int,
+        dtype: torch.dtype,
+        address: Address,
+        secret: bytes = NO_SECRET,
     ) -> None:
+        self._secret = secret
         self.compute, self.digest, self.cluster, self.width, self.dtype = compute, digest, cluster, width, dtype
         self._listener = socket.create_server(address, backlog=128)
         self.port: int = self._listener.getsockname()[1]
@@ -169,9 +189,11 @@ class Server:
 
     def _greet(self, connection: socket.socket) -> str:
         """What is wrong with the greeting."""
-        magic, digest, cluster, dtype = GREETING.unpack(_read(connection, GREETING.size))
+        magic, secret, digest, cluster, dtype = GREETING.unpack(_read(connection, GREETING.size))
         if magic != MAGIC:
             return "this is not how raymoe greets"
+        if not hmac.compare_digest(secret, self._secret):
+            return "it is of another application"
         if digest != self.digest:
             return f"it computes artifact {self.digest.hex()[:12]}, not {digest.hex()[:12]}"
         if cluster != self.cluster:

@@ -1,7 +1,8 @@
 """The processes of an application: the api, the trunks and the replicas of each cluster.
 
 Plain classes; `app.py` makes them Serve's deployments. Serve starts, checks, scales and ends them, and tells who is
-there; what they say to each other goes over connections of their own (`sessions`, `frames`).
+there; what they say to each other goes over connections of their own (`sessions`, `frames`), which begin with the
+`secret` of the application.
 """
 
 from __future__ import annotations
@@ -101,7 +102,7 @@ class _Rate:
 class ClusterReplica:
     """One cluster of every layer: rows in, rows out."""
 
-    def __init__(self, settings: ServeSettings, folder: str, c: int) -> None:
+    def __init__(self, settings: ServeSettings, folder: str, secret: bytes, c: int) -> None:
         torch.set_num_threads(settings.threads)
         artifact = Artifact.open(Path(folder), verify=False)
         model, tensors = artifact.model, artifact.cluster(c)
@@ -113,7 +114,7 @@ class ClusterReplica:
         self._lock = threading.Lock()
         self._busy_s, self._calls = 0.0, 0
         self._busy, self._per_s = _Rate(), _Rate()
-        server = Server(self._compute, artifact.digest, c, model.d_model, settings.dtype, (host, 0))
+        server = Server(self._compute, artifact.digest, c, model.d_model, settings.dtype, (host, 0), secret)
         self._server = server
         self._endpoint = {
             "address": (host, server.port), "digest": artifact.digest.hex(), "target": _target(host, registry),
@@ -151,7 +152,9 @@ class ClusterReplica:
 class TrunkReplica:
     """An engine over the clusters that are resident, or at replicas."""
 
-    async def __init__(self, settings: ServeSettings, folder: str, clusters: Sequence[DeploymentHandle]) -> None:
+    async def __init__(
+        self, settings: ServeSettings, folder: str, secret: bytes, clusters: Sequence[DeploymentHandle]
+    ) -> None:
         torch.set_num_threads(settings.threads)
         self.settings, self.clusters = settings, clusters
         artifact = Artifact.open(Path(folder))
@@ -159,10 +162,10 @@ class TrunkReplica:
         registry = CollectorRegistry()
         self.metrics = TrunkMetrics(registry, clusters=model.n_clusters)
         self.digest = artifact.digest.hex()
-        self.fleet = Fleet(artifact, settings.dtype, settings.fleet(), self.metrics.observe_call)
+        self.fleet = Fleet(artifact, settings.dtype, settings.fleet(), self.metrics.observe_call, secret)
         trunk = Trunk(artifact, self.fleet, settings.dtype, settings.length or model.context)
         self.engine = Engine(trunk, tokenizer, settings.engine())
-        self.server = SessionServer(self.digest)
+        self.server = SessionServer(self.digest, secret)
         self.driver = Driver(self.engine, self.server.deliver)
         host = _host(settings)
         await self.server.start((host, 0), self.driver)
@@ -222,7 +225,12 @@ class Api:
     """The HTTP server: owns requests, asks the trunks, and keeps Prometheus's list of what to scrape."""
 
     async def __init__(
-        self, settings: ServeSettings, folder: str, trunk: DeploymentHandle, clusters: Sequence[DeploymentHandle]
+        self,
+        settings: ServeSettings,
+        folder: str,
+        secret: bytes,
+        trunk: DeploymentHandle,
+        clusters: Sequence[DeploymentHandle],
     ) -> None:
         artifact = Artifact.open(Path(folder), verify=False)
         self.digest = artifact.digest.hex()
@@ -234,7 +242,9 @@ class Api:
         self.chat_template = template.read_text() if template.is_file() else None
         registry = CollectorRegistry()
         self.metrics = ApiMetrics(registry, model=self.name)
-        self.trunks = Trunks(self.digest, patience_s=settings.patience_s, resumed=self.metrics.resumes.inc)
+        self.trunks = Trunks(
+            self.digest, patience_s=settings.patience_s, resumed=self.metrics.resumes.inc, secret=secret
+        )
         self._endpoint = {"target": _target(_host(settings), registry)}
         context = serve.get_replica_context()
         self._apis = serve.get_deployment_handle(context.deployment, context.app_name)

@@ -1,17 +1,19 @@
 """Requests over the wire: lines of JSON on one persistent connection between an api and a trunk.
 
-    api -> trunk   {"raymoe": 1, "digest": "…"}                      the greeting
+    api -> trunk   {"raymoe": 2, "secret": "…", "digest": "…"}       the greeting
                    {"submit": 7, "request": {…}}    {"cancel": 7}
-    trunk -> api   {"raymoe": 1}                                     or {"error": "…"}, and the end
+    trunk -> api   {"raymoe": 2}                                     or {"error": "…"}, and the end
                    {"given": [[7, token, text, …], …]}               what one step added to all answers of this api
                    {"refused": 7, "full": true, "reason": "…"}       {"beat": 1} when there is nothing else to say
 
-A connection that ends takes its requests with it. A trunk that is silent for `SILENCE` seconds counts as dead.
+The secret is the application's own: a trunk answers its apis alone, which ask clients for their key. A connection that
+ends takes its requests with it. A trunk that is silent for `SILENCE` seconds counts as dead.
 """
 
 from __future__ import annotations
 
 import asyncio
+import hmac
 import json
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import suppress
@@ -20,11 +22,14 @@ from typing import Any
 
 from raymoe.serving.driver import Driver, Given, Refused
 from raymoe.serving.engine import QueueFull
-from raymoe.serving.frames import Address, Lost
+from raymoe.serving.frames import NO_SECRET, Address, Lost
 from raymoe.serving.request import Echo, Increment, Request, Usage
 from raymoe.serving.sampling import LogProb, Sampling
 
 LINE_LIMIT = 64 << 20
+GREETING_LIMIT = 4096
+"""Bytes of a greeting: whoever has not shown the secret is not read further."""
+VERSION = 2
 BEAT = 1.0
 """Seconds between signs of life."""
 SILENCE = 10.0
@@ -70,14 +75,26 @@ def decode_increment(value: list[Any]) -> Increment:
     return Increment(key, token, text, Usage(prompt, completion), _logprob(logprob), echoed, finish)
 
 
+async def _greeting(reader: asyncio.StreamReader) -> bytes:
+    """The first line, which must be short. Raises ValueError for one that is not."""
+    line = b""
+    while not line.endswith(b"\n"):
+        if len(line) > GREETING_LIMIT:
+            raise ValueError("this is no greeting")
+        if not (byte := await reader.read(1)):
+            break
+        line += byte
+    return line
+
+
 # The trunk's end
 
 
 class SessionServer:
     """Takes requests for a driver from any number of apis. All methods belong to one event loop."""
 
-    def __init__(self, digest: str) -> None:
-        self.digest = digest
+    def __init__(self, digest: str, secret: bytes = NO_SECRET) -> None:
+        self.digest, self._secret = digest, secret
         self.port = 0
         self.driver: Driver | None = None
         self._loop = asyncio.get_running_loop()
@@ -128,14 +145,18 @@ class SessionServer:
         session = self._number
         beat = None
         try:
-            greeting = json.loads(await asyncio.wait_for(reader.readline(), SILENCE))
+            greeting = json.loads(await asyncio.wait_for(_greeting(reader), SILENCE))
+            secret = bytes.fromhex(greeting["secret"])
+            if greeting["raymoe"] != VERSION or not hmac.compare_digest(secret, self._secret):
+                writer.write(_line({"error": "this trunk is of another application"}))
+                return
             if self.driver.failed is not None:
                 writer.write(_line({"error": "this trunk's engine has ended"}))
                 return
-            if greeting.get("raymoe") != 1 or greeting.get("digest") != self.digest:
+            if greeting["digest"] != self.digest:
                 writer.write(_line({"error": f"this trunk serves artifact {self.digest[:12]}"}))
                 return
-            writer.write(_line({"raymoe": 1}))
+            writer.write(_line({"raymoe": VERSION}))
             self._writers[session], self._keys[session] = writer, set()
             beat = asyncio.create_task(self._beat(session))
             while line := await reader.readline():
@@ -182,15 +203,15 @@ class Session:
         self._task = asyncio.create_task(self._listen())
 
     @classmethod
-    async def connect(cls, address: Address, digest: str, timeout: float) -> Session:
+    async def connect(cls, address: Address, digest: str, timeout: float, secret: bytes = NO_SECRET) -> Session:
         """Raises Lost."""
         writer = None
         try:
             async with asyncio.timeout(timeout):
                 reader, writer = await asyncio.open_connection(*address, limit=LINE_LIMIT)
-                writer.write(_line({"raymoe": 1, "digest": digest}))
+                writer.write(_line({"raymoe": VERSION, "secret": secret.hex(), "digest": digest}))
                 answer = json.loads(await reader.readline() or b"{}")
-            if answer.get("raymoe") == 1:
+            if answer.get("raymoe") == VERSION:
                 return cls(address, reader, writer)
             reason = f"refused: {answer.get('error', 'no answer')}"
         except (OSError, ValueError, AttributeError, TimeoutError, RecursionError) as error:

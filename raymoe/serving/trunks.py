@@ -13,7 +13,7 @@ from contextlib import aclosing
 from dataclasses import replace
 
 from raymoe.serving.engine import QueueFull
-from raymoe.serving.frames import Address, Lost
+from raymoe.serving.frames import NO_SECRET, Address, Lost
 from raymoe.serving.request import Increment, Request
 from raymoe.serving.sessions import Session
 
@@ -39,7 +39,9 @@ class Trunks:
         patience_s: float = 60.0,
         max_waiting: int = 256,
         resumed: Callable[[], None] = lambda: None,
+        secret: bytes = NO_SECRET,
     ) -> None:
+        self._secret = secret
         self.digest, self.patience_s, self.max_waiting, self.resumed = digest, patience_s, max_waiting, resumed
         self._sessions: dict[Address, Session] = {}
         self._named: set[Address] = set()
@@ -68,7 +70,7 @@ class Trunks:
     async def _connect(self, address: Address) -> None:
         self._connecting.add(address)
         try:
-            session = await Session.connect(address, self.digest, timeout=5.0)
+            session = await Session.connect(address, self.digest, timeout=5.0, secret=self._secret)
         except Lost as error:
             log.info("%s", error)
             return

@@ -144,7 +144,7 @@ def write_artifact(
     not fit its encoding, OSError when the disk is too small.
     """
     model = from_dict(config).model
-    _check_assignment(model, assignment)
+    check_assignment(model, assignment)
     places = layout(model, assignment)
     _check_tensors(places, tensors)
     if relabel is not None:
@@ -219,7 +219,7 @@ def _int4_entries(places: list[Place]) -> dict[str, Any]:
     }
 
 
-def _check_assignment(model: ModelSection, assignment: Any) -> None:
+def check_assignment(model: ModelSection, assignment: Any) -> None:
     """Raises ValueError unless it is [layers][E] cluster ids."""
     whole = isinstance(assignment, Sequence) and len(assignment) == model.layers
     if not whole or not all(
@@ -289,7 +289,9 @@ class Artifact:
         config, assignment = manifest.get("config", dict), manifest.get("assignment", list)
         try:
             model = from_dict(config).model
-            _check_assignment(model, assignment)
+            check_assignment(model, assignment)
+            if model.layers > len(manifest.tensors):  # what it costs to look at is bounded by what is there
+                raise ValueError(f"{model.layers} layers and {len(manifest.tensors)} tensors")
             places = layout(model, assignment)
         except (ValueError, TypeError, RuntimeError, OverflowError) as cause:
             raise CorruptArtifact(folder / MANIFEST, f"describes no model: {cause}") from cause

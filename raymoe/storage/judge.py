@@ -46,7 +46,8 @@ def judge(
     progress: Callable[[int], Any] | None = None,
 ) -> Judgement:
     """Predict every token of each domain's text once. Raises ValueError for an empty text or a bad stride."""
-    n_layers, n_clusters = model.model.layers, model.model.n_clusters
+    n_layers = model.model.layers
+    n_clusters = model.model.n_clusters if model.model.experts == "clustered" else 0
     coactivation = np.zeros((n_layers - 1, n_clusters, n_clusters), dtype=np.int64)
 
     def logits(tokens_BS: Tensor) -> Tensor:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from raymoe.config import Config, from_dict
 from raymoe.data import Corpus, Text, prepare, read_text
 from raymoe.model.transformer import Transformer
 from raymoe.storage.checkpoint import Checkpoint, CorruptCheckpoint, newest, step_folder
-from raymoe.storage.export import Artifact
-from raymoe.storage.manifest import MANIFEST
+from raymoe.storage.export import Artifact, check_assignment
+from raymoe.storage.manifest import MANIFEST, read_json
 from raymoe.tokens import END_OF_TEXT, load_tokenizer
 
 
@@ -91,13 +90,14 @@ class Stored:
 def open_run(root: str, name: str, step: int | None = None) -> tuple[Stored, list[str]]:
     """The newest valid checkpoint of a run (or that of `step`), and what was passed over.
 
-    Raises FileNotFoundError where there is no such run or no checkpoint, CorruptCheckpoint for a bad `step`.
+    Raises FileNotFoundError where there is no such run or no checkpoint, CorruptCheckpoint for a bad `step`, Corrupt
+    for a config.json that is none.
     """
     folder = run_folder(root, name)
     config_file = folder / "config.json"
     if not config_file.is_file():
         raise FileNotFoundError(f"there is no run {name!r}: {config_file} does not exist (run.root={root})")
-    about: dict[str, Any] = json.loads(config_file.read_text())
+    about = read_json(config_file)
     if step is None:
         checkpoint, skipped = newest(folder / "checkpoints")
     else:
@@ -109,9 +109,10 @@ def open_run(root: str, name: str, step: int | None = None) -> tuple[Stored, lis
     try:
         config, assignment = from_dict(checkpoint.meta["config"]), tuple(map(tuple, checkpoint.meta["assignment"]))
         version = int(checkpoint.meta["version"])
-    except (KeyError, TypeError, ValueError) as error:
+        check_assignment(config.model, assignment)
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise CorruptCheckpoint(checkpoint.folder / MANIFEST, f"does not describe a run: {error}") from None
-    corpus = Path(str(about.get("corpus")))
+    corpus = Path(str(about.get("corpus")).replace("\0", ""))
     if not (corpus / "tokenizer.json").is_file():  # the cache was cleared: the same text makes the same corpus
         corpus = prepare(config)
     tokenizer = corpus / "tokenizer.json"

@@ -13,7 +13,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,30 @@ ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
 }
 """What a head for raymoe sets. Values that the caller has set win."""
+
+
+def wants_token(environment: Mapping[str, str]) -> bool:
+    """Whether the Ray of this environment asks for a token."""
+    return environment.get("RAY_AUTH_MODE", "").lower() == "token"
+
+
+def authorisation(environment: Mapping[str, str]) -> dict[str, str]:
+    """The header that Ray's dashboard asks for in this environment, from where Ray itself takes the token.
+
+    Raises RuntimeError when there is none.
+    """
+    if not wants_token(environment):
+        return {}
+    token = environment.get("RAY_AUTH_TOKEN", "")
+    file = Path(environment.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    try:
+        token = token.strip() or file.read_text().strip()
+    except OSError as error:
+        raise RuntimeError(
+            f"RAY_AUTH_MODE=token and {file} cannot be read ({error.strerror}): make one with `ray get-auth-token "
+            "--generate`, or set RAY_AUTH_TOKEN_PATH or RAY_AUTH_TOKEN"
+        ) from None
+    return {"Authorization": f"Bearer {token}"}
 
 
 def free_ports(count: int) -> list[int]:
@@ -81,6 +105,7 @@ def head(cpus: int, environment: dict[str, str] | None = None) -> Iterator[Head]
     variables = ENVIRONMENT | {"AUTOSCALER_METRIC_PORT": str(scaler), "DASHBOARD_METRIC_PORT": str(board)}
     variables = variables | {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | (environment or {})
     variables["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), variables.get("PATH", "")])
+    headers = authorisation(variables)
     log = folder / "head.log"
     command = [
         str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--node-ip-address=127.0.0.1",
@@ -96,7 +121,7 @@ def head(cpus: int, environment: dict[str, str] | None = None) -> Iterator[Head]
     address = f"http://127.0.0.1:{dashboard}"
     try:
         deadline = time.monotonic() + 120
-        while not ("Ray runtime started" in log.read_text() and answers(f"{address}/api/jobs/")):
+        while not ("Ray runtime started" in log.read_text() and answers(f"{address}/api/jobs/", headers)):
             if process.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError(f"the Ray head did not start:\n{log.read_text()[-2000:]}")
             time.sleep(0.2)
@@ -113,10 +138,10 @@ def head(cpus: int, environment: dict[str, str] | None = None) -> Iterator[Head]
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def answers(url: str) -> bool:
+def answers(url: str, headers: Mapping[str, str]) -> bool:
     """Whether a GET is answered with 200."""
     try:
-        with urllib.request.urlopen(url, timeout=2) as answer:
+        with urllib.request.urlopen(urllib.request.Request(url, headers=dict(headers)), timeout=2) as answer:
             return answer.status == 200
     except (urllib.error.URLError, OSError):
         return False

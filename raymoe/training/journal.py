@@ -61,12 +61,12 @@ class Journal:
         self.redone = 0
         """Steps on record after `step`, in this restart and those that it cuts away."""
         if path.exists():
-            for line in path.read_text().splitlines():
+            for line in path.read_text(errors="replace").split("\n"):
                 try:
                     record = json.loads(line)
-                except json.JSONDecodeError:
-                    break  # the line that a killed worker left behind
-                at = record.get("step", 0)
+                    at = record.get("step", 0)
+                except (ValueError, AttributeError, RecursionError):
+                    continue  # what a killed worker left behind, or a bad disk
                 if not isinstance(at, int) or at > step or (at == step and record.get("ahead")):
                     self._cut(record, step)
                     continue
@@ -83,8 +83,14 @@ class Journal:
         """Append one record. On a full disk it is kept and written with a later one; training goes on."""
         self._backlog += json.dumps(finite(record)) + "\n"
         try:
-            with self._path.open("a") as file:
-                file.write(self._backlog)
+            with self._path.open("ab", buffering=0) as file:
+                end, rest = file.tell(), self._backlog.encode()
+                try:
+                    while rest:
+                        rest = rest[file.write(rest) :]
+                except OSError:
+                    file.truncate(end)  # half a line would spoil the next one
+                    raise
         except OSError as error:
             print(f"{self._path}: cannot write ({error.strerror}); keeping records in memory", file=sys.stderr)
             return

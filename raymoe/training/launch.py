@@ -29,6 +29,7 @@ from raymoe.config import Config, ModelSection, from_dict, override
 from raymoe.data import Corpus, prepare
 from raymoe.metrics import TrainingMetrics, serve, write_targets
 from raymoe.model.transformer import Transformer
+from raymoe.storage.manifest import read_json
 from raymoe.storage.mirror import Mirror
 from raymoe.storage.runs import run_folder
 from raymoe.training.elastic import ELASTIC_KNOBS, KNOBS, Elastic, dead_end, failures_file
@@ -96,7 +97,7 @@ def resolve(config: Config, assignments: list[str]) -> Config:
             print(f"passed over: {reason}", file=sys.stderr)
     if not saved.is_file():
         raise FileNotFoundError(f"there is no run to resume at {folder}: it has no config.json")
-    base = from_dict(json.loads(saved.read_text())["config"])
+    base = from_dict(read_json(saved).get("config"))
     resumed = override(base, [*assignments, f"run.name={name}"])
     for section in ("model", "data"):
         if getattr(resumed, section) != getattr(base, section):

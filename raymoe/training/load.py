@@ -50,6 +50,10 @@ class Window:
         self.losses: list[float] = []
         self.norm = 0.0
         self.sent_bytes = 0.0
+        self.compute_s = 0.0
+        """Of this rank's own, between collectives."""
+        self.grains = 0
+        """That this rank had."""
         self.tokens_hash = 0
         self.load = Load(torch.zeros(0), torch.zeros(0), torch.zeros(0), 1)
 

@@ -35,6 +35,7 @@ from raymoe.training.mailbox import Mailbox
 from raymoe.training.optimizer import Optimizer, bias_rate, learning_rate
 from raymoe.training.recorder import sample_inputs
 from raymoe.training.regroup import Regrouping
+from raymoe.training.slow import Slow, ratios
 from raymoe.training.state import Checkpointer, Position, find, restore
 from raymoe.training.validation import probe, validate
 
@@ -74,7 +75,7 @@ class Trainer:
         self.mailbox, self.attempt = mailbox, next_attempt(run)
         checkpoint, passed_over = find(run / "checkpoints")
         self.position = Position.of(checkpoint) if checkpoint else Position.start(config)
-        self.window = Window()
+        self.window, self.slow = Window(), Slow()
         self.skipped_in_a_row = 0
         self.mirror: BackgroundMirror | None = None
         self.answering = False
@@ -205,9 +206,11 @@ class Trainer:
         tokens = train.global_batch * self.config.model.context
         self.gradients.zero()
         loss = torch.zeros((), device=self.device)
-        checksum = 0
+        checksum, started = 0, time.perf_counter()
+        self.sharded.meter.take()
         for rows, batch in self.grains.training(step):
             checksum += checksum_of(rows, batch)
+            self.window.grains += bool(len(rows))
             if self.regrouping:
                 self.regrouping.recorder.aim(rows)
             inputs, targets = self.grains.tensors(batch)
@@ -224,8 +227,10 @@ class Trainer:
         due = self.rank == 0 and (self.checkpoints.due or self.asked())
         pending, failed = self.checkpoints.pending, bool(self.checkpoints.failure)
         plan = self.regrouping.say() if self.regrouping else []
+        total = loss.item()
+        self.window.compute_s += time.perf_counter() - started - self.sharded.meter.waited_s
         sent = self.sharded.meter.take()
-        load, said = self.agree(Said(loss.item(), stop, sent, pending, failed, due, checksum, plan))
+        load, said = self.agree(Said(total, stop, sent, pending, failed, due, checksum, plan))
         self.gradients.reduce()
         norm = self.gradients.clip(train.clip)
         return said.loss, norm, load, said
@@ -256,11 +261,14 @@ class Trainer:
     def report(self, window: Window) -> None:
         """One train record: the means since the last one, and the loads."""
         load = window.load
-        rss = torch.zeros(self.world, dtype=torch.float64)
-        rss[self.rank] = psutil.Process().memory_info().rss
+        workers = torch.zeros(3, self.world, dtype=torch.float64)
+        own = (psutil.Process().memory_info().rss, window.compute_s, window.grains)
+        workers[:, self.rank] = torch.tensor(own, dtype=torch.float64)
         if self.world > 1:
-            rss = rss.to(self.device)
-            dist.all_reduce(rss)
+            workers = workers.to(self.device)
+            dist.all_reduce(workers)
+        rss, compute, grains = workers.tolist()
+        slowness = ratios(compute, grains)
         record = dict(
             loss=window.mean_loss,
             lr=learning_rate(self.config.train, self.position.step - 1),
@@ -273,12 +281,16 @@ class Trainer:
             a2a_bytes_per_token=window.sent_bytes / window.tokens,
             tokens_hash=window.tokens_hash,
             version=self.position.version,
-            rss_mb=[round(b / 2**20, 1) for b in rss.tolist()],
+            rss_mb=[round(b / 2**20, 1) for b in rss],
+            compute_ms=[round(1000 * s / window.steps, 3) for s in compute],
+            slowness=slowness,
             skipped_steps=self.position.skipped,
             load_experts=Load.shares(load.experts),
             load_clusters=Load.shares(load.clusters),
         )
         self.log("train", **record)
+        for worker in self.slow.named(slowness):
+            self.log("event", what="slow worker", worker=worker, factor=slowness[worker])
 
     def validate(self, *, whole: bool) -> None:
         """One validation record: loss over held-out windows, per domain, and which cluster serves which domain."""

@@ -70,12 +70,12 @@ class Replay:
         self.lost, self._plans = 0, []
         if not plans.is_file():
             raise FileNotFoundError(f"regroup.replay={plans}: there is no such file; name the plans.jsonl of a run")
-        for n, line in enumerate(plans.read_text().splitlines(), 1):
+        for n, line in enumerate(plans.read_bytes().splitlines(), 1):
             try:
                 record = json.loads(line)
                 if record["kind"] == "plan" and record["what"] == "applied":
                     self._plans.append(record["plan"])
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 raise ValueError(f"regroup.replay={plans}: line {n} is not a record of plans") from None
 
     def ready(self) -> bool:

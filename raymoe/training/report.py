@@ -67,7 +67,7 @@ def _read_config(path: Path) -> Record:
         raise FileNotFoundError(f"{path} does not exist: a report is made from the folder of a run")
     try:
         about = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON ({error}): restore it, or write the report of another run") from None
     if not isinstance(about, dict) or not isinstance(about.get("config"), dict):
         raise ValueError(f"{path} has no object 'config': a report is made from the folder of a run")

@@ -15,7 +15,16 @@ from torch import Tensor
 from raymoe.config import Config
 from raymoe.parallel.remap import Membership
 from raymoe.parallel.sharded import Sharded
-from raymoe.storage.checkpoint import BackgroundWriter, Checkpoint, newest, prune, step_folder, write_manifest
+from raymoe.storage.checkpoint import (
+    BackgroundWriter,
+    Checkpoint,
+    CorruptCheckpoint,
+    newest,
+    prune,
+    step_folder,
+    write_manifest,
+)
+from raymoe.storage.manifest import MANIFEST
 from raymoe.training.optimizer import Optimizer
 
 
@@ -56,12 +65,21 @@ class Position:
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> Position:
+        """Raises CorruptCheckpoint when it says of no position."""
         meta = checkpoint.meta
-        membership = Membership(tuple(map(tuple, meta["assignment"])), tuple(dict(row) for row in meta["ghosts"]))
-        return cls(
-            checkpoint.step, meta["updates"], meta["tokens"], meta["skipped"], meta["version"], membership,
-            meta["overlap_from"], meta["folded"], meta["forced"], {int(step): loss for step, loss in meta["validation"].items()},
-        )  # fmt: skip
+        try:
+            membership = Membership(tuple(map(tuple, meta["assignment"])), tuple(dict(row) for row in meta["ghosts"]))
+            counts = [meta[name] for name in ("updates", "tokens", "skipped", "version", "overlap_from")]
+            if not all(type(count) is int and count >= 0 for count in counts):
+                raise ValueError("its counts are not integers from 0 up")
+            validation = {int(step): float(loss) for step, loss in meta["validation"].items()}
+            updates, tokens, skipped, version, overlap_from = counts
+            return cls(
+                checkpoint.step, updates, tokens, skipped, version, membership, overlap_from, bool(meta["folded"]),
+                bool(meta["forced"]), validation,
+            )  # fmt: skip
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            raise CorruptCheckpoint(checkpoint.folder / MANIFEST, f"does not describe a run: {error!r}") from None
 
     @classmethod
     def start(cls, config: Config) -> Position:
