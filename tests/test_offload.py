@@ -631,23 +631,27 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     return served.artifact(tmp_path_factory.mktemp("served"))
 
 
-@pytest.mark.parametrize("packs", [True, False])
+@pytest.mark.parametrize("kernels", ["native", "packed", "plain"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("width", [4, 0])
 def test_sizes_are_those_of_the_loaded(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, width: int, packs: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, width: int, kernels: str
 ) -> None:
-    if not packs:
-        monkeypatch.setattr(Product, "packs", staticmethod(lambda _: False))
+    def choose() -> None:
+        if kernels != "native":
+            monkeypatch.setenv("RAYMOE_NATIVE", "0")
+        if kernels == "plain":
+            monkeypatch.setattr(Product, "packs", staticmethod(lambda _: False))
+
+    choose()
     artifact = served.artifact(tmp_path, dataclasses.replace(served.MODEL, residual_width=width))
     monkeypatch.setattr(Artifact, "cluster", None)  # the sizes need no weights
     sizes = cluster_sizes(artifact, dtype)
     monkeypatch.undo()
-    if not packs:
-        monkeypatch.setattr(Product, "packs", staticmethod(lambda _: False))
+    choose()
     held = LocalClusters(artifact, range(3), dtype).held
     assert sizes == {c: sum(held[layer, c].bytes for layer in range(2)) for c in range(3)}
-    if not packs and width:
+    if kernels == "plain" and width:
         model, experts = served.MODEL, [len([e for row in served.UNEVEN for e in row if e == c]) for c in range(3)]
         d, f, w = model.d_model, model.d_expert, width
         for c, e in enumerate(experts):

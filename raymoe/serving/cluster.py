@@ -17,6 +17,7 @@ from torch import Tensor
 from raymoe.config import ModelSection
 from raymoe.model.dispatch import sort_by
 from raymoe.model.fused import padded
+from raymoe.serving import native
 from raymoe.storage.export import Artifact
 from raymoe.storage.layout import cluster_file
 
@@ -62,7 +63,7 @@ class Product:
 class Cluster:
     """One cluster of one layer in the compute type: (x [R, D]) -> [R, D].
 
-    The factors of all its experts rest side by side: `wide_in` [D, 2F + 2·e·W] is both bases and every first
+    Where there are native kernels they have the weights, in `native`. Else the factors of all its experts rest side by side: `wide_in` [D, 2F + 2·e·W] is both bases and every first
     factor, `down` [F + e·W, D] the base and every last one. Between them, `wide_out` [2, e·W, F] and `down_in`
     [F, e·W] are for (row, expert) pairs. Narrow values of experts that a row did not choose are zeroed: for the
     rows of a step that takes less time than going expert by expert, as training does with its thousands.
@@ -75,13 +76,18 @@ class Cluster:
         ids = sorted({int(key[len(prefix) :].split(".")[0]) for key in tensors if key.startswith(prefix)})
         self.f, self.w, self.e = model.d_expert, model.residual_width, len(ids)
         self.k = min(model.experts_per_token, self.e)
-        base = f"layers.{layer}.clusters.{c}.base_"
-        wide_in, down = [tensors[base + "gate"], tensors[base + "up"]], [tensors[base + "down"]]
+
+        def stack(name: str) -> Tensor:
+            return torch.stack([tensors[f"{prefix}{e}.{name}"] for e in ids])
+
+        base = {name: tensors[f"layers.{layer}.clusters.{c}.base_{name}"] for name in ("gate", "up", "down")}
+        self.native = None
+        if native.library():
+            residual = {name: stack(name) for name in native.RESIDUAL} if self.w and self.e else {}
+            self.native = native.Experts(model, base, residual, dtype)
+            return
+        wide_in, down = [base["gate"], base["up"]], [base["down"]]
         if self.w and self.e:
-
-            def stack(name: str) -> Tensor:
-                return torch.stack([tensors[f"{prefix}{e}.{name}"] for e in ids])
-
             self.router, self.bias = stack("router").t().contiguous(), stack("bias")
             first = torch.stack((stack("gate_in"), stack("up_in")))  # [2, e, D, W]
             wide_in.append(first.permute(2, 0, 1, 3).flatten(1))
@@ -93,7 +99,9 @@ class Cluster:
 
     @property
     def bytes(self) -> int:
-        """What its tensors take, oneDNN's padding included."""
+        """What its tensors take, padding included."""
+        if self.native:
+            return self.native.bytes
         weights = [value.weight if isinstance(value, Product) else value for value in vars(self).values()]
         return sum(
             torch.ops.mkldnn._nbytes(weight) if weight.is_mkldnn else weight.nbytes
@@ -112,6 +120,8 @@ def answer(clusters: Sequence[Cluster], rows: Sequence[Tensor]) -> list[Tensor]:
     cluster by cluster; what lies between is done once, for the rows of all. A cluster with fewer experts than
     another leaves columns unused.
     """
+    if clusters[0].native:
+        return native.answer([c.native for c in clusters if c.native], rows)
     parts = [padded(part, few_sizes(part.shape[0])) for part in rows]
     if not clusters[0].w:
         hidden = [c.wide_in(part).chunk(2, 1) for c, part in zip(clusters, parts, strict=True)]

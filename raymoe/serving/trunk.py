@@ -18,6 +18,7 @@ from torch import Tensor
 from raymoe.model.fused import padded
 from raymoe.model.router import route
 from raymoe.model.transformer import norm, rope
+from raymoe.serving import native
 from raymoe.serving.cluster import ClusterCompute, Product, by_cluster, few_sizes
 from raymoe.serving.kv_cache import KVCache
 from raymoe.storage.export import Artifact
@@ -126,6 +127,10 @@ class Trunk:
         self.head_dim = model.d_model // model.heads
         tensors = artifact.trunk()
         self.embedding = tensors["embedding"].half()  # as it rests: it is only looked up
+        cos, sin = rope(length, self.head_dim, model.rope_theta, torch.device("cpu"))
+        self.native = native.Dense(model, tensors, dtype, cos, sin) if native.library() else None
+        if self.native:
+            return
         self.head = Product(tensors["embedding" if model.tied_head else "head"].t().to(dtype))
         self.final_norm = tensors["final_norm"]
         self.layers = []
@@ -142,12 +147,13 @@ class Trunk:
                     tensors[at + "router.bias"],
                 )
             )
-        cos, sin = rope(length, self.head_dim, model.rope_theta, torch.device("cpu"))
         self.cos, self.sin = (torch.cat(halves, 1).unsqueeze(1).to(dtype) for halves in ((cos, cos), (-sin, sin)))
 
     @torch.inference_mode()
     def __call__(self, segments: Sequence[Segment], cache: KVCache, wanted: Tensor) -> Tensor:
         """Float32 logits [n, V] of the step's rows `wanted` [n]; the cache then holds the segments' tokens."""
+        if self.native:
+            return self._natively(self.native, segments, cache, wanted)
         batch = Batch(segments, cache, self.model.heads // self.model.kv_heads, self.dtype)
         cos, sin = self.cos[batch.positions_T], self.sin[batch.positions_T]
         x = F.embedding(batch.tokens_T, self.embedding).float()
@@ -155,6 +161,18 @@ class Trunk:
             x = x + self._attention(i, norm(x, layer.attention_norm).to(self.dtype), cos, sin, batch, cache)
             x = x + self._experts(i, norm(x, layer.ffn_norm).to(self.dtype))
         return self.head(norm(x[batch.row_of(wanted)], self.final_norm).to(self.dtype)).float()
+
+    def _natively(self, dense: native.Dense, segments: Sequence[Segment], cache: KVCache, wanted: Tensor) -> Tensor:
+        lengths = torch.tensor([len(s.tokens) for s in segments])
+        tokens = torch.tensor([token for s in segments for token in s.tokens])
+        position = torch.tensor([p for s in segments for p in range(s.start, s.start + len(s.tokens))])
+        owner = torch.arange(len(segments)).repeat_interleave(lengths)
+        tables = cache.tables([s.owner for s in segments], max(s.start + len(s.tokens) for s in segments))
+        x = F.embedding(tokens, self.embedding).float()
+        step = native.Step(dense, x, position, owner, tables, cache.block, cache.keys, cache.values)
+        for i in range(self.model.layers):
+            step.add(self.clusters(i, step.attend(i)))
+        return step.logits(wanted)
 
     def _attention(self, i: int, rows: Tensor, cos: Tensor, sin: Tensor, batch: Batch, cache: KVCache) -> Tensor:
         heads, kv_heads, head_dim = self.model.heads, self.model.kv_heads, self.head_dim

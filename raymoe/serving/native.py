@@ -1,0 +1,295 @@
+"""`native.c` and its weights: compiled at first use by the machine's C compiler, loaded into this process.
+
+Without a compiler, or with `RAYMOE_NATIVE=0`, `library` gives None and what asks computes with torch's operators.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import platform
+import shlex
+import shutil
+import stat
+import subprocess
+import tempfile
+from collections.abc import Mapping, Sequence
+from ctypes import CDLL, POINTER, Structure, byref, c_float, c_int, c_size_t, c_void_p, pointer
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from raymoe.config import ModelSection
+
+log = logging.getLogger(__name__)
+
+SOURCE = Path(__file__).with_name("native.c")
+FLAGS = ("-O2", "-march=native", "-std=gnu11", "-fPIC", "-shared")
+LANES = 16
+"""Columns of a panel."""
+RESIDUAL = ("router", "bias", "gate_in", "up_in", "gate_out", "up_out", "down_in", "down_out")
+"""An expert's tensors."""
+
+
+# The library
+
+
+def library() -> CDLL | None:
+    """The compiled kernels, or None where there are none. Asked when weights are laid out: those stay as they are."""
+    return None if os.environ.get("RAYMOE_NATIVE") == "0" else _library(os.environ.get("CC", ""))
+
+
+@cache
+def _library(compiler: str) -> CDLL | None:
+    try:
+        return _load(_built(compiler))
+    except (OSError, subprocess.SubprocessError) as error:
+        log.warning("no native kernels, torch's operators are used instead: %s", error)
+        return None
+
+
+def _load(path: Path) -> CDLL:
+    found = CDLL(str(path))
+    for name in ("experts", "attend", "head"):
+        getattr(found, name).restype = c_int
+    found.experts.argtypes = [c_void_p, c_int, c_void_p, c_void_p, c_void_p, c_void_p]
+    found.attend.argtypes = [c_void_p, c_void_p, c_int, c_void_p]
+    found.add.argtypes, found.add.restype = [c_void_p, c_void_p, c_void_p], None
+    found.head.argtypes = [c_void_p, c_void_p, c_void_p, c_int, c_void_p, c_int, c_void_p, c_void_p]
+    return found
+
+
+def _built(compiler: str) -> Path:
+    """The library of this source for this machine and compiler, built if it is not there whole.
+
+    Raises OSError or SubprocessError when there is no compiler, it fails, or the folder is not this user's alone.
+    """
+    command = shlex.split(compiler) or [found for found in map(shutil.which, ("cc", "gcc", "clang")) if found][:1]
+    if not command:
+        raise OSError("no C compiler: cc, gcc or clang")
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "raymoe")
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    owner = folder.stat()
+    if owner.st_uid != os.getuid() or owner.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise OSError(f"{folder} can be written by others")
+    source = SOURCE.read_bytes()
+    key = hashlib.sha256(repr((source, command, FLAGS, _machine())).encode()).hexdigest()[:32]
+    target = folder / f"{key}.so"
+    if _whole(target):
+        return target
+    handle, partial = tempfile.mkstemp(dir=folder, suffix=".partial")
+    os.close(handle)
+    try:
+        subprocess.run(
+            [*command, *FLAGS, str(SOURCE), "-o", partial, "-lm"],
+            check=True, capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+        with open(partial, "ab") as file:  # what loads it does not read so far; a damaged one would end the process
+            file.write(hashlib.sha256(Path(partial).read_bytes()).digest())
+        os.replace(partial, target)
+    except subprocess.CalledProcessError as error:
+        raise OSError(f"{command[0]} failed: {(error.stderr.splitlines() or ['without a word'])[0]}") from error
+    finally:
+        Path(partial).unlink(missing_ok=True)
+    return target
+
+
+def _whole(path: Path) -> bool:
+    """Whether it ends in the checksum of what is before."""
+    if not path.is_file():
+        return False
+    content = path.read_bytes()
+    return hashlib.sha256(content[:-32]).digest() == content[-32:]
+
+
+def _machine() -> tuple[str, ...]:
+    """What `-march=native` depends on."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.machine(), platform.processor()
+    wanted = ("model name", "flags", "Features", "CPU part")
+    return tuple(sorted({line for line in lines if line.startswith(wanted)}))
+
+
+# Weights as it reads them
+
+
+def panels(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """[…, I, J] -> […, ceil(J/16), I, 16], in bfloat16 […, ceil(J/16), ceil(I/2), 16, 2]; see `native.c`."""
+    half = dtype == torch.bfloat16
+    weight = F.pad(weight.to(dtype), (0, -weight.shape[-1] % LANES, 0, weight.shape[-2] % 2 if half else 0))
+    laid = weight.unflatten(-1, (-1, LANES)).movedim(-2, -3)
+    return (laid.unflatten(-2, (-1, 2)).transpose(-1, -2) if half else laid).contiguous()
+
+
+class _Shape(Structure):
+    _fields_ = [
+        *((name, c_int) for name in ("d", "f", "w", "k", "half", "heads", "kv_heads", "head_dim", "clusters", "per_token")),
+        ("scale", c_float),
+    ]  # fmt: skip
+
+
+def _shape(model: ModelSection, dtype: torch.dtype) -> _Shape:
+    return _Shape(
+        model.d_model, model.d_expert, model.residual_width, model.experts_per_token, dtype == torch.bfloat16,
+        model.heads, model.kv_heads, model.d_model // model.heads, model.n_clusters, model.clusters_per_token,
+        model.gate_scale,
+    )  # fmt: skip
+
+
+class _Cluster(Structure):
+    _fields_ = [
+        ("e", c_int),
+        *((name, c_void_p) for name in ("router", "bias", "gate", "up", "down", "first", "gate_out", "up_out", "down_in", "down_out")),
+        *((name, c_size_t) for name in ("first_step", "out_step", "down_in_step", "down_out_step")),
+    ]  # fmt: skip
+
+
+class Experts:
+    """The weights of one cluster of one layer.
+
+    `base`: gate, up [D, F] and down [F, D]. `residual`: of its e experts router [e, D], bias [e], gate_in, up_in
+    [e, D, W], gate_out, up_out [e, W, F], down_in [e, F, W], down_out [e, W, D]; empty without members or residuals.
+    """
+
+    def __init__(
+        self, model: ModelSection, base: Mapping[str, Tensor], residual: Mapping[str, Tensor], dtype: torch.dtype
+    ) -> None:
+        found = library()
+        assert found is not None
+        self.library, self.shape = found, _shape(model, dtype)
+        held = {name: panels(base[name], dtype) for name in ("gate", "up", "down")}
+        steps: dict[str, int] = {}
+        e = 0
+        if residual:
+            e = residual["router"].shape[0]
+            held |= {name: panels(residual[name], dtype) for name in ("gate_out", "up_out", "down_in", "down_out")}
+            held["first"] = panels(torch.cat((residual["gate_in"], residual["up_in"]), -1), dtype)
+            held["router"] = panels(residual["router"].float().t(), torch.float32)
+            held["bias"] = residual["bias"].float().contiguous().clone()
+            of = {"first_step": "first", "out_step": "gate_out", "down_in_step": "down_in", "down_out_step": "down_out"}
+            steps = {step: held[name].nbytes // e for step, name in of.items()}
+        self.held = held
+        self.at = _Cluster(e, **{name: tensor.data_ptr() for name, tensor in held.items()}, **steps)
+
+    @property
+    def bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.held.values())
+
+
+def answer(clusters: Sequence[Experts], rows: Sequence[Tensor]) -> list[Tensor]:
+    """What clusters of one layer say to their rows [R, D], in the weights' type."""
+    first, n, sizes = clusters[0], len(clusters), [part.shape[0] for part in rows]
+    rows = [part.contiguous() for part in rows]
+    out = rows[0].new_empty(sum(sizes), first.shape.d).split(sizes)
+    places = c_void_p * n
+    failed = first.library.experts(
+        byref(first.shape), n, (POINTER(_Cluster) * n)(*(pointer(c.at) for c in clusters)),
+        places(*(part.data_ptr() for part in rows)), (c_int * n)(*sizes), places(*(part.data_ptr() for part in out)),
+    )  # fmt: skip
+    if failed:
+        raise MemoryError("the clusters' intermediate values")
+    return list(out)
+
+
+class _Layer(Structure):
+    _fields_ = [(name, c_void_p) for name in ("attention_norm", "ffn_norm", "router", "bias", "qkv", "output")]
+
+
+class _Step(Structure):
+    _fields_ = [
+        *((name, c_int) for name in ("n", "block", "width")),
+        *((name, c_void_p) for name in ("position", "owner", "table", "cos", "sin", "keys", "values")),
+        ("layer_bytes", c_size_t),
+        *((name, c_void_p) for name in ("x", "order", "start", "weight", "rows")),
+    ]
+
+
+class Dense:
+    """The trunk's weights: attention and stage 1 of each layer, and the head.
+
+    tensors: the logical ones of the trunk; cos, sin: [length, head_dim / 2] float32.
+    """
+
+    def __init__(
+        self, model: ModelSection, tensors: Mapping[str, Tensor], dtype: torch.dtype, cos: Tensor, sin: Tensor
+    ) -> None:
+        found = library()
+        assert found is not None
+        self.library, self.shape, self.model, self.dtype = found, _shape(model, dtype), model, dtype
+        self.cos, self.sin = cos.contiguous(), sin.contiguous()
+        self.head = panels(tensors["embedding" if model.tied_head else "head"].t(), dtype)
+        self.final_norm = tensors["final_norm"].clone()
+        self.layers = [self._layer(tensors, f"layers.{i}.", dtype) for i in range(model.layers)]
+        self._at = [_Layer(**{name: t.data_ptr() for name, t in layer.items()}) for layer in self.layers]
+
+    @staticmethod
+    def _layer(tensors: Mapping[str, Tensor], at: str, dtype: torch.dtype) -> dict[str, Tensor]:
+        qkv = torch.cat([tensors[f"{at}attention.{name}"] for name in ("query", "key", "value")], 1)
+        return {
+            "attention_norm": tensors[at + "attention_norm"].clone(),
+            "ffn_norm": tensors[at + "ffn_norm"].clone(),
+            "router": panels(tensors[at + "router.weight"].t(), torch.float32),
+            "bias": tensors[at + "router.bias"].clone(),
+            "qkv": panels(qkv, dtype),
+            "output": panels(tensors[at + "attention.output"], dtype),
+        }
+
+
+class Step:
+    """One step of rows: `attend` and `add` in turn for each layer, then `logits`.
+
+    position, owner: [T] int64, of each row its place in its request, and whose row of `tables` [B, blocks] int64
+    names its blocks in `keys` and `values` [layers, slots, kv_heads, head_dim]. x: [T, D] float32, the residual stream.
+    """
+
+    def __init__(
+        self, dense: Dense, x: Tensor, position: Tensor, owner: Tensor, tables: Tensor, block: int, keys: Tensor, values: Tensor
+    ) -> None:  # fmt: skip
+        self.dense, self.x = dense, x
+        pairs, groups = x.shape[0] * dense.model.clusters_per_token, dense.model.n_clusters
+        self.rows = torch.empty(pairs, dense.model.d_model, dtype=dense.dtype)
+        order, weight = torch.empty(pairs, dtype=torch.int32), torch.empty(pairs)
+        self.start = torch.empty(groups + 1, dtype=torch.int32)
+        self._held: Any = position, owner, tables, keys, values, order, weight
+        places = {
+            "position": position, "owner": owner, "table": tables, "cos": dense.cos, "sin": dense.sin, "keys": keys,
+            "values": values, "x": x, "order": order, "start": self.start, "weight": weight, "rows": self.rows,
+        }  # fmt: skip
+        assert all(tensor.is_contiguous() for tensor in places.values())
+        self.at = _Step(
+            x.shape[0], block, tables.shape[1], layer_bytes=keys[0].nbytes,
+            **{name: tensor.data_ptr() for name, tensor in places.items()},
+        )  # fmt: skip
+
+    def attend(self, i: int) -> dict[int, Tensor]:
+        """Attention of layer i, and the rows [R, D] of each cluster that then has any, normalised."""
+        dense = self.dense
+        if dense.library.attend(byref(dense.shape), byref(dense._at[i]), i, byref(self.at)):
+            raise MemoryError("the attention's intermediate values")
+        spans = enumerate(pairwise(self.start.tolist()))
+        return {c: self.rows[start:stop] for c, (start, stop) in spans if stop > start}
+
+    def add(self, answers: Mapping[int, Tensor]) -> None:
+        """Add what clusters said to the rows of the last `attend`, by their weights."""
+        dense, kept = self.dense, {c: said.to(self.dense.dtype).contiguous() for c, said in answers.items()}
+        places = [kept[c].data_ptr() if c in kept else None for c in range(dense.model.n_clusters)]
+        dense.library.add(byref(dense.shape), byref(self.at), (c_void_p * len(places))(*places))
+
+    def logits(self, wanted: Tensor) -> Tensor:
+        """Float32 [n, V] of the rows `wanted` [n] int64."""
+        dense, model = self.dense, self.dense.model
+        out = torch.empty(wanted.shape[0], model.vocabulary)
+        if dense.library.head(
+            byref(dense.shape), dense.final_norm.data_ptr(), dense.head.data_ptr(), model.vocabulary,
+            self.x.data_ptr(), wanted.shape[0], wanted.contiguous().data_ptr(), out.data_ptr(),
+        ):  # fmt: skip
+            raise MemoryError("the head's intermediate values")
+        return out
