@@ -102,6 +102,10 @@ TRAINING = Dashboard(
             one("Load's maximum over the mean", "percentunit", "max by (run, level) (@load_max_violation)", "{{run}} {{level}}"),
             SHARES,
         ),
+        "Does it stay up?": (
+            one("Worker groups so far", "none", "max by (run) (@worker_group_attempt)", note="One more after each restart: a change of the workers' number, or a failure.", width=12),
+            one("Steps redone by the last restart", "none", "max by (run) (@redone_steps)", width=12),
+        ),
         "What is slow?": (
             Panel(
                 "Step time", "s",

@@ -92,6 +92,9 @@ class TrainingMetrics(_Metrics):
         self.all_to_all_bytes = declare(
             Counter, "all_to_all_bytes", "Bytes sent between workers by expert parallelism."
         )
+        self.attempt = declare(Gauge, "worker_group_attempt", "Worker groups that the run has had, this one included.")
+        self.attempt.set(1)
+        self.redone_steps = declare(Gauge, "redone_steps", "Steps that the last restart had to do again.")
         self.skipped_steps = declare(Counter, "skipped_steps", "Steps without a finite loss and gradient.")
         self.load_cv = declare(Gauge, "load_cv", "Load's std / mean, averaged over layers.", "level")
         self.load_max_violation = declare(
@@ -205,6 +208,8 @@ class TrainingMetrics(_Metrics):
         if record["what"] == "resumed":
             self._seen_step = record["step"]
             self._seen_skipped = record.get("skipped_steps", 0)
+            self.attempt.set(record["attempt"])
+            self.redone_steps.set(record["redone_steps"])
         elif record["what"] == "checkpoint":
             self.checkpoint_seconds.observe(record["seconds"])
             self.checkpoint_last_step.set(record["checkpoint"])

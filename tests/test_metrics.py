@@ -72,7 +72,8 @@ def test_counters_grow_by_what_happened_since(exported: tuple[TrainingMetrics, C
 
 def test_a_resumed_worker_counts_from_where_it_resumed(exported: tuple[TrainingMetrics, CollectorRegistry]) -> None:
     metrics, registry = exported
-    metrics.observe({"kind": "event", "step": 400, "what": "resumed", "skipped_steps": 5})
+    metrics.observe({"kind": "event", "step": 400, "what": "resumed", "skipped_steps": 5, "attempt": 3, "redone_steps": 7})
+    assert value(registry, "worker_group_attempt") == 3 and value(registry, "redone_steps") == 7
     metrics.observe(record(410, skipped_steps=6))
     assert value(registry, "tokens_total") == 10_000 and value(registry, "skipped_steps_total") == 1
     assert value(registry, "training_step") == 410
@@ -216,7 +217,7 @@ def test_every_metric_follows_the_house_rules(exported: tuple[TrainingMetrics, C
     metrics, registry = exported
     metrics.observe(record(10))
     families = list(registry.collect())
-    assert len(families) == 33
+    assert len(families) == 35
     for family in families:
         assert family.name.startswith("raymoe_") and family.documentation.endswith(".")
         assert not family.name.endswith(("_ms", "_mb", "_mib"))  # base units

@@ -79,7 +79,7 @@ def object_store(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[st
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     try:
-        until(lambda: answers(f"http://127.0.0.1:{port}/moto-api/"), "the object store")
+        until(lambda: answers(f"http://127.0.0.1:{port}/moto-api/", {}), "the object store")
         options = f"endpoint_override=127.0.0.1:{port}&scheme=http&region=us-east-1"
         files = Mirror(f"s3://runs?{options}&allow_bucket_creation=true", "x").files
         files.create_dir("runs")
