@@ -140,7 +140,7 @@ def test_a_lost_worker_ends_the_others_and_a_restart_loses_nothing(
     fault: str, undisturbed: list[float], tmp_path: Path
 ) -> None:
     """Three workers, of which one is killed or hangs; two go on from the newest whole checkpoint."""
-    run, timeout = tmp_path / "run", 4.0 if fault == "stopped" else 30.0
+    run, timeout = tmp_path / "run", 4.0 if fault == "stopped" else 10.0
     run.mkdir()
     (tmp_path / "plans.jsonl").write_text(json.dumps({"kind": "plan", "what": "applied", "plan": PLAN}) + "\n")
     made = processes.outcomes(
@@ -150,7 +150,7 @@ def test_a_lost_worker_ends_the_others_and_a_restart_loses_nothing(
     assert made[VICTIM].error == ("absent" if fault == "stopped" else "died: exit code -9")
     for rank in (0, 2):
         assert "RuntimeError" in made[rank].error or "DistBackendError" in made[rank].error, made[rank].error
-        assert made[rank].seconds < timeout
+        assert made[rank].seconds < timeout + 10  # one may learn of it by its own timeout
     begun(tmp_path, whole)
     (resumed,) = (event for event in records(run, "event") if event["what"] == "resumed")
     assert resumed["step"] == 8
