@@ -134,8 +134,13 @@ def begun(folder: Path, function: Callable[..., Any]) -> Path:
     return folder / "run"
 
 
-@pytest.mark.dist
-@pytest.mark.parametrize("fault", STRIKES)
+QUICK = ("in its forward", "stopped")
+"""Those that every run of the tests has time for."""
+
+
+@pytest.mark.parametrize(
+    "fault", [pytest.param(fault, marks=pytest.mark.dist if fault in QUICK else pytest.mark.soak) for fault in STRIKES]
+)
 def test_a_lost_worker_ends_the_others_and_a_restart_loses_nothing(
     fault: str, undisturbed: list[float], tmp_path: Path
 ) -> None:
