@@ -134,13 +134,18 @@ def begun(folder: Path, function: Callable[..., Any]) -> Path:
     return folder / "run"
 
 
-@pytest.mark.dist
-@pytest.mark.parametrize("fault", STRIKES)
+QUICK = ("in its forward", "stopped")
+"""Those that every run of the tests has time for."""
+
+
+@pytest.mark.parametrize(
+    "fault", [pytest.param(fault, marks=pytest.mark.dist if fault in QUICK else pytest.mark.soak) for fault in STRIKES]
+)
 def test_a_lost_worker_ends_the_others_and_a_restart_loses_nothing(
     fault: str, undisturbed: list[float], tmp_path: Path
 ) -> None:
     """Three workers, of which one is killed or hangs; two go on from the newest whole checkpoint."""
-    run, timeout = tmp_path / "run", 4.0 if fault == "stopped" else 30.0
+    run, timeout = tmp_path / "run", 4.0 if fault == "stopped" else 10.0
     run.mkdir()
     (tmp_path / "plans.jsonl").write_text(json.dumps({"kind": "plan", "what": "applied", "plan": PLAN}) + "\n")
     made = processes.outcomes(
@@ -150,7 +155,7 @@ def test_a_lost_worker_ends_the_others_and_a_restart_loses_nothing(
     assert made[VICTIM].error == ("absent" if fault == "stopped" else "died: exit code -9")
     for rank in (0, 2):
         assert "RuntimeError" in made[rank].error or "DistBackendError" in made[rank].error, made[rank].error
-        assert made[rank].seconds < timeout
+        assert made[rank].seconds < timeout + 10  # one may learn of it by its own timeout
     begun(tmp_path, whole)
     (resumed,) = (event for event in records(run, "event") if event["what"] == "resumed")
     assert resumed["step"] == 8
