@@ -72,7 +72,9 @@ def test_counters_grow_by_what_happened_since(exported: tuple[TrainingMetrics, C
 
 def test_a_resumed_worker_counts_from_where_it_resumed(exported: tuple[TrainingMetrics, CollectorRegistry]) -> None:
     metrics, registry = exported
-    metrics.observe({"kind": "event", "step": 400, "what": "resumed", "skipped_steps": 5, "attempt": 3, "redone_steps": 7})
+    metrics.observe(
+        {"kind": "event", "step": 400, "what": "resumed", "skipped_steps": 5, "attempt": 3, "redone_steps": 7}
+    )
     assert value(registry, "worker_group_attempt") == 3 and value(registry, "redone_steps") == 7
     metrics.observe(record(410, skipped_steps=6))
     assert value(registry, "tokens_total") == 10_000 and value(registry, "skipped_steps_total") == 1

@@ -66,6 +66,13 @@ def test_a_command_of_the_readme_is_one_that_works(line: str) -> None:
         assert {"model", "prompt"} <= json.loads(words[words.index("-d") + 1]).keys()
     elif words[:2] == ["ray", "get-auth-token"]:
         assert words[2:] == ["--generate"]
+    elif words[0] == "kubectl":
+        assert words[1:3] == ["apply", "-f"] and (HOUSE / words[3]).is_file()
+    elif words[0] == "docker":
+        assert words[1] == "build" and (HOUSE / words[-1] / "Dockerfile").is_file()
+    elif words[0] == "ray" and words[1] in ("up", "exec"):
+        assert (HOUSE / words[2]).is_file()
+        assert all((HOUSE / script).is_file() for script in re.findall(r"python (\S+)", " ".join(words[3:])))
     elif words[:2] == ["ray", "job"]:
         assert words[2] in ("stop", "logs", "status")
     else:

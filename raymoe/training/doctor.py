@@ -103,10 +103,14 @@ def off_lock(path: Path) -> list[str] | None:
     """Packages that are installed in another version than uv.lock says; None without such a file."""
     if not path.is_file():
         return None
-    locked = dict(re.findall(r'^name = "([^"]+)"\nversion = "([^"]+)"', path.read_text(), re.MULTILINE))
+    locked: dict[str, set[str]] = {}  # a package may be there twice, for several Pythons
+    for name, version in re.findall(r'^name = "([^"]+)"\nversion = "([^"]+)"', path.read_text(), re.MULTILINE):
+        locked.setdefault(name, set()).add(version)
     found = {name: importlib.metadata.version(name).split("+")[0] for name in LOCKED}
     return [
-        f"{name} {found[name]} for {locked[name]}" for name in LOCKED if found[name] != locked.get(name, found[name])
+        f"{name} {found[name]} for {' or '.join(sorted(locked[name]))}"
+        for name in LOCKED
+        if name in locked and found[name] not in locked[name]
     ]
 
 
