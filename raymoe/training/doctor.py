@@ -22,8 +22,10 @@ from typing import Any
 
 import psutil
 import ray
+import ray.exceptions
 import torch
 import torch.distributed as dist
+from ray._private import worker as ray_worker
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
@@ -50,9 +52,7 @@ class Probe:
     def observe(self, peers: list[tuple[str, int]]) -> dict[str, Any]:
         """All that this node can say by itself, and which (address, port) of `peers` it cannot reach."""
         shared = Path("/dev/shm")
-        temp = Path(
-            ray._private.worker._global_node.get_temp_dir_path() if ray._private.worker._global_node else "/tmp"
-        )
+        temp = Path(ray_worker._global_node.get_temp_dir_path() if ray_worker._global_node else "/tmp")
         return {
             "node": self.node,
             "python": platform.python_version(), "ray": ray.__version__, "torch": torch.__version__,
@@ -159,15 +159,19 @@ def used(folder: Path) -> float:
 
 
 def authentication() -> str:
-    from ray._raylet import AuthenticationMode, get_authentication_mode
+    from ray import _raylet
 
-    return "token" if get_authentication_mode() == AuthenticationMode.TOKEN else "disabled"
+    known: Any = _raylet
+
+    return "token" if known.get_authentication_mode() == known.AuthenticationMode.TOKEN else "disabled"
 
 
 def nccl() -> str:
     if not torch.cuda.is_available() or not dist.is_nccl_available():
         return ""
-    return ".".join(map(str, torch.cuda.nccl.version()))
+    from torch.cuda import nccl as library
+
+    return ".".join(map(str, library.version()))
 
 
 def rendezvous() -> tuple[str, int]:
@@ -219,7 +223,7 @@ def collective(world: int, backend: str) -> dict[str, Any] | str:
             return {"num_cpus": 1, "num_gpus": bundle.get("GPU", 0), "scheduling_strategy": strategy, "max_retries": 0}
 
         host, port = ray.get(ray.remote(rendezvous).options(**place(0)).remote(), timeout=PATIENCE_S)
-        task = ray.remote(exchange)
+        task: Any = ray.remote(exchange)
         answers = [task.options(**place(rank)).remote(rank, world, host, port, backend) for rank in range(world)]
         nodes, latencies, speeds = zip(*ray.get(answers, timeout=2 * PATIENCE_S), strict=True)
         return {"world": world, "nodes": len(set(nodes)), "latency_ms": max(latencies), "mb_per_s": min(speeds)}
@@ -236,7 +240,7 @@ def offset(probe: Any) -> float:
     best, ahead = float("inf"), 0.0
     for _ in range(5):
         before = time.time()
-        there = ray.get(probe.now.remote(), timeout=PATIENCE_S)
+        there: Any = ray.get(probe.now.remote(), timeout=PATIENCE_S)
         after = time.time()
         if after - before < best:
             best, ahead = after - before, there - (before + after) / 2
@@ -249,8 +253,8 @@ def examine(root: str) -> list[Check]:
     by_address = len({n["NodeManagerAddress"] for n in alive}) == len(alive)
     names = {n["NodeID"]: n["NodeManagerAddress"] if by_address else f"{n['NodeManagerAddress']}-{n['NodeID'][-6:]}" for n in alive}  # fmt: skip
     token = uuid.uuid4().hex[:8]
-    actor = ray.remote(Probe)
-    probes = {
+    actor: Any = ray.remote(Probe)
+    probes: dict[str, Any] = {
         names[n["NodeID"]]: actor.options(
             num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(n["NodeID"], soft=False)
         ).remote(names[n["NodeID"]], root, token)
