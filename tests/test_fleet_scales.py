@@ -86,7 +86,7 @@ def scaled_head() -> Iterator[tuple[str, dict[str, str], Path]]:
 
         def started() -> bool:
             assert head.poll() is None, log.read_text()[-3000:]
-            return "Ray runtime started" in log.read_text() and answers(f"http://127.0.0.1:{dashboard}/api/jobs/")
+            return "Ray runtime started" in log.read_text() and answers(f"http://127.0.0.1:{dashboard}/api/jobs/", {})
 
         until(started, "the head")
         yield address, environment | {"RAY_ADDRESS": address}, log
@@ -114,10 +114,11 @@ def test_an_elastic_run_brings_nodes_and_idle_ones_go(tmp_path: Path) -> None:
                 return sum(n["Alive"] and n["Resources"].get("CPU", 0) > 0 for n in ray.nodes())
 
             assert workers() == 0
-            run, output = tmp_path / "scaled", tmp_path / "train.log"
+            run, output, text = tmp_path / "scaled", tmp_path / "train.log", tmp_path / "text.txt"
+            text.write_text("\n".join(p.read_text() for p in sorted((HOUSE / "raymoe").rglob("*.py"))))
             line = [
                 sys.executable, "jobs/train.py", "tiny", "run.name=scaled", f"run.root={tmp_path}", "train.workers=1,2",
-                "train.steps=200000", "data.path=builtin", "regroup.mode=off", "checkpoint.every=20",
+                "train.steps=200000", f"data.path={text}", "model.vocabulary=512", "regroup.mode=off", "checkpoint.every=20",
                 "train.resize_every_s=2", "model.context=64", "train.global_batch=8", "train.grain=4",
             ]  # fmt: skip
             with output.open("w") as file:
@@ -125,20 +126,21 @@ def test_an_elastic_run_brings_nodes_and_idle_ones_go(tmp_path: Path) -> None:
             try:
                 began = time.monotonic()
 
-                def seen(what: str, number: int) -> bool:
+                def trains_on(number: int) -> bool:
                     assert driver.poll() is None, output.read_text()[-3000:] + log.read_text()[-2000:]
                     path = run / "metrics.jsonl"
                     records = map(json.loads, path.read_text().split("\n")[:-1]) if path.exists() else iter(())
-                    return any(r["kind"] == "train" and r[what] >= number for r in records)
+                    return any(r["kind"] == "train" and len(r["rss_mb"]) >= number for r in records)
 
                 until(lambda: workers() >= 1 or driver.poll() is not None, "a node")
-                until(lambda: seen("step", 1), "a step on it", seconds=180)
+                until(lambda: trains_on(1), "a step on it", seconds=180)
                 print(f"first step after {time.monotonic() - began:.0f} s on {workers()} nodes")
+                until(lambda: trains_on(NODES), "steps on all nodes", seconds=180)
                 driver.send_signal(signal.SIGTERM)
                 assert driver.wait(90) == 143, output.read_text()[-3000:]
             finally:
                 if driver.poll() is None:
                     driver.kill()
-            until(lambda: workers() == 0, "idle nodes to go", seconds=180)
+            until(lambda: workers() == 0, "idle nodes to go", seconds=260)  # what a run asked for lapses after 180 s
         finally:
             ray.shutdown()
