@@ -63,10 +63,11 @@ class Product:
 class Cluster:
     """One cluster of one layer in the compute type: (x [R, D]) -> [R, D].
 
-    Where there are native kernels they have the weights, in `native`. Else the factors of all its experts rest
-    side by side: `wide_in` [D, 2F + 2·e·W] is both bases and every first factor, `down` [F + e·W, D] the base and every last one. Between them, `wide_out` [2, e·W, F] and `down_in`
-    [F, e·W] are for (row, expert) pairs. Narrow values of experts that a row did not choose are zeroed: for the
-    rows of a step that takes less time than going expert by expert, as training does with its thousands.
+    Where there are native kernels they have the weights, in `native`. Else the factors of all its experts rest side
+    by side: `wide_in` [D, 2F + 2·e·W] is both bases and every first factor, `down` [F + e·W, D] the base and every
+    last one. Between them, `wide_out` [2, e·W, F] and `down_in` [F, e·W] are for (row, expert) pairs. Narrow values of
+    experts that a row did not choose are zeroed: for the rows of a step that takes less time than going expert by
+    expert, as training does with its thousands.
     """
 
     def __init__(
