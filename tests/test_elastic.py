@@ -248,9 +248,9 @@ def test_workers_come_and_go_and_the_losses_are_those_of_an_undisturbed_run(clus
         assert pair[0] == pytest.approx(pair[1], abs=2e-3), first
     losses = [records(side, "validation")[-1]["loss"] for side in (run, tmp_path / "quiet")]
     assert losses[0] == pytest.approx(losses[1], abs=5e-3)
-    for event in events:
-        alone = continued_alone(run, event["step"], tmp_path / f"alone{event['step']}")
-        assert alone == pytest.approx([r["loss"] for r in mine[event["step"] :][: len(alone)]], rel=1e-5)
+    for at in {event["step"] for event in events}:
+        alone = continued_alone(run, at, tmp_path / f"alone{at}")
+        assert alone == pytest.approx([r["loss"] for r in mine[at:][: len(alone)]], rel=1e-5)
 
 
 def continued_alone(run: Path, at: int, folder: Path) -> list[float]:
@@ -282,9 +282,9 @@ def command(*words: str, root: Path) -> subprocess.CompletedProcess:
 def test_a_run_that_fails_again_and_again_ends_with_the_reason(tmp_path: Path) -> None:
     given = [
         "run.name=lost",
-        "train.lr=1e30",
+        "train.lr=1e15",
         "train.warmup=0",
-        "train.clip=1e30",
+        "train.clip=1e15",
         "train.max_failures=1",
         "regroup.mode=off",
     ]
