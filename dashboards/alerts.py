@@ -64,6 +64,18 @@ TRAINING = (
         f"The busiest worker computes {PERCENT} more than the mean, and the others wait for it in each step.",
     ),
     Alert(
+        "RaymoeSlowWorker", "warning", "10m",
+        "max by (run, worker) (@worker_slowness_ratio) > 2",
+        "Worker {{ $labels.worker }} of run {{ $labels.run }} is slow",
+        f"It computes {VALUE} times as long as the others, which wait for it in each step: look at its node.",
+    ),
+    Alert(
+        "RaymoeRestartsOften", "warning", "0m",
+        "delta(max by (run) (@worker_group_attempt)[30m:1m]) > 3",
+        f"{RUN} restarts again and again",
+        "Its workers were started more than three times in half an hour: see failures.json and the events in metrics.jsonl.",
+    ),
+    Alert(
         "RaymoeDeadCluster", "warning", "10m",
         "max by (run, cluster) (@cluster_load_share) < 0.001",
         "Cluster {{ $labels.cluster }} of run {{ $labels.run }} is dead",
