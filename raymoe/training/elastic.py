@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray import PlacementGroupID
 from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.train.v2._internal.execution.controller.state import TrainControllerStateType as State
+from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 
 from raymoe.storage.checkpoint import newest_step
 from raymoe.training.journal import replace_file, request_file
@@ -94,6 +96,14 @@ def first_words(error: Exception) -> str:
     causes = getattr(error, "worker_failures", None) or {0: error}
     lines = dict.fromkeys(str(cause).strip().splitlines()[-1] for cause in causes.values() if str(cause).strip())
     return "; ".join(lines)[:2000] or type(error).__name__
+
+
+def release_workers() -> None:
+    """Give back what this driver's workers hold. Ray Train's own cleaner does not always, once its controller is dead."""
+    own = ray.get_runtime_context().get_job_id()
+    for name, group in placement_group_table().items():
+        if name.endswith(own) and group["state"] != "REMOVED":
+            remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(name))))
 
 
 def look_again() -> None:

@@ -32,7 +32,7 @@ from raymoe.model.transformer import Transformer
 from raymoe.storage.manifest import read_json
 from raymoe.storage.mirror import Mirror
 from raymoe.storage.runs import run_folder
-from raymoe.training.elastic import ELASTIC_KNOBS, KNOBS, Elastic, dead_end, failures_file
+from raymoe.training.elastic import ELASTIC_KNOBS, KNOBS, Elastic, dead_end, failures_file, release_workers
 from raymoe.training.journal import replace_file, request_file
 from raymoe.training.loop import Trainer, threads
 from raymoe.training.mailbox import Actor, Mailbox, Replay
@@ -208,6 +208,7 @@ def fit(config: Config, job: dict[str, Any], gpus: bool, outcome: list[BaseExcep
             outcome.append(None)
         except RayActorError as error:  # Ray Train's own controller died, which nobody else restarts
             elastic.count(error)
+            release_workers()
             if dead_end(run, train.max_failures):
                 outcome.append(None)
         except BaseException as error:
