@@ -90,7 +90,8 @@ class Probe:
             seen = [n for n in nodes if self.marker(n).exists()]
             if len(seen) == len(nodes) or time.monotonic() > deadline:
                 return seen
-            os.listdir(self.root)  # makes NFS look again
+            with contextlib.suppress(OSError):  # where there is none, `write` has said so
+                os.listdir(self.root)  # makes NFS look again
             time.sleep(0.1)
 
     def clean(self) -> None:
