@@ -41,7 +41,7 @@ def main() -> int:
         config = resolve(preset(arguments.preset), arguments.overrides)
         connect(config)
         run, stopped_by = launch(config)
-    except (ValueError, FileNotFoundError, FileExistsError) as error:
+    except (ValueError, OSError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
     except GaveUp as error:

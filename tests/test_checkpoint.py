@@ -369,7 +369,7 @@ def test_prune_keeps_the_newest_and_the_best(
     steps = [step for step, whole in enumerate(complete) if whole]
     in_flight = [step for step, whole in enumerate(complete) if not whole and step > max(steps, default=-1)]
     stays = set(steps[-keep:]) | set(in_flight) | ({best} & set(range(len(complete))))
-    removed = prune(root, keep, best)
+    removed = prune(root, keep, {best})
     left = {int(path.name[5:]) for path in root.iterdir()}
     assert left == stays
     assert {int(path.name[5:]) for path in removed} == set(range(len(complete))) - stays
@@ -378,7 +378,7 @@ def test_prune_keeps_the_newest_and_the_best(
 def test_prune_keeps_at_least_one(tmp_path: Path) -> None:
     save(step_folder(tmp_path, 1), 1)
     with pytest.raises(ValueError, match="keep=0"):
-        prune(tmp_path, 0, None)
+        prune(tmp_path, 0, ())
     assert step_folder(tmp_path, 1).is_dir()
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 import shutil
 import time
-from collections.abc import Iterable, KeysView, Mapping
+from collections.abc import Collection, Iterable, KeysView, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -142,8 +142,8 @@ def newest_step(checkpoints: Path) -> int:
     return next((step for step, folder in _folders(checkpoints) if (folder / MANIFEST).exists()), -1)
 
 
-def prune(checkpoints: Path, keep: int, best_step: int | None) -> list[Path]:
-    """Remove all but the newest `keep` complete checkpoints and the best; returns what was removed.
+def prune(checkpoints: Path, keep: int, stay: Collection[int | None]) -> list[Path]:
+    """Remove all but the newest `keep` complete checkpoints and those of the steps `stay`; returns what was removed.
 
     Incomplete folders go too when they are older than the newest complete checkpoint: a newer one may
     still be being written. Raises ValueError when `keep` is less than 1.
@@ -160,7 +160,7 @@ def prune(checkpoints: Path, keep: int, best_step: int | None) -> list[Path]:
         else:
             surplus = kept >= keep
             kept += 1
-        if surplus and step != best_step:
+        if surplus and step not in stay:
             (folder / MANIFEST).unlink(missing_ok=True)  # first, so that what an interruption leaves is incomplete
             shutil.rmtree(folder)
             removed.append(folder)

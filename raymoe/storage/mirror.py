@@ -108,8 +108,15 @@ class BackgroundMirror:
         self.mirror, self.run, self.keep = mirror, run, keep
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="mirror")
         self._pushes: list[tuple[int, Future[None]]] = []
+        self.newest = -1
+        """Step of the checkpoint that was pushed last."""
+
+    def steps(self) -> set[int]:
+        """Of checkpoints that are being copied, or wait for it: they must stay."""
+        return {step for step, push in self._pushes if not push.done()}
 
     def push(self, step: int) -> None:
+        self.newest = step
         self._pushes.append((step, self._pool.submit(self.mirror.push, self.run, step, self.keep)))
 
     def failures(self, wait: bool = False) -> list[tuple[int, str]]:

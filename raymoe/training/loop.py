@@ -94,6 +94,7 @@ class Trainer:
         if config.checkpoint.storage and self.rank == 0:
             there = Mirror(config.checkpoint.storage, config.run.name)
             self.mirror = BackgroundMirror(there, run, config.checkpoint.keep)
+            self.checkpoints.in_use = self.mirror.steps
         for reason in passed_over:
             self.log("event", what="checkpoint passed over", reason=reason)
         if checkpoint:
@@ -328,6 +329,8 @@ class Trainer:
         self.checkpoints.writer.close()
         self.hold()
         self.checkpoints.last_sealed = sealed
+        if self.mirror:
+            self.checkpoints.in_use = self.mirror.steps
         with torch.no_grad():
             for key, view in (self.model.logical() | self.optimizer.logical()).items():
                 view.copy_(tensors[key])
@@ -356,22 +359,17 @@ class Trainer:
         if failed:
             event["reason"] = "; ".join(r for r in reasons if r)
         self.log("event", **event)
-        self.mirror_checkpoint(event)
+        if self.mirror:
+            self.report_copies(self.mirror.failures())
+            if event["what"] == "checkpoint" and event["checkpoint"] % self.config.checkpoint.every == 0:
+                self.mirror.push(event["checkpoint"])
         if self.answering:
             request_file(self.run).unlink(missing_ok=True)
             self.answering = False
 
-    def mirror_checkpoint(self, event: dict[str, Any], last: bool = False) -> None:
-        """Copy a sealed checkpoint that is due there, and say which copies failed. Raises OSError where the last one does."""
-        if not self.mirror:
-            return
-        step = event["checkpoint"]
-        if event["what"] == "checkpoint" and (step % self.config.checkpoint.every == 0 or last):
-            self.mirror.push(step)
-        for failed, reason in self.mirror.failures(wait=last):
-            self.log("event", what="copy failed", checkpoint=failed, reason=reason)
-            if last and failed == step:
-                raise OSError(f"the checkpoint of step {step} is in {self.run}, but not at its storage: {reason}")
+    def report_copies(self, failures: list[tuple[int, str]]) -> None:
+        for step, reason in failures:
+            self.log("event", what="copy failed", checkpoint=step, reason=reason)
 
     def drain(self) -> None:
         """Wait for the checkpoint being written and seal it. A collective."""
@@ -389,7 +387,14 @@ class Trainer:
                 f"the checkpoint of step {self.position.step} could not be written under {self.checkpoints.folder}: "
                 "see the last events in metrics.jsonl; free disk space and resume"
             )
-        self.mirror_checkpoint({"what": "checkpoint", "checkpoint": self.position.step}, last=True)
+        if self.mirror:
+            step = self.position.step
+            if step != self.mirror.newest:
+                self.mirror.push(step)
+            failures = self.mirror.failures(wait=True)
+            self.report_copies(failures)
+            if reason := dict(failures).get(step):
+                raise OSError(f"the checkpoint of step {step} is in {self.run}, but not at its storage: {reason}")
 
 
 def threads(config: Config, local_workers: int) -> int:

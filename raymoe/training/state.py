@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -135,6 +135,8 @@ class Checkpointer:
         self.writer = BackgroundWriter()
         self._unsealed: tuple[Path, int, dict[str, Any], float] | None = None
         self.last_sealed = -1
+        self.in_use: Callable[[], Collection[int]] = tuple
+        """Steps of checkpoints that somebody reads, which stay."""
         self._covered_until = time.monotonic()
         """What was done after this second would be lost."""
         self._seconds = 0.0
@@ -201,7 +203,8 @@ class Checkpointer:
         """Keep the newest and, of those that are still there, the best on validation."""
         losses = {int(step): loss for step, loss in meta["validation"].items()}
         there = {step: loss for step, loss in losses.items() if step_folder(self.folder, step).is_dir()}
-        prune(self.folder, self.config.checkpoint.keep, min(there, key=there.__getitem__, default=None))
+        best = min(there, key=there.__getitem__, default=None)
+        prune(self.folder, self.config.checkpoint.keep, {best, *self.in_use()})
 
     def finish(self) -> None:
         """Wait for this rank's file."""
