@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -146,3 +147,32 @@ def test_the_copies_of_a_run(tmp_path: Path) -> None:
     trainer(tmp_path / "run", f"checkpoint.storage={store}", "checkpoint.every=5", "run.name=first").train()
     assert Mirror(store, "first").steps() == [12, 10, 5]
     assert override(preset("tiny"), [f"checkpoint.storage={store}"]).checkpoint.storage == store
+
+
+def test_a_checkpoint_stays_until_a_slow_store_has_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from test_elastic import trainer
+
+    from raymoe.training.loop import Trainer
+
+    gate, real_push, real_step = threading.Event(), Mirror.push, Trainer.step
+
+    def push(self: Mirror, run: Path, step: int | None, keep: int) -> None:
+        assert gate.wait(60)
+        real_push(self, run, step, keep)
+
+    def step(self: Trainer, number: int) -> Any:
+        self.checkpoints.finish()
+        if number == 11:  # by now the newest two are of steps far beyond 5
+            gate.set()
+        return real_step(self, number)
+
+    monkeypatch.setattr(Mirror, "push", push)
+    monkeypatch.setattr(Trainer, "step", step)
+    (tmp_path / "run").mkdir()
+    given = ["checkpoint.every=5", "checkpoint.max_loss_s=1e-9", "checkpoint.keep=2", "run.name=first"]
+    trainer(tmp_path / "run", f"checkpoint.storage=file://{tmp_path}/store", *given).train()
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    events = [r for r in map(json.loads, lines) if r["kind"] == "event"]
+    assert not [e for e in events if e["what"] == "copy failed"]
+    assert sum(e["what"] == "checkpoint" for e in events) > 5
+    assert Mirror(f"file://{tmp_path}/store", "first").steps() == [12, 10]  # 5 came, and went for newer ones
