@@ -25,7 +25,6 @@ from raymoe.training.journal import replace_file, request_file
 KNOBS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # how soon a dead worker is seen
     "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
-    "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",  # what a frozen worker costs beyond a collective's timeout
 }
 """Of Ray Train, in its environment: seconds instead of minutes. Values that are set already win."""
 
@@ -86,8 +85,7 @@ class Elastic(ControllerCallback):
         with contextlib.suppress(OSError, ValueError):
             before = json.loads(failures_file(self.run).read_text())
         in_a_row = before.get("in_a_row", 0) + 1 if before.get("step") == step else 1
-        total = before.get("total", 0) + 1
-        record = {"in_a_row": in_a_row, "total": total, "step": step, "error": first_words(error)}
+        record = {"in_a_row": in_a_row, "step": step, "error": first_words(error)}
         replace_file(failures_file(self.run), json.dumps(record))
 
 

@@ -59,7 +59,7 @@ class Journal:
     def __init__(self, path: Path, step: int) -> None:
         kept: list[str] = []
         self.redone = 0
-        """Steps on record after `step`, in this restart and those that it cuts away."""
+        """Steps that were on record after `step`: they are done again."""
         if path.exists():
             for line in path.read_text(errors="replace").split("\n"):
                 try:
