@@ -16,7 +16,7 @@ import psutil
 import pytest
 from waiting import until
 
-from raymoe.training.head import Head, head
+from raymoe.training.head import Head, free_ports, head
 
 HOUSE = Path(__file__).resolve().parent.parent
 QUICK = [
@@ -245,3 +245,15 @@ def test_a_bad_command_is_refused_before_anything_starts(arguments: list[str], m
     done = subprocess.run(line, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and message in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.soak
+def test_a_store_that_cannot_be_reached_is_known_before_anything_is_made(tmp_path: Path) -> None:
+    (port,) = free_ports(1)
+    store = f"s3://bucket/runs?endpoint_override=127.0.0.1:{port}&scheme=http&region=none"
+    given = ["tiny", "run.name=x", f"run.root={tmp_path}", f"checkpoint.storage={store}", "train.workers=1"]
+    environment = os.environ | {"RAY_ADDRESS": "local", "AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x"}
+    line = [sys.executable, str(HOUSE / "jobs" / "train.py"), *given]
+    done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and f"127.0.0.1:{port}" in done.stderr, done.stderr
+    assert not (tmp_path / "x").exists()

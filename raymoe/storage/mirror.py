@@ -36,9 +36,13 @@ class Mirror:
             raise ValueError(f"checkpoint.storage={uri!r} is not allowed: {error}") from None
         self.uri, self.base = uri, f"{base.rstrip('/')}/{name}"
 
+    def make(self) -> None:
+        """Make its folder: a store that cannot be reached or written is known before there is anything to lose."""
+        self.files.create_dir(self.base, recursive=True)
+
     def push(self, run: Path, step: int | None, keep: int) -> None:
         """Copy the run's records and, with `step`, that checkpoint; of those there the newest `keep` stay."""
-        self.files.create_dir(self.base, recursive=True)
+        self.make()
         if step is not None:
             folder = run / "checkpoints" / f"step_{step:08d}"
             there = f"{self.base}/checkpoints/{folder.name}"

@@ -136,6 +136,8 @@ def launch(config: Config) -> tuple[Path, int]:
     check_capacity(config, gpus)
     if config.regroup.replay:
         Replay(Path(config.regroup.replay))  # refuses what it cannot read
+    if mirror:
+        mirror.make()
     corpus = prepare(config)  # before the run's folder is there: a refused text leaves nothing
     run.mkdir(parents=True, exist_ok=True)
     about = {
@@ -145,8 +147,6 @@ def launch(config: Config) -> tuple[Path, int]:
         "parameters": parameters(config.model),
     }
     replace_file(run / "config.json", json.dumps(about, indent=1))
-    if mirror:
-        mirror.push(run, None, config.checkpoint.keep)  # a store that cannot be reached is known before the first step
     for left in (run / "stop", request_file(run), failures_file(run)):
         left.unlink(missing_ok=True)
     clusterer, clusterer_name = None, ""
