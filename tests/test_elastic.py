@@ -59,6 +59,8 @@ def state(kind: Any, error: Exception | None = None) -> Any:
 
 
 def test_failures_in_a_row_at_one_checkpoint_are_a_dead_end(tmp_path: Path) -> None:
+    import ray
+
     callback = Elastic(tmp_path)
     for _ in range(3):
         callback.after_controller_state_update(None, state(State.RESTARTING, Raised("trace\nboom", "trace\nboom")))
@@ -70,6 +72,7 @@ def test_failures_in_a_row_at_one_checkpoint_are_a_dead_end(tmp_path: Path) -> N
         callback.after_controller_state_update(None, state(State.RESTARTING, Raised("trace\nboom", "bang")))
     reason = dead_end(tmp_path, allowed=3)
     assert "4 failures in a row after the checkpoint of step 7" in reason and "boom; bang" in reason
+    assert not ray.is_initialized()  # outside of a controller nothing joins or starts a Ray
 
 
 def test_a_resize_waits_for_the_checkpoint_that_it_asks_for(tmp_path: Path) -> None:

@@ -106,6 +106,8 @@ def release_workers() -> None:
 
 def look_again() -> None:
     """Make Ray's coordinator of resources see nodes that came or went: by itself it looks every 20 s."""
+    if not ray.is_initialized():  # `get_actor` would start a Ray, or join somebody's
+        return
     with contextlib.suppress(Exception):  # it is an actor that need not be there, of a Ray that may be ending
         coordinator = ray.get_actor("AutoscalingCoordinator", namespace="AutoscalingCoordinator")
         ray.get(coordinator.get_reserved_resources.remote("raymoe", recompute=True), timeout=2)
