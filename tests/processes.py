@@ -1,4 +1,4 @@
-"""Run a function in several gloo processes, started from a fork server that has torch imported once."""
+"""Run a function in several gloo processes, started from a fork server that has imported once what they need."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["raymoe.parallel.gradients"])
+_CONTEXT.set_forkserver_preload(["raymoe.training.loop", "torch._dynamo"])  # the latter is what an optimizer imports
 
 
 class Outcome(NamedTuple):
