@@ -22,6 +22,7 @@ from typing import Any
 import psutil
 
 from raymoe.storage.checkpoint import newest, step_folder
+from raymoe.training.elastic import failures_file
 from raymoe.training.head import head
 
 HOUSE = Path(__file__).resolve().parent.parent
@@ -104,6 +105,12 @@ class Victim:
     def acknowledged(self) -> int:
         """The newest checkpoint that the run has said is complete."""
         return max((r["checkpoint"] for r in self.records() if r.get("what") == "checkpoint"), default=-1)
+
+    def failure(self) -> str:
+        """What Ray Train said of the last worker group that failed."""
+        with suppress(OSError, ValueError):
+            return str(json.loads(failures_file(self.run).read_text())["error"])
+        return "nobody said why"
 
     def events(self, what: str) -> list[dict[str, Any]]:
         return [r for r in self.records() if r["kind"] == "event" and r["what"] == what]
@@ -200,7 +207,11 @@ def lose_storage(victim: Victim, chance: random.Random) -> str:
     failed, sealed = len(victim.events("checkpoint failed")), victim.acknowledged()
     folder, away = victim.run / "checkpoints", victim.run / "checkpoints.away"
     folder.rename(away)
-    folder.touch()
+    while not folder.is_file():
+        with suppress(FileExistsError):  # a worker was quicker and has made it anew
+            folder.touch(exist_ok=False)
+            break
+        shutil.rmtree(folder, ignore_errors=True)
     try:
         victim.wait(lambda: len(victim.events("checkpoint failed")) > failed, "a checkpoint that fails")
     finally:
@@ -246,7 +257,7 @@ def strike(victim: Victim, fault: Callable[[Victim, random.Random], str], chance
             victim.wait(lambda: victim.step() > before, "the next step")
             outcome.outcome = "training went on"
             if victim.attempt() != attempt:
-                outcome.failed, outcome.outcome = True, "the workers were restarted"
+                outcome.failed, outcome.outcome = True, f"the workers were restarted: {victim.failure()}"
     except (RuntimeError, AssertionError, OSError, psutil.Error) as error:
         outcome.failed, outcome.outcome = True, str(error)
     outcome.recovery_s = time.monotonic() - started

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -244,6 +245,43 @@ def test_a_checkpoint_that_cannot_be_written_is_told_and_the_next_one_is(
     assert [p.parent.name for p in sorted(tmp_path.glob("checkpoints/*/manifest.json"))] == [
         "step_00000010", "step_00000030",
     ]  # fmt: skip
+
+
+def test_a_disk_that_is_slow_to_seal_a_checkpoint_holds_up_no_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real_step, real_manifest, later = Trainer.step, checkpoint_module.write_manifest, threading.Event()
+
+    def step(self: Trainer, number: int) -> Any:
+        if number == 16:
+            later.set()
+        return real_step(self, number)
+
+    def manifest(*arguments: Any, **named: Any) -> Any:
+        assert later.wait(60), "training waits"
+        return real_manifest(*arguments, **named)
+
+    monkeypatch.setattr(Trainer, "step", step)
+    monkeypatch.setattr("raymoe.training.state.write_manifest", manifest)
+    train(0, 1, str(tmp_path), ("train.steps=20",))
+    assert [r["checkpoint"] for r in records(tmp_path, "event") if r["what"] == "checkpoint"] == [10, 20]
+
+
+def test_a_part_that_goes_away_while_it_is_sealed_costs_that_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = checkpoint_module.read_json
+
+    def read(path: Path, *arguments: Any) -> Any:
+        if "step_00000010" in str(path) and path.name.startswith("rank"):
+            path.unlink()
+        return real(path, *arguments)
+
+    monkeypatch.setattr(checkpoint_module, "read_json", read)
+    train(0, 1, str(tmp_path), ("train.steps=20",))
+    told = {r["checkpoint"]: r for r in records(tmp_path, "event") if r["what"].startswith("checkpoint")}
+    assert told[10]["what"] == "checkpoint failed" and "rank_0000_of_0001.json" in told[10]["reason"]
+    assert told[20]["what"] == "checkpoint"
 
 
 def test_a_run_whose_last_checkpoint_cannot_be_written_has_failed(tmp_path: Path) -> None:

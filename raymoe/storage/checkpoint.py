@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 import shutil
 import time
-from collections.abc import Collection, Iterable, KeysView, Mapping
+from collections.abc import Callable, Collection, Iterable, KeysView, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -168,42 +168,44 @@ def prune(checkpoints: Path, keep: int, stay: Collection[int | None]) -> list[Pa
 
 
 class BackgroundWriter:
-    """Writes a rank's shards on one thread, so that a training step pays for a copy in memory only."""
+    """Does a rank's part of checkpoints on one thread, so that a training step pays for a copy in memory only."""
 
     def __init__(self) -> None:
         self.error: Exception | None = None
-        """What stopped the last write (a full disk is an OSError); set before `done` turns true."""
+        """What stopped the last job (a full disk is an OSError); set before `done` turns true."""
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
-        self._write: Future[None] | None = None
+        self._job: Future[None] | None = None
 
-    def submit(self, folder: Path, rank: int, world: int, tensors: Mapping[str, Tensor]) -> float:
-        """Copy the tensors now and write them later (`write_shard`); an earlier error is forgotten.
+    def write(self, folder: Path, rank: int, world: int, tensors: Mapping[str, Tensor]) -> None:
+        """Copy the tensors now and write them later (`write_shard`).
 
-        Waits first for a write in flight, so that one copy is alive at most; returns the seconds waited.
+        Waits first for the job in flight, so that one copy is alive at most.
         """
-        start = time.perf_counter()
         self.wait()
-        waited = time.perf_counter() - start
-        self.error = None
         copies = {key: tensor.detach().to("cpu", copy=True) for key, tensor in tensors.items()}
-        self._write = self._pool.submit(self._run, folder, rank, world, copies)
-        return waited
+        self.submit(write_shard, folder, rank, world, copies)
 
-    def _run(self, folder: Path, rank: int, world: int, tensors: dict[str, Tensor]) -> None:
+    def submit(self, job: Callable[..., Any], *arguments: Any) -> None:
+        """Do job(*arguments) after what is in flight; an earlier error is forgotten."""
+        self.wait()
+        self.error = None
+        self._job = self._pool.submit(self._run, job, *arguments)
+
+    def _run(self, job: Callable[..., Any], *arguments: Any) -> None:
         try:
-            write_shard(folder, rank, world, tensors)
+            job(*arguments)
         except Exception as error:
             self.error = error
 
     def done(self) -> bool:
-        """Whether no write is in flight."""
-        return self._write is None or self._write.done()
+        """Whether no job is in flight."""
+        return self._job is None or self._job.done()
 
     def wait(self) -> None:
-        """Return when no write is in flight. Raises nothing: see `error`."""
-        if self._write is not None:
-            self._write.result()
+        """Return when no job is in flight. Raises nothing: see `error`."""
+        if self._job is not None:
+            self._job.result()
 
     def close(self) -> None:
-        """Finish the write in flight and end the thread."""
+        """Finish the job in flight and end the thread."""
         self._pool.shutdown()

@@ -350,12 +350,14 @@ class Trainer:
         self.checkpoints.begin(self.position, extra)
 
     def settle(self, failed: bool) -> None:
-        """Seal the checkpoint whose files are all written, or say why there is none."""
+        """The next stage of the checkpoint that no rank works on any more: rank 0 seals it, or what became of it is said."""
         reasons: list[Any] = [self.checkpoints.failure]
         if failed and self.world > 1:
             reasons = [None] * self.world
             dist.all_gather_object(reasons, self.checkpoints.failure)
         event = self.checkpoints.settle(failed)
+        if event is None:
+            return
         if failed:
             event["reason"] = "; ".join(r for r in reasons if r)
         self.log("event", **event)
@@ -373,11 +375,10 @@ class Trainer:
 
     def drain(self) -> None:
         """Wait for the checkpoint being written and seal it. A collective."""
-        if not self.checkpoints.unsealed:
-            return
-        self.checkpoints.finish()
-        _, said = self.agree(Said(failed=bool(self.checkpoints.failure)))
-        self.settle(said.failed > 0)
+        while self.checkpoints.unsealed:
+            self.checkpoints.finish()
+            _, said = self.agree(Said(failed=bool(self.checkpoints.failure)))
+            self.settle(said.failed > 0)
 
     def finish(self) -> None:
         """The last checkpoint must be there: a run that cannot save it has failed."""

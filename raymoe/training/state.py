@@ -122,18 +122,31 @@ def restore(checkpoint: Checkpoint, sharded: Sharded, optimizer: Optimizer) -> N
     optimizer.restore(checkpoint.meta["updates"])
 
 
+@dataclass
+class Begun:
+    """A checkpoint that is being made."""
+
+    folder: Path
+    step: int
+    meta: dict[str, Any]
+    started: float
+    written: bool = False
+    """Whether every rank's file is there, so that it can be sealed."""
+
+
 class Checkpointer:
     """Writes checkpoints in the background; agreement rides on the step's own collective.
 
-    At a checkpoint each rank copies what it owns and goes on. `pending` is 1 while its file is being
-    written; once the sum over ranks is 0, rank 0 seals the checkpoint with its manifest and prunes.
+    At a checkpoint each rank copies what it owns and goes on. `pending` is 1 while its file is being written; once
+    the sum over ranks is 0, rank 0 seals the checkpoint with its manifest and prunes, on its writing thread too, and
+    is pending until that is done.
     """
 
     def __init__(self, folder: Path, config: Config, sharded: Sharded, optimizer: Optimizer) -> None:
         self.folder, self.config = folder, config
         self.sharded, self.optimizer = sharded, optimizer
         self.writer = BackgroundWriter()
-        self._unsealed: tuple[Path, int, dict[str, Any], float] | None = None
+        self._begun: Begun | None = None
         self.last_sealed = -1
         self.in_use: Callable[[], Collection[int]] = tuple
         """Steps of checkpoints that somebody reads, which stay."""
@@ -152,8 +165,8 @@ class Checkpointer:
         moments = self.optimizer.logical()
         owned |= {key: view for key, view in moments.items() if key.split(".", 2)[2] in owned}
         folder = step_folder(self.folder, position.step)
-        self.writer.submit(folder, self.sharded.rank, self.sharded.world, owned | dict(extra))
-        self._unsealed = (folder, position.step, position.meta(self.config), started)
+        self.writer.write(folder, self.sharded.rank, self.sharded.world, owned | dict(extra))
+        self._begun = Begun(folder, position.step, position.meta(self.config), started)
         return time.perf_counter() - started
 
     @property
@@ -166,46 +179,44 @@ class Checkpointer:
 
     @property
     def pending(self) -> bool:
-        return self._unsealed is not None and not self.writer.done()
+        return self._begun is not None and not self.writer.done()
 
     @property
     def unsealed(self) -> bool:
-        """Whether a checkpoint was begun that has no manifest yet. The same on all ranks."""
-        return self._unsealed is not None
+        """Whether a checkpoint was begun that is not complete yet. The same on all ranks."""
+        return self._begun is not None
 
     @property
     def failure(self) -> str:
-        """Why this rank's file could not be written, or nothing."""
+        """Why this rank could not do its part, or nothing."""
         return str(self.writer.error) if self.writer.error else ""
 
-    def settle(self, failed: bool) -> dict[str, Any]:
-        """Called on all ranks once none is pending: rank 0 seals the checkpoint, unless a rank failed."""
-        assert self._unsealed is not None
-        folder, step, meta, started = self._unsealed
-        self._unsealed = None
+    def settle(self, failed: bool) -> dict[str, Any] | None:
+        """Called on all ranks once none is pending: what became of the checkpoint, or None while rank 0 has to seal it."""
+        begun = self._begun
+        assert begun is not None
+        if not failed and not begun.written:
+            begun.written = True
+            if self.sharded.rank == 0:
+                self.writer.submit(self._seal, begun)
+            return None
+        self._begun = None
         self.writer.error = None
-        reason = ""
-        if not failed and self.sharded.rank == 0:
-            try:
-                write_manifest(folder, step=step, world=self.sharded.world, meta=meta)
-                self._prune(meta)
-            except OSError as error:
-                failed, reason = True, str(error)
-        seconds = time.perf_counter() - started
-        self._seconds = seconds
+        self._seconds = time.perf_counter() - begun.started
         if not failed:
-            self.last_sealed = step
-        self._covered_until = time.monotonic() - seconds  # after a failed one too: the next in its own time
+            self.last_sealed = begun.step
+        self._covered_until = time.monotonic() - self._seconds  # after a failed one too: the next in its own time
         what = "checkpoint failed" if failed else "checkpoint"
-        return {"what": what, "checkpoint": step, "seconds": seconds} | ({"reason": reason} if reason else {})
+        return {"what": what, "checkpoint": begun.step, "seconds": self._seconds}
 
-    def _prune(self, meta: dict[str, Any]) -> None:
-        """Keep the newest and, of those that are still there, the best on validation."""
-        losses = {int(step): loss for step, loss in meta["validation"].items()}
+    def _seal(self, begun: Begun) -> None:
+        """Write the manifest; keep the newest checkpoints and, of those that are still there, the best on validation."""
+        write_manifest(begun.folder, step=begun.step, world=self.sharded.world, meta=begun.meta)
+        losses = {int(step): loss for step, loss in begun.meta["validation"].items()}
         there = {step: loss for step, loss in losses.items() if step_folder(self.folder, step).is_dir()}
         best = min(there, key=there.__getitem__, default=None)
         prune(self.folder, self.config.checkpoint.keep, {best, *self.in_use()})
 
     def finish(self) -> None:
-        """Wait for this rank's file."""
+        """Wait for this rank's part."""
         self.writer.wait()
