@@ -375,6 +375,20 @@ def test_prune_keeps_the_newest_and_the_best(
     assert {int(path.name[5:]) for path in removed} == set(range(len(complete))) - stays
 
 
+def test_a_shard_that_goes_away_while_it_is_opened_is_an_unreadable_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_shard(tmp_path, 0, 1, {"x": torch.ones(1)})
+    write_manifest(tmp_path, step=1, world=1, meta={})
+
+    def gone(*_: Any) -> None:
+        raise RuntimeError("unable to open file: Not a directory (20)")  # as torch says it, which opens it once more
+
+    monkeypatch.setattr("raymoe.storage.manifest.safe_open", gone)
+    with pytest.raises(CorruptCheckpoint, match=r"rank_0000_of_0001\.safetensors: cannot be read"):
+        Checkpoint.open(tmp_path)
+
+
 def test_prune_keeps_at_least_one(tmp_path: Path) -> None:
     save(step_folder(tmp_path, 1), 1)
     with pytest.raises(ValueError, match="keep=0"):

@@ -284,6 +284,25 @@ def test_a_part_that_goes_away_while_it_is_sealed_costs_that_checkpoint(
     assert told[20]["what"] == "checkpoint"
 
 
+@pytest.mark.parametrize("harm", ["gone", "damaged"])
+def test_a_run_whose_checkpoints_are_lost_does_not_begin_anew(harm: str, tmp_path: Path) -> None:
+    train(0, 1, str(tmp_path), ("train.steps=12", "checkpoint.keep=9"))
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    if harm == "gone":
+        (tmp_path / "checkpoints").rename(tmp_path / "away")
+    for shard in tmp_path.glob("checkpoints/*/*.safetensors"):
+        shard.write_bytes(b"x")
+    with pytest.raises(
+        OSError, match=r"has completed one of step 12: bring the folder back and resume, or start a new"
+    ):
+        train(0, 1, str(tmp_path), ("train.steps=14",))
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+    if harm == "gone":
+        (tmp_path / "away").rename(tmp_path / "checkpoints")
+        train(0, 1, str(tmp_path), ("train.steps=14",))
+        assert len(losses(tmp_path)) == 14
+
+
 def test_a_run_whose_last_checkpoint_cannot_be_written_has_failed(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").write_text("a file where the folder should be")
     with pytest.raises(OSError, match=r"the checkpoint of step 12 could not be written under .*resume"):

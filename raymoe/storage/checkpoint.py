@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import re
 import shutil
-import time
 from collections.abc import Callable, Collection, Iterable, KeysView, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress

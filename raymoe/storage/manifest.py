@@ -250,7 +250,7 @@ class Manifest:
         path = self.folder / name
         try:
             yield path
-        except (OSError, SafetensorError) as cause:
+        except (OSError, SafetensorError, RuntimeError) as cause:  # the last: torch's, of a file that has just gone
             raise self.error(path, f"cannot be read as safetensors: {cause}") from cause
 
 

@@ -133,7 +133,11 @@ def head(cpus: int, environment: dict[str, str] | None = None) -> Iterator[Head]
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-        shutil.rmtree(folder, ignore_errors=True)
+        for _ in range(20):
+            shutil.rmtree(folder, ignore_errors=True)
+            if not folder.exists():
+                break
+            time.sleep(0.1)  # a process of Ray's that is about to end has written once more
         if ours:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
 

@@ -45,6 +45,17 @@ def next_attempt(run: Path) -> int:
     return told[0]
 
 
+def acknowledged(path: Path) -> int:
+    """Step of the last checkpoint that a record in `path` says is complete; -1 where none is."""
+    step = -1
+    for line in path.read_text(errors="replace").split("\n") if path.exists() else []:
+        with contextlib.suppress(ValueError, AttributeError, KeyError, RecursionError):
+            record = json.loads(line)
+            if record.get("what") == "checkpoint":
+                step = record["checkpoint"]
+    return step
+
+
 def request_file(run: Path) -> Path:
     """While it is there, the workers of `run` owe a checkpoint; they remove it when that one is complete."""
     return run / "checkpoint_now"

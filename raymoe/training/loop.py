@@ -73,7 +73,7 @@ class Trainer:
     ) -> None:
         self.config, self.corpus, self.run, self.metrics, self.device = config, corpus, run, metrics, device
         self.mailbox, self.attempt = mailbox, next_attempt(run)
-        checkpoint, passed_over = find(run / "checkpoints")
+        checkpoint, passed_over = find(run)
         self.position = Position.of(checkpoint) if checkpoint else Position.start(config)
         self.window, self.slow = Window(), Slow()
         self.skipped_in_a_row = 0

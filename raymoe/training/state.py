@@ -25,6 +25,7 @@ from raymoe.storage.checkpoint import (
     write_manifest,
 )
 from raymoe.storage.manifest import MANIFEST
+from raymoe.training.journal import acknowledged
 from raymoe.training.optimizer import Optimizer
 
 
@@ -96,16 +97,28 @@ class Position:
         )
 
 
-def find(folder: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint whose checksums hold, the same on all ranks, and what was passed over. A collective."""
-    if not dist.is_initialized():
-        return newest(folder)
+class LostCheckpoints(OSError):
+    """A run has completed checkpoints and none can be read: to begin anew would be to lose them."""
+
+
+def find(run: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The run's newest checkpoint whose checksums hold, the same on all ranks, and what was passed over. A collective.
+
+    Raises LostCheckpoints when there is none although there should be.
+    """
     answer: list[Any] = [None]
-    if dist.get_rank() == 0:
-        checkpoint, skipped = newest(folder)
-        answer = [(checkpoint and str(checkpoint.folder), skipped)]
-    dist.broadcast_object_list(answer)
-    path, skipped = answer[0]
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        checkpoint, skipped = newest(run / "checkpoints")
+        lost = -1 if checkpoint else acknowledged(run / "metrics.jsonl")
+        answer = [(checkpoint and str(checkpoint.folder), skipped, lost)]
+    if dist.is_initialized():
+        dist.broadcast_object_list(answer)
+    path, skipped, lost = answer[0]
+    if lost >= 0:
+        raise LostCheckpoints(
+            f"{run / 'checkpoints'} has no checkpoint that can be read, and the run has completed one of step {lost}: "
+            f"bring the folder back and resume, or start a new run ({'; '.join(skipped) or 'it is empty or not there'})"
+        )
     return (Checkpoint.open(Path(path), verify=False) if path else None), skipped
 
 
