@@ -13,8 +13,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,7 +110,7 @@ class Victim:
         """What Ray Train said of the last worker group that failed."""
         with suppress(OSError, ValueError):
             return str(json.loads(failures_file(self.run).read_text())["error"])
-        return "nobody said why"
+        return "nobody has said why"
 
     def events(self, what: str) -> list[dict[str, Any]]:
         return [r for r in self.records() if r["kind"] == "event" and r["what"] == what]
@@ -202,9 +202,9 @@ def freeze_clusterer(victim: Victim, chance: random.Random) -> str:
     return "SIGSTOP of the clusterer for 20 steps"
 
 
-def lose_storage(victim: Victim, chance: random.Random) -> str:
-    """The folder of the checkpoints is not there until one was due and failed."""
-    failed, sealed = len(victim.events("checkpoint failed")), victim.acknowledged()
+@contextmanager
+def without_checkpoints(victim: Victim) -> Iterator[None]:
+    """The folder of the checkpoints is not there, and none can be made."""
     folder, away = victim.run / "checkpoints", victim.run / "checkpoints.away"
     folder.rename(away)
     while not folder.is_file():
@@ -213,18 +213,35 @@ def lose_storage(victim: Victim, chance: random.Random) -> str:
             break
         shutil.rmtree(folder, ignore_errors=True)
     try:
-        victim.wait(lambda: len(victim.events("checkpoint failed")) > failed, "a checkpoint that fails")
+        yield
     finally:
         folder.unlink()
         away.rename(folder)
+
+
+def lose_storage(victim: Victim, chance: random.Random) -> str:
+    """Until a checkpoint was due and failed."""
+    failed, sealed = len(victim.events("checkpoint failed")), victim.acknowledged()
+    with without_checkpoints(victim):
+        victim.wait(lambda: len(victim.events("checkpoint failed")) > failed, "a checkpoint that fails")
     victim.wait(lambda: victim.acknowledged() > sealed, "a checkpoint after it")
     return "the checkpoints' folder was gone for a while"
+
+
+def lose_storage_and_worker(victim: Victim, chance: random.Random) -> str:
+    """Until the next workers have refused to begin anew."""
+    with without_checkpoints(victim):
+        failures_file(victim.run).unlink(missing_ok=True)  # what an earlier worker group said
+        kill_worker(victim, chance)
+        victim.wait(lambda: "bring the folder back" in victim.failure(), "a refusal")
+    return "SIGKILL of a worker, no checkpoints' folder at restart"
 
 
 RESTARTS = {
     kill_worker: 12,
     freeze_worker: 4,
     damage_checkpoint: 6,
+    lose_storage_and_worker: 3,
     kill_controller: 3,
     kill_driver: 2,
     restart_head: 1,
