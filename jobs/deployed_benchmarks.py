@@ -1,7 +1,7 @@
 """What serving gives on a real Ray Serve: parts `http`, `planes` and `memory` of the name `serve` of `jobs/benchmark.py`.
 
-`http`: three applications of one artifact at a time, with all, half and none of the clusters resident; loads take
-turns. `planes`: ways for rows to get from one replica to another and back, in turns. `memory`: what a trunk holds.
+`http`: applications of one artifact with all, half and none of the clusters resident, one after the other and in turns:
+the idle processes of one would take from another. `planes`: ways for rows to get from one replica to another and back, in turns. `memory`: what a trunk holds.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ RESIDENT = ("all", "half", "none")
 # Residency over HTTP
 
 
-def applications(artifact: str, root: str) -> dict[str, Any]:
-    """A Serve config with the artifact three times, a replica of each cluster where one is needed."""
+def applications(artifact: str, root: str) -> dict[str, dict[str, Any]]:
+    """Serve configs of the artifact by what is resident; a cluster has one replica from its first row elsewhere."""
     import torch
     import yaml
 
@@ -42,15 +42,11 @@ def applications(artifact: str, root: str) -> dict[str, Any]:
     (config["http_options"]["port"],) = free_ports(1)
     (template,) = config["applications"]
     whole = sum(cluster_sizes(Artifact.open(Path(template["args"]["artifact"])), torch.float32).values())
-    made = []
+    made = {}
     for name, resident in zip(RESIDENT, ("all", round(0.55 * whole), 0), strict=True):
-        args = template["args"] | {
-            "resident_bytes": resident,
-            "max_replicas": 1,
-            "min_replicas": int(resident != "all"),
-        }
-        made.append(template | {"name": name, "route_prefix": f"/{name}", "args": args})
-    return config | {"applications": made}
+        args = template["args"] | {"resident_bytes": resident, "max_replicas": 1}
+        made[name] = config | {"applications": [template | {"name": name, "args": args}]}
+    return made
 
 
 def http(artifact: str, root: str, text: str, domain: str, rounds: int) -> dict[str, Any]:
@@ -61,44 +57,41 @@ def http(artifact: str, root: str, text: str, domain: str, rounds: int) -> dict[
     from raymoe.serving.rollout import Rollout
     from raymoe.training.head import head
 
-    config = applications(artifact, root)
-    args = config["applications"][0]["args"]
+    configs = applications(artifact, root)
     prompts = pieces(text, domain=domain, share=0.8, words=40, count=400, seed=0)
-    body = {"model": args["name"], "max_tokens": NEW, "temperature": 0, "ignore_eos": True}
-    result: dict[str, Any] = {"16 streams": {}, "all": {}}
+    draw = random.Random(0)
+    rows: dict[str, list[dict[str, Any]]] = {name: [] for name in RESIDENT}
+    by_streams: dict[int, list[dict[str, Any]]] = {streams: [] for streams in (1, 8, 32)}
+    memory: dict[str, list[int]] = {}
+
+    def run(rollout: Rollout, streams: int, requests: int) -> dict[str, Any]:
+        body = {"model": rollout.application["args"]["name"], "max_tokens": NEW, "temperature": 0, "ignore_eos": True}
+        pick = lambda n: draw.randrange(len(prompts))  # noqa: E731
+        answers = asyncio.run(load(rollout.base, prompts, streams=streams, requests=requests, body=body, pick=pick))
+        made = summary(answers)
+        if made["failed"]:
+            raise RuntimeError(f"{made['failed']} of {len(answers)} requests failed: {made['errors']}")
+        return made
+
     with head(max(2, os.cpu_count() or 1)) as ray:
-        rollouts = {
-            app["name"]: Rollout(ray.dashboard, config | {"applications": [app]}) for app in config["applications"]
-        }
-        first = rollouts["all"]
-        first.client.deploy_applications(config)
-        for name, rollout in rollouts.items():
-            rollout.wait(lambda r=rollout, n=name: r.ready(f"/{n}") and r.running() == r.targets(), "to be ready")
-        draw = random.Random(0)
-
-        def run(name: str, streams: int, requests: int) -> dict[str, Any]:
-            pick = lambda n: draw.randrange(len(prompts))  # noqa: E731
-            loading = load(f"{first.base}/{name}", prompts, streams=streams, requests=requests, body=body, pick=pick)
-            answers = asyncio.run(loading)
-            made = summary(answers)
-            if made["failed"]:
-                raise RuntimeError(f"{name}: {made['failed']} of {len(answers)} requests failed: {made['errors']}")
-            return made
-
-        for name in RESIDENT:
-            run(name, 16, 48)  # what is hot becomes resident
-        rows: dict[str, list[dict[str, Any]]] = {name: [] for name in RESIDENT}
         for i in range(rounds):
-            for name in RESIDENT[:: 1 if i % 2 else -1]:
-                rows[name].append(run(name, 16, 48))
-        for name, made in rows.items():
-            result["16 streams"][name] = _felt(made)
-        for streams in (1, 8, 32):
-            result["all"][str(streams)] = _felt([run("all", streams, 3 * streams) for _ in range(2)])
-        result["memory"] = {
-            name: [psutil.Process(pid).memory_info().rss for pid in rollout.pids("trunk")]
-            for name, rollout in rollouts.items()
-        }
+            for name in RESIDENT[:: -1 if i % 2 else 1]:
+                rollout = Rollout(ray.dashboard, configs[name])
+                rollout.up()
+                run(rollout, 16, 48)  # what is hot becomes resident, what is not gets a replica
+                rollout.wait(lambda r=rollout: r.running() == r.targets(), "to have its replicas")
+                run(rollout, 16, 16)
+                rows[name] += [run(rollout, 16, 48) for _ in range(2)]
+                if name == "all":
+                    for streams, made in by_streams.items():
+                        made.append(run(rollout, streams, 3 * streams))
+                memory[name] = [psutil.Process(pid).memory_info().rss for pid in rollout.pids("trunk")]
+                rollout.down()
+    result: dict[str, Any] = {
+        "16 streams": {name: _felt(made) for name, made in rows.items()},
+        "all": {str(streams): _felt(made) for streams, made in by_streams.items()},
+        "memory": memory,
+    }
     base = result["16 streams"]["all"]["tokens_per_s"]["median"]
     for name, row in result["16 streams"].items():
         row["of_all"] = row["tokens_per_s"]["median"] / base
