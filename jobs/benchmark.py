@@ -243,6 +243,10 @@ def served(arguments: argparse.Namespace, parts: list[str]) -> dict[str, Any]:
         from engine_benchmarks import engine
 
         result["engine"] = engine(arguments.preset or "small", arguments.data, rounds, arguments.with_peers)
+    if "scaling" in parts:
+        from scaling_benchmark import scaling
+
+        result["scaling"] = scaling(arguments.artifact, arguments.root, arguments.data, arguments.domain)
     if {"planes", "http"} & set(parts):
         import deployed_benchmarks as deployed  # late: it needs Ray installed
 
@@ -255,7 +259,7 @@ def served(arguments: argparse.Namespace, parts: list[str]) -> dict[str, Any]:
     return result
 
 
-PARTS = {"regroup": ["overhead", "shift"], "serve": ["engine", "planes", "http"]}
+PARTS = {"regroup": ["overhead", "shift"], "serve": ["engine", "planes", "scaling", "http"]}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -280,13 +284,15 @@ def parser() -> argparse.ArgumentParser:
     )
     parse.add_argument(
         "--part", choices=sorted({part for parts in PARTS.values() for part in parts}),
-        help="regroup: overhead or shift; serve: engine, planes or http (default: all of the name's)",
+        help="regroup: overhead or shift; serve: engine, planes, scaling or http (default: all of the name's)",
     )  # fmt: skip
     parse.add_argument(
-        "--artifact", metavar="NAME", help="serve, part http: the export of a run, or an artifact's folder"
+        "--artifact", metavar="NAME", help="serve, parts scaling and http: the export of a run, or an artifact's folder"
     )
     parse.add_argument("--root", default=default_root(), help="where exports live (default: %(default)s)")
-    parse.add_argument("--domain", help="serve, part http: 80 %% of the prompts come from this domain of --data")
+    parse.add_argument(
+        "--domain", help="serve, parts scaling and http: 80 %% of the prompts come from this domain of --data"
+    )
     parse.add_argument("--with-peers", action="store_true", help="serve: compare with transformers")
     parse.add_argument("--json", type=Path, help="write the result to this file")
     return parse
@@ -313,8 +319,8 @@ def main() -> int:
         result = regroup(arguments.preset or "small", arguments.data, arguments.seeds, steps, arguments.periods, parts)
     elif arguments.name == "serve":
         parts = [arguments.part] if arguments.part else PARTS["serve"]
-        if "http" in parts and not arguments.artifact:
-            parse.error("serve, part http needs --artifact NAME: the export of a run")
+        if {"http", "scaling"} & set(parts) and not arguments.artifact:
+            parse.error("serve, parts scaling and http need --artifact NAME: the export of a run")
         result = served(arguments, parts)
     else:
         result = memory(arguments.preset or "paper")

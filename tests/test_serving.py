@@ -269,9 +269,15 @@ def test_processes_are_killed_from_the_command_line(long: Artifact, tmp_path: Pa
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("part", ["engine", "planes"])
-def test_the_benchmarks_of_serving_run(part: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("part", ["engine", "planes", "scaling"])
+def test_the_benchmarks_of_serving_run(part: str, model: Artifact, tmp_path: Path) -> None:
     told = tmp_path / "told.json"
-    done = run("jobs/benchmark.py", "serve", "--part", part, "--preset", "tiny", "--rounds", "1", "--json", str(told))
+    line = ["--preset", "tiny", "--rounds", "1", "--artifact", str(model.folder), "--json", str(told)]
+    done = run("jobs/benchmark.py", "serve", "--part", part, *line)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert json.loads(told.read_text())["result"][part]
+    result = json.loads(told.read_text())["result"][part]
+    assert result
+    if part == "scaling":
+        heavy = result["demands"]["32.0"]
+        assert sum(heavy["clusters"]) == pytest.approx(heavy["models"], rel=0.25)  # the policy's tolerance
+        assert 2 * heavy["bytes"] < heavy["bytes_models"]

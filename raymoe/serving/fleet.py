@@ -23,7 +23,7 @@ from raymoe.config import check_field
 from raymoe.serving.cluster import Cluster, answer, cluster_sizes
 from raymoe.serving.frames import NO_SECRET, Address, Connection, Lost
 from raymoe.storage.export import Artifact
-from raymoe.storage.offload import Residency
+from raymoe.storage.offload import Residency, trim
 
 log = logging.getLogger(__name__)
 
@@ -151,7 +151,8 @@ class Fleet:
             self._lose(c, call.connection, error)
             return None
         self.replicas.give_back(c, call.connection, answered=True)
-        self._borrowed.pop(c, None)
+        if self._borrowed.pop(c, None):
+            trim()
         self.observe(c, "call", time.perf_counter() - call.started)
         return said
 

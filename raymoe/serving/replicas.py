@@ -41,6 +41,7 @@ from raymoe.serving.settings import ServeSettings
 from raymoe.serving.trunk import Trunk
 from raymoe.serving.trunks import NoTrunk, Trunks
 from raymoe.storage.export import Artifact
+from raymoe.storage.offload import trim
 
 log = logging.getLogger(__name__)
 
@@ -107,6 +108,8 @@ class ClusterReplica:
         artifact = Artifact.open(Path(folder), verify=False)
         model, tensors = artifact.model, artifact.cluster(c)
         self.layers = [Cluster(model, tensors, i, c, settings.dtype) for i in range(model.layers)]
+        del tensors
+        trim()
         registry = CollectorRegistry()
         self.metrics = ClusterMetrics(registry, cluster=str(c))
         self.metrics.resident_bytes.set(sum(layer.bytes for layer in self.layers))
@@ -165,6 +168,7 @@ class TrunkReplica:
         self.fleet = Fleet(artifact, settings.dtype, settings.fleet(), self.metrics.observe_call, secret)
         trunk = Trunk(artifact, self.fleet, settings.dtype, settings.length or model.context)
         self.engine = Engine(trunk, tokenizer, settings.engine())
+        trim()
         self.server = SessionServer(self.digest, secret)
         self.driver = Driver(self.engine, self.server.deliver)
         host = _host(settings)

@@ -16,6 +16,8 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Set
+from contextlib import suppress
+from ctypes import CDLL
 from dataclasses import dataclass
 from functools import partial
 from typing import Generic, TypeVar
@@ -117,6 +119,12 @@ class _Failing:
     delay: float
     retry_at: float
     logged: bool = False
+
+
+def trim() -> None:
+    """Give memory that was freed back to the system; the C library keeps it else. Does nothing where that is not glibc."""
+    with suppress(OSError, AttributeError):
+        CDLL(None).malloc_trim(0)
 
 
 class Residency(Generic[V]):
@@ -414,6 +422,7 @@ class Residency(Generic[V]):
             if flight.error is not None:
                 self._report(flight.key, flight.error)
         del flight  # as in `_fly`
+        trim()
         return True
 
     def _next(self) -> _Flight[V] | None:
