@@ -21,6 +21,8 @@ from raymoe.config import default_root
 HERE = Path(__file__).resolve().parent
 CACHE = HERE.parent / ".tools" / "prometheus"
 PROGRAMS = ("prometheus", "promtool")
+RAYS_LIST = "prom_metrics_service_discovery.json"
+"""What Ray lists for Prometheus, in its --temp-dir."""
 LINK_EVERY_S = 5.0
 
 
@@ -72,9 +74,20 @@ def _run(command: list[str], folder: str, check: bool = True) -> int:
 
 def link(root: Path, folder: Path) -> None:
     """Make `folder` hold a link for each run and application of `root` that lists what to scrape, and no others."""
-    folder.mkdir(parents=True, exist_ok=True)
     files = {f"{file.parent.name}.json": file for file in root.glob("*/prometheus_targets.json")}
     files |= {f"serving-{file.parent.name}.json": file for file in root.glob("serving/*/prometheus_targets.json")}
+    _link(folder, files)
+
+
+def link_rays(folder: Path, temporary: Path | None = None) -> None:
+    """The same of what each Ray on this machine lists: in its own temporary folder, and in those of raymoe's heads."""
+    temporary = temporary or Path(tempfile.gettempdir())
+    lists = [temporary / "ray" / RAYS_LIST, *temporary.glob(f"raymoe-ray-*/ray/{RAYS_LIST}")]
+    _link(folder, {f"{file.relative_to(temporary).parts[0]}.json": file for file in lists if file.exists()})
+
+
+def _link(folder: Path, files: dict[str, Path]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
     for old in folder.iterdir():
         if old.name not in files:
             old.unlink()
@@ -83,19 +96,22 @@ def link(root: Path, folder: Path) -> None:
             (folder / name).symlink_to(file.resolve())
 
 
-def configure(folder: Path, root: Path, ray: Path, every: str | None = None) -> Path:
+def configure(folder: Path, root: Path, ray: Path | None, every: str | None = None) -> Path:
     """Write into `folder` the shipped config for `root`, with the links; returns its path.
 
-    ray: Ray's list of what to scrape. every: how often, where not as shipped.
+    ray: Ray's list of what to scrape, or None for those of all Rays on this machine. every: how often, where not as
+    shipped.
     """
     config = yaml.safe_load((HERE / "prometheus.yml").read_text())
     config["rule_files"] = [str(HERE / name) for name in config["rule_files"]]
     own, rays = config["scrape_configs"]
-    rays["file_sd_configs"][0]["files"] = [str(ray)]
+    rays["file_sd_configs"][0]["files"] = [str(ray or "rays/*.json")]
     if every:
         config["global"] = {"scrape_interval": every, "evaluation_interval": every, "scrape_timeout": every}
         own["file_sd_configs"][0]["refresh_interval"] = rays["file_sd_configs"][0]["refresh_interval"] = every
     link(root, folder / "targets")
+    if ray is None:
+        link_rays(folder / "rays")
     (folder / "prometheus.yml").write_text(yaml.safe_dump(config, sort_keys=False))
     return folder / "prometheus.yml"
 
@@ -113,7 +129,7 @@ def main() -> int:
     parse = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parse.add_argument("--root", type=Path, default=Path(default_root()), help="run.root (default: $RAYMOE_HOME or ~/raymoe)")  # fmt: skip
     parse.add_argument("--port", type=int, default=9090)
-    parse.add_argument("--ray", type=Path, default=Path("/tmp/ray/prom_metrics_service_discovery.json"), help="what Ray lists for Prometheus, in its --temp-dir")  # fmt: skip
+    parse.add_argument("--ray", type=Path, help=f"a Ray's {RAYS_LIST}, in its --temp-dir (default: those of all Rays on this machine)")  # fmt: skip
     arguments = parse.parse_args()
     root = arguments.root.expanduser().resolve()
     try:
@@ -134,6 +150,8 @@ def main() -> int:
     try:
         while process.poll() is None:
             link(root, folder / "targets")
+            if arguments.ray is None:
+                link_rays(folder / "rays")
             try:
                 process.wait(timeout=LINK_EVERY_S)
             except subprocess.TimeoutExpired:

@@ -63,6 +63,7 @@ def http(artifact: str, root: str, text: str, domain: str, rounds: int) -> dict[
     rows: dict[str, list[dict[str, Any]]] = {name: [] for name in RESIDENT}
     by_streams: dict[int, list[dict[str, Any]]] = {streams: [] for streams in (1, 8, 32)}
     memory: dict[str, list[int]] = {}
+    cold: dict[str, list[tuple[float, float]]] = {name: [] for name in RESIDENT}
 
     def run(rollout: Rollout, streams: int, requests: int) -> dict[str, Any]:
         body = {"model": rollout.application["args"]["name"], "max_tokens": NEW, "temperature": 0, "ignore_eos": True}
@@ -78,8 +79,11 @@ def http(artifact: str, root: str, text: str, domain: str, rounds: int) -> dict[
             for name in RESIDENT[:: -1 if i % 2 else 1]:
                 rollout = Rollout(ray.dashboard, configs[name])
                 rollout.up()
+                asked = time.monotonic()
+                first = run(rollout, 1, 1)["p50_ttft_s"]
                 run(rollout, 16, 48)  # what is hot becomes resident, what is not gets a replica
                 rollout.wait(lambda r=rollout: r.running() == r.targets(), "to have its replicas")
+                cold[name].append((first, time.monotonic() - asked))
                 run(rollout, 16, 16)
                 rows[name] += [run(rollout, 16, 48) for _ in range(2)]
                 if name == "all":
@@ -91,13 +95,18 @@ def http(artifact: str, root: str, text: str, domain: str, rounds: int) -> dict[
         "16 streams": {name: _felt(made) for name, made in rows.items()},
         "all": {str(streams): _felt(made) for streams, made in by_streams.items()},
         "memory": memory,
-    }
+        "cold": {name: {"first_token_s": spread([f for f, _ in pairs]), "replicas_s": spread([r for _, r in pairs])}
+                 for name, pairs in cold.items()},
+    }  # fmt: skip
     base = result["16 streams"]["all"]["tokens_per_s"]["median"]
     for name, row in result["16 streams"].items():
         row["of_all"] = row["tokens_per_s"]["median"] / base
         _say(f"resident {name:5} 16 streams", row, f"  {row['of_all']:.2f} of all")
     for streams, row in result["all"].items():
         _say(f"resident all   {streams:>2} streams", row)
+    row = result["cold"]["none"]
+    say(f"http  resident none, no replica yet: first token of the first request after {row['first_token_s']['median']:.2f} s, "
+        f"all clusters have a replica {row['replicas_s']['median']:.1f} s after it was sent, under 16 streams")  # fmt: skip
     return result
 
 

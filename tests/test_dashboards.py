@@ -269,6 +269,17 @@ def test_links_follow_the_runs_that_are_there(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
+def test_links_follow_the_rays_of_this_machine(tmp_path: Path) -> None:
+    for name in ("ray", "raymoe-ray-abc/ray", "other/ray"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / watch.RAYS_LIST).write_text("[]")
+    watch.link_rays(tmp_path / "rays", tmp_path)
+    assert {link.name for link in (tmp_path / "rays").iterdir()} == {"ray.json", "raymoe-ray-abc.json"}
+    (tmp_path / "ray" / watch.RAYS_LIST).unlink()
+    watch.link_rays(tmp_path / "rays", tmp_path)
+    assert {link.name for link in (tmp_path / "rays").iterdir()} == {"raymoe-ray-abc.json"}
+
+
 def test_the_config_is_for_the_root_that_is_asked_for(tmp_path: Path) -> None:
     write_targets(targets(tmp_path / "root", "first"), [])
     config = yaml.safe_load(watch.configure(tmp_path, tmp_path / "root", Path("/else/where.json")).read_text())
@@ -325,9 +336,9 @@ def until(found: Callable[[], Any], what: Callable[[], Any], seconds: float = 60
     return result
 
 
-def concrete(expression: str) -> str:
+def concrete(expression: str, interval: str = "5s") -> str:
     """As Grafana would ask when all is chosen."""
-    values = {"$__rate_interval": "5s", "$__range": "60s", '"$application"': '".*"'}
+    values = {"$__rate_interval": interval, "$__range": "60s", '"$application"': '".*"'}
     for variable, value in values.items():
         expression = expression.replace(variable, value)
     return re.sub(r'"\$\w+"', '".+"', expression)
