@@ -115,7 +115,7 @@ class Fleet:
         connections = self.replicas.take(c, -(-rows.shape[0] // self.settings.split_rows))
         if not connections:
             return []
-        parts = rows.tensor_split(len(connections))
+        parts = rows.tensor_split(len(connections)) if len(connections) > 1 else (rows,)
         return [self._ask(layer, c, part, connection) for part, connection in zip(parts, connections, strict=True)]
 
     def _ask(self, layer: int, c: int, rows: Tensor, connection: Connection) -> _Call:

@@ -191,8 +191,9 @@ class Server:
                 return
             connection.sendall(REPLY.pack(DONE, 0))
             connection.settimeout(None)
-            while self._answer(connection):
-                pass
+            with torch.inference_mode():
+                while self._answer(connection):
+                    pass
         except OSError:
             pass  # whoever asked is gone, and asks another or computes by itself
         finally:

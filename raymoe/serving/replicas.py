@@ -123,7 +123,6 @@ class ClusterReplica:
             "address": (host, server.port), "digest": artifact.digest.hex(), "target": _target(host, registry),
         }  # fmt: skip
 
-    @torch.inference_mode()
     def _compute(self, layer: int, rows: Tensor) -> Tensor:
         if layer >= len(self.layers):
             raise ValueError(f"there is no layer {layer}")
