@@ -24,6 +24,7 @@ import psutil
 from raymoe.storage.checkpoint import newest, step_folder
 from raymoe.training.elastic import failures_file
 from raymoe.training.head import head
+from raymoe.training.journal import acknowledged
 
 HOUSE = Path(__file__).resolve().parent.parent
 BOUND_S = 3.0
@@ -104,7 +105,7 @@ class Victim:
 
     def acknowledged(self) -> int:
         """The newest checkpoint that the run has said is complete."""
-        return max((r["checkpoint"] for r in self.records() if r.get("what") == "checkpoint"), default=-1)
+        return acknowledged(self.run / "metrics.jsonl")
 
     def failure(self) -> str:
         """What Ray Train said of the last worker group that failed."""

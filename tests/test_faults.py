@@ -284,11 +284,19 @@ def test_a_part_that_goes_away_while_it_is_sealed_costs_that_checkpoint(
     assert told[20]["what"] == "checkpoint"
 
 
-@pytest.mark.parametrize("harm", ["gone", "damaged"])
+@pytest.mark.parametrize("harm", ["gone", "damaged", "resumed"])
 def test_a_run_whose_checkpoints_are_lost_does_not_begin_anew(harm: str, tmp_path: Path) -> None:
     train(0, 1, str(tmp_path), ("train.steps=12", "checkpoint.keep=9"))
+    resumed = {
+        "kind": "event",
+        "what": "resumed",
+        "step": 12,
+    }  # all that a resume leaves of what was said of its checkpoint
+    (tmp_path / "metrics.jsonl").write_text(
+        json.dumps(resumed) + "\n" if harm == "resumed" else (tmp_path / "metrics.jsonl").read_text()
+    )
     before = (tmp_path / "metrics.jsonl").read_bytes()
-    if harm == "gone":
+    if harm in ("gone", "resumed"):
         (tmp_path / "checkpoints").rename(tmp_path / "away")
     for shard in tmp_path.glob("checkpoints/*/*.safetensors"):
         shard.write_bytes(b"x")

@@ -106,14 +106,16 @@ class Connection:
     def send(self, layer: int, rows: Tensor) -> None:
         """Ask for the answers to rows [R, D]."""
         self._sent = rows.shape[0]
-        self._do(self._socket.sendall, b"".join((REQUEST.pack(layer, self._sent), _bytes(rows))))
+        frame = b"".join((REQUEST.pack(layer, self._sent), _bytes(rows)))
+        if self._do(self._socket.send, frame) < len(frame):  # a blocking call is only short when its time is over
+            raise self._lost("TimeoutError: timed out")
 
     def receive(self, timeout: float | None = None) -> Tensor:
         """The answers [R, D] to what was sent; within so many seconds, by default as many as for anything else.
 
         A tenth of the default more or less does not count.
         """
-        timeout = self._timeout if timeout is None else max(timeout, 1e-3)
+        timeout = self._timeout if timeout is None else max(timeout, self._timeout / 10)  # others may have hung before
         if abs(timeout - self._patience) > self._timeout / 10:
             self._set(socket.SO_RCVTIMEO, timeout)
             self._patience = timeout
@@ -121,7 +123,7 @@ class Connection:
         body = _bytes(answers) if self._sent else memoryview(b"")
         got = self._do(self._socket.recvmsg_into, [header, body] if body else [header], 0, socket.MSG_WAITALL)[0]
         if got < len(header):
-            raise self._lost("it closed the connection")
+            raise self._lost("it closed the connection, or timed out")
         status, n = REPLY.unpack(header)
         if status != DONE:
             reason = bytes(body[: got - len(header)])
@@ -131,7 +133,7 @@ class Connection:
         if n != self._sent:
             raise self._lost(f"it answered {n} rows to {self._sent}")
         if got < len(header) + len(body):
-            raise self._lost("its answer is not whole")
+            raise self._lost("it closed the connection or timed out in the middle of an answer")
         return answers
 
 

@@ -2,7 +2,7 @@
 workers that are alive, look at the cluster at once instead of later, and count failures that lead nowhere.
 
 A resize ends the whole worker group and starts another from the newest checkpoint. So one is asked for first, by
-a file that the workers see at their next step, and a resize or a node's notice costs no step.
+a file that the workers see at their next step, and a resize or a node's notice costs a few steps.
 """
 
 from __future__ import annotations

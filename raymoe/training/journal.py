@@ -46,13 +46,18 @@ def next_attempt(run: Path) -> int:
 
 
 def acknowledged(path: Path) -> int:
-    """Step of the last checkpoint that a record in `path` says is complete; -1 where none is."""
+    """Step of the last checkpoint that a record in `path` says is complete, or was resumed from; -1 where none is.
+
+    A resume cuts the record that its checkpoint was complete, which was made some steps later.
+    """
     step = -1
     for line in path.read_text(errors="replace").split("\n") if path.exists() else []:
         with contextlib.suppress(ValueError, AttributeError, KeyError, RecursionError):
             record = json.loads(line)
             if record.get("what") == "checkpoint":
                 step = record["checkpoint"]
+            elif record.get("what") == "resumed":
+                step = record["step"]
     return step
 
 

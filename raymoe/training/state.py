@@ -202,7 +202,7 @@ class Checkpointer:
     @property
     def failure(self) -> str:
         """Why this rank could not do its part, or nothing."""
-        return str(self.writer.error) if self.writer.error else ""
+        return str(self.writer.error) or repr(self.writer.error) if self.writer.error else ""
 
     def settle(self, failed: bool) -> dict[str, Any] | None:
         """Called on all ranks once none is pending: what became of the checkpoint, or None while rank 0 has to seal it."""
