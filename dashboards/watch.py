@@ -7,6 +7,7 @@ is to be scraped, and runs until it is interrupted. What was seen stays under `r
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import signal
 import subprocess
@@ -79,11 +80,11 @@ def link(root: Path, folder: Path) -> None:
     _link(folder, files)
 
 
-def link_rays(folder: Path, temporary: Path | None = None) -> None:
+def link_rays(folder: Path) -> None:
     """The same of what each Ray on this machine lists: in its own temporary folder, and in those of raymoe's heads."""
-    temporary = temporary or Path(tempfile.gettempdir())
-    lists = [temporary / "ray" / RAYS_LIST, *temporary.glob(f"raymoe-ray-*/ray/{RAYS_LIST}")]
-    _link(folder, {f"{file.relative_to(temporary).parts[0]}.json": file for file in lists if file.exists()})
+    places = {Path(place).resolve() for place in ("/tmp", tempfile.gettempdir(), os.environ.get("RAY_TMPDIR", "/tmp"))}
+    lists = [file for place in places for pattern in ("ray", "raymoe-ray-*/ray") for file in place.glob(f"{pattern}/{RAYS_LIST}")]  # fmt: skip
+    _link(folder, {f"{'-'.join(file.parent.parts[1:])}.json": file for file in lists})
 
 
 def _link(folder: Path, files: dict[str, Path]) -> None:

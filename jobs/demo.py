@@ -141,14 +141,14 @@ def ask(base: str, model: str, prompt: str) -> str:
     return text
 
 
-def served(ray: Head, artifact: Path, run: Path) -> dict[str, Any]:
+def served(ray: Head, root: str, artifact: Path, run: Path) -> dict[str, Any]:
     """Serve the artifact with nothing resident, ask it, drive a skewed load, and record its replicas in the run."""
     config = yaml.safe_load((HOUSE / "services" / "raymoe.yaml").read_text())
     (config["http_options"]["port"],) = free_ports(1)
     (application,) = config["applications"]
     application["args"] |= {"resident_bytes": 0, "min_replicas": 1, "max_replicas": 2}
     application["autoscaling_policy"]["policy_kwargs"] |= SCALING
-    rollout = Rollout(ray.dashboard, pinned(config, str(artifact)))
+    rollout = Rollout(ray.dashboard, pinned(config, str(artifact), root))
     started = time.monotonic()
     rollout.up()
     rollout.wait(lambda: rollout.running() == rollout.targets(), "to have all of its replicas")
@@ -241,7 +241,7 @@ def main() -> int:
                 "\n== serve the export: Ray Serve, an OpenAI-compatible API, each cluster scaling by its own load",
                 flush=True,
             )
-            felt = served(ray, artifact, run_folder(root, names["clustered"]))
+            felt = served(ray, root, artifact, run_folder(root, names["clustered"]))
     except (subprocess.CalledProcessError, RuntimeError, OSError) as error:
         print(f"demo.py: {error}", file=sys.stderr)
         return 1

@@ -381,10 +381,16 @@ def test_a_shard_that_goes_away_while_it_is_opened_is_an_unreadable_one(
     write_shard(tmp_path, 0, 1, {"x": torch.ones(1)})
     write_manifest(tmp_path, step=1, world=1, meta={})
 
-    def gone(*_: Any) -> None:
-        raise RuntimeError("unable to open file: Not a directory (20)")  # as torch says it, which opens it once more
+    def fails(path: Path, *_: Any) -> None:
+        if gone:
+            path.unlink()
+        raise RuntimeError("unable to open file")  # as torch says it, which opens it once more
 
-    monkeypatch.setattr("raymoe.storage.manifest.safe_open", gone)
+    monkeypatch.setattr("raymoe.storage.manifest.safe_open", fails)
+    gone = False
+    with pytest.raises(RuntimeError, match="unable to open file"):  # no memory, say: that damages nothing
+        Checkpoint.open(tmp_path)
+    gone = True
     with pytest.raises(CorruptCheckpoint, match=r"rank_0000_of_0001\.safetensors: cannot be read"):
         Checkpoint.open(tmp_path)
 

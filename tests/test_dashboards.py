@@ -269,15 +269,20 @@ def test_links_follow_the_runs_that_are_there(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
-def test_links_follow_the_rays_of_this_machine(tmp_path: Path) -> None:
-    for name in ("ray", "raymoe-ray-abc/ray", "other/ray"):
-        (tmp_path / name).mkdir(parents=True)
-        (tmp_path / name / watch.RAYS_LIST).write_text("[]")
-    watch.link_rays(tmp_path / "rays", tmp_path)
-    assert {link.name for link in (tmp_path / "rays").iterdir()} == {"ray.json", "raymoe-ray-abc.json"}
-    (tmp_path / "ray" / watch.RAYS_LIST).unlink()
-    watch.link_rays(tmp_path / "rays", tmp_path)
-    assert {link.name for link in (tmp_path / "rays").iterdir()} == {"raymoe-ray-abc.json"}
+def test_links_follow_the_rays_of_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    lists = {name: tmp_path / name / watch.RAYS_LIST for name in ("ray", "raymoe-ray-abc/ray", "other/ray")}
+    for file in lists.values():
+        file.parent.mkdir(parents=True)
+        file.write_text("[]")
+
+    def linked() -> set[Path]:
+        watch.link_rays(tmp_path / "rays")
+        return {link.resolve() for link in (tmp_path / "rays").iterdir() if link.resolve().is_relative_to(tmp_path)}
+
+    assert linked() == {lists["ray"], lists["raymoe-ray-abc/ray"]}
+    lists["ray"].unlink()
+    assert linked() == {lists["raymoe-ray-abc/ray"]}
 
 
 def test_the_config_is_for_the_root_that_is_asked_for(tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ from raymoe.training.loop import Trainer
 from raymoe.training.mailbox import Replay
 from raymoe.training.report import write_report
 from raymoe.training.slow import REPORTS, Slow, ratios
+from raymoe.training.state import LostCheckpoints
 
 VICTIM = 1
 STEPS = 20
@@ -284,24 +285,16 @@ def test_a_part_that_goes_away_while_it_is_sealed_costs_that_checkpoint(
     assert told[20]["what"] == "checkpoint"
 
 
-@pytest.mark.parametrize("harm", ["gone", "damaged", "resumed"])
+@pytest.mark.parametrize("harm", ["gone", "damaged"])
 def test_a_run_whose_checkpoints_are_lost_does_not_begin_anew(harm: str, tmp_path: Path) -> None:
     train(0, 1, str(tmp_path), ("train.steps=12", "checkpoint.keep=9"))
-    resumed = {
-        "kind": "event",
-        "what": "resumed",
-        "step": 12,
-    }  # all that a resume leaves of what was said of its checkpoint
-    (tmp_path / "metrics.jsonl").write_text(
-        json.dumps(resumed) + "\n" if harm == "resumed" else (tmp_path / "metrics.jsonl").read_text()
-    )
     before = (tmp_path / "metrics.jsonl").read_bytes()
-    if harm in ("gone", "resumed"):
+    if harm == "gone":
         (tmp_path / "checkpoints").rename(tmp_path / "away")
     for shard in tmp_path.glob("checkpoints/*/*.safetensors"):
         shard.write_bytes(b"x")
     with pytest.raises(
-        OSError, match=r"has completed one of step 12: bring the folder back and resume, or start a new"
+        LostCheckpoints, match=r"completed one of step 12: bring the folder back and resume, or start a new"
     ):
         train(0, 1, str(tmp_path), ("train.steps=14",))
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
@@ -309,6 +302,36 @@ def test_a_run_whose_checkpoints_are_lost_does_not_begin_anew(harm: str, tmp_pat
         (tmp_path / "away").rename(tmp_path / "checkpoints")
         train(0, 1, str(tmp_path), ("train.steps=14",))
         assert len(losses(tmp_path)) == 14
+
+
+def test_what_a_run_resumed_from_is_missed_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its record that it is complete is of a later step, and so was cut when the run went on from it."""
+    real = Trainer.step
+
+    def dies(self: Trainer, step: int) -> Any:
+        if step == 15:
+            raise RuntimeError("here it dies")
+        return real(self, step)
+
+    monkeypatch.setattr(Trainer, "step", dies)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="here it dies"):
+            train(0, 1, str(tmp_path), ("train.steps=20",))
+    assert not [r for r in records(tmp_path, "event") if r["what"] == "checkpoint"]
+    (tmp_path / "checkpoints").rename(tmp_path / "away")
+    with pytest.raises(LostCheckpoints, match="completed one of step 10"):
+        train(0, 1, str(tmp_path), ("train.steps=20",))
+
+
+def test_old_checkpoints_that_cannot_be_removed_do_not_spoil_a_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def busy(*_: Any) -> None:
+        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+
+    monkeypatch.setattr("raymoe.storage.checkpoint.shutil.rmtree", busy)
+    train(0, 1, str(tmp_path), ("train.steps=40", "checkpoint.keep=2"))
+    assert [r["checkpoint"] for r in records(tmp_path, "event") if r["what"] == "checkpoint"] == [10, 20, 30, 40]
 
 
 def test_a_run_whose_last_checkpoint_cannot_be_written_has_failed(tmp_path: Path) -> None:

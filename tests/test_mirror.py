@@ -64,6 +64,14 @@ def goes_there_and_comes_back(uri: str, folder: Path) -> None:
     assert older and older.step == 20
     assert [p.name for p in again.parent.iterdir()] == ["first"]
 
+    with mirror.files.open_output_stream(f"{mirror.base}/checkpoints/step_00000020/{shard}") as stream:
+        stream.write(b"damaged")
+    none = folder / "none" / "first"
+    none.parent.mkdir()
+    with pytest.raises(FileNotFoundError, match=rf"no checkpoint of first that can be read: .*{shard} of step 30"):
+        mirror.pull(none)
+    assert not list(none.parent.iterdir())
+
 
 def test_a_folder(tmp_path: Path) -> None:
     goes_there_and_comes_back(f"file://{tmp_path}/store", tmp_path)

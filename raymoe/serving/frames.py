@@ -88,8 +88,8 @@ class Connection:
         self._socket.close()
 
     def _set(self, which: int, seconds: float) -> None:
-        whole = int(seconds)
-        self._do(self._socket.setsockopt, socket.SOL_SOCKET, which, TIMEVAL.pack(whole, int((seconds - whole) * 1e6)))
+        value = TIMEVAL.pack(*divmod(max(1, round(1e6 * seconds)), 1_000_000))  # 0 would be for ever
+        self._do(self._socket.setsockopt, socket.SOL_SOCKET, which, value)
 
     def _do(self, work: Callable[..., T], *arguments: object) -> T:
         try:

@@ -250,7 +250,9 @@ class Manifest:
         path = self.folder / name
         try:
             yield path
-        except (OSError, SafetensorError, RuntimeError) as cause:  # the last: torch's, of a file that has just gone
+        except (OSError, SafetensorError, RuntimeError) as cause:
+            if isinstance(cause, RuntimeError) and path.is_file():  # torch says so of a file that has just gone
+                raise
             raise self.error(path, f"cannot be read as safetensors: {cause}") from cause
 
 

@@ -65,7 +65,8 @@ class Mirror:
     def pull(self, run: Path) -> list[str]:
         """Make the folder `run` of the copy: records and the newest checkpoint whose checksums hold; returns what was passed over.
 
-        Raises FileNotFoundError where there is no such copy. An interrupted pull leaves no `run`.
+        Raises FileNotFoundError where there is no such copy, or none with a checkpoint that can be read. A pull that
+        fails or is interrupted leaves no `run`.
         """
         if self.files.get_file_info(f"{self.base}/config.json").type != fs.FileType.File:
             raise FileNotFoundError(f"there is no run at {self.uri} named {run.name}: it has no config.json there")
@@ -84,6 +85,10 @@ class Mirror:
                 except CorruptCheckpoint as error:
                     passed_over.append(f"{self.uri}: {error.file.name} of step {step} {error.reason}")
                     shutil.rmtree(folder)
+            else:
+                raise FileNotFoundError(
+                    f"{self.uri} has no checkpoint of {run.name} that can be read: {'; '.join(passed_over) or 'none was copied there'}"
+                )
             for name in RECORDS:
                 if self.files.get_file_info(f"{self.base}/{name}").type == fs.FileType.File:
                     self._fetch(f"{self.base}/{name}", partial / name)

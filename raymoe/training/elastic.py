@@ -2,7 +2,8 @@
 workers that are alive, look at the cluster at once instead of later, and count failures that lead nowhere.
 
 A resize ends the whole worker group and starts another from the newest checkpoint. So one is asked for first, by
-a file that the workers see at their next step, and a resize or a node's notice costs a few steps.
+a file that the workers see at their next step. They complete it before they go on, and a resize or a node's notice
+costs a step or two.
 """
 
 from __future__ import annotations

@@ -52,7 +52,9 @@ class Said(NamedTuple):
     pending: float = 0.0
     failed: float = 0.0
     due: float = 0.0
-    """Of rank 0: a checkpoint was asked for, or must be begun now (`checkpoint.max_loss_s`)."""
+    """Of rank 0: a checkpoint must be begun now (`checkpoint.max_loss_s`)."""
+    asked: float = 0.0
+    """Of rank 0: the driver has asked for one (`raymoe.training.elastic`)."""
     tokens_hash: float = 0.0
     """Of the step's tokens, whoever read them: a sum of the grains' checksums, exact in float64."""
     plan: Sequence[float] = ()
@@ -78,8 +80,6 @@ class Trainer:
         self.window, self.slow = Window(), Slow()
         self.skipped_in_a_row = 0
         self.mirror: BackgroundMirror | None = None
-        self.answering = False
-        """Whether the checkpoint being written is one that the driver asked for."""
         self.hold()
         self.rank, self.world = self.sharded.rank, self.sharded.world
         if checkpoint:
@@ -158,8 +158,10 @@ class Trainer:
                 self.settle(said.failed > 0)
             if (position.step % train.validate_every == 0 or last) and not stopped:
                 self.validate(whole=last)
-            if position.step % self.config.checkpoint.every == 0 or last or stopped or said.due:
+            if position.step % self.config.checkpoint.every == 0 or last or stopped or said.due or said.asked:
                 self.checkpoint()
+            if said.asked:
+                self.answer()
         self.finish()
         if stopped:
             self.log("event", what="stopped")
@@ -225,13 +227,14 @@ class Trainer:
             objective.backward()
             loss += part.detach()
         stop = self.rank == 0 and (self.run / "stop").exists()
-        due = self.rank == 0 and (self.checkpoints.due or self.asked())
+        due = self.rank == 0 and self.checkpoints.due
+        asked = self.rank == 0 and request_file(self.run).exists()
         pending, failed = self.checkpoints.pending, bool(self.checkpoints.failure)
         plan = self.regrouping.say() if self.regrouping else []
         total = loss.item()
         self.window.compute_s += time.perf_counter() - started - self.sharded.meter.waited_s
         sent = self.sharded.meter.take()
-        load, said = self.agree(Said(total, stop, sent, pending, failed, due, checksum, plan))
+        load, said = self.agree(Said(total, stop, sent, pending, failed, due, asked, checksum, plan))
         self.gradients.reduce()
         norm = self.gradients.clip(train.clip)
         return said.loss, norm, load, said
@@ -338,16 +341,17 @@ class Trainer:
         pause = time.perf_counter() - started
         self.log_plan("folded", ahead=True, pause_ms=1000 * pause, probe_before=before, probe_after=self.probe())
 
-    def asked(self) -> bool:
-        """Whether the driver has asked for a checkpoint that was not begun yet (`raymoe.training.elastic`)."""
-        return not self.answering and request_file(self.run).exists()
-
     def checkpoint(self) -> None:
-        if self.checkpoints.unsealed:  # the last one is still being written: training is faster than the disk
-            self.drain()
-        self.answering = self.rank == 0 and request_file(self.run).exists()
+        """Begin one. One that is not complete yet is waited for: where they are so close, training is faster than the disk."""
+        self.drain()
         extra = self.regrouping.recorder.tensors() if self.regrouping else {}
         self.checkpoints.begin(self.position, extra)
+
+    def answer(self) -> None:
+        """Complete the checkpoint that the driver asked for before the next step: the workers are about to be ended."""
+        self.drain()
+        if self.rank == 0:
+            request_file(self.run).unlink(missing_ok=True)
 
     def settle(self, failed: bool) -> None:
         """The next stage of the checkpoint that no rank works on any more: rank 0 seals it, or what became of it is said."""
@@ -365,9 +369,6 @@ class Trainer:
             self.report_copies(self.mirror.failures())
             if event["what"] == "checkpoint" and event["checkpoint"] % self.config.checkpoint.every == 0:
                 self.mirror.push(event["checkpoint"])
-        if self.answering:
-            request_file(self.run).unlink(missing_ok=True)
-            self.answering = False
 
     def report_copies(self, failures: list[tuple[int, str]]) -> None:
         for step, reason in failures:

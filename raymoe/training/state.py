@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Collection, Mapping
@@ -27,6 +28,8 @@ from raymoe.storage.checkpoint import (
 from raymoe.storage.manifest import MANIFEST
 from raymoe.training.journal import acknowledged
 from raymoe.training.optimizer import Optimizer
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -167,11 +170,8 @@ class Checkpointer:
         """What was done after this second would be lost."""
         self._seconds = 0.0
 
-    def begin(self, position: Position, extra: Mapping[str, Tensor]) -> float:
-        """Start writing a checkpoint of this position; returns the seconds it held up training.
-
-        `extra`: further tensors by key, of this rank.
-        """
+    def begin(self, position: Position, extra: Mapping[str, Tensor]) -> None:
+        """Start writing a checkpoint of this position. `extra`: further tensors by key, of this rank."""
         started = time.perf_counter()
         views = self.sharded.transformer.logical()
         owned = {key: views[key] for key in self.sharded.owned()}
@@ -180,7 +180,6 @@ class Checkpointer:
         folder = step_folder(self.folder, position.step)
         self.writer.write(folder, self.sharded.rank, self.sharded.world, owned | dict(extra))
         self._begun = Begun(folder, position.step, position.meta(self.config), started)
-        return time.perf_counter() - started
 
     @property
     def due(self) -> bool:
@@ -228,7 +227,10 @@ class Checkpointer:
         losses = {int(step): loss for step, loss in begun.meta["validation"].items()}
         there = {step: loss for step, loss in losses.items() if step_folder(self.folder, step).is_dir()}
         best = min(there, key=there.__getitem__, default=None)
-        prune(self.folder, self.config.checkpoint.keep, {best, *self.in_use()})
+        try:
+            prune(self.folder, self.config.checkpoint.keep, {best, *self.in_use()})
+        except OSError as error:  # the checkpoint is complete; the next one's pruning tries again
+            log.warning("old checkpoints in %s could not be removed: %s", self.folder, error)
 
     def finish(self) -> None:
         """Wait for this rank's part."""
