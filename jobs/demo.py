@@ -124,8 +124,9 @@ def regrouping(root: str, name: str) -> str:
 
 LOAD_S = 30.0
 DOMAIN = "licences"
-SCALING = {"target": 0.04, "up_cooldown_s": 4.0, "down_cooldown_s": 8.0}
-"""A replica counts as busy from 4 % of its time: the load of one machine should be enough to see them scale."""
+SCALING = {"target": 0.04, "up_cooldown_s": 4.0, "down_cooldown_s": 16.0}
+"""A replica counts as busy from 4 % of its time: the load of one machine should be enough to see them scale. None is
+given up before it could start, which takes 10 s."""
 
 
 def ask(base: str, model: str, prompt: str) -> str:
