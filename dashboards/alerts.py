@@ -169,7 +169,7 @@ SERVING = (
         "RaymoeServingImbalance", "info", "30m",
         "max by (application) (@cluster_imbalance_ratio) > 2",
         "Clusters of {{ $labels.application }} are unevenly used",
-        "The busiest gets more than three times the mean of rows since its trunk began. Its replicas are the ones to add.",
+        "The busiest gets more than three times the mean of rows. Its replicas are the ones to add.",
     ),
     Alert(
         "RaymoeUnusedCluster", "info", "0m",

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -248,9 +249,11 @@ class TrunkMetrics(_Metrics):
     PLACES = ("resident", "away")
     """Whether rows were of a cluster that was resident or of another: values of the label `place`."""
 
-    def __init__(self, registry: CollectorRegistry, *, clusters: int) -> None:
+    def __init__(
+        self, registry: CollectorRegistry, *, clusters: int, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         super().__init__(registry, {})
-        declare, self._totals = self._declare, _Totals()
+        declare, self._totals, self._recent = self._declare, _Totals(), _Recent(clock)
         self.running = declare(Gauge, "num_requests_running", "Requests that are computed.")
         self.waiting = declare(Gauge, "num_requests_waiting", "Requests that wait to be computed.")
         self.kv_usage = declare(Gauge, "kv_cache_usage_perc", "Share of the KV cache in use, 0 to 1.")
@@ -268,7 +271,7 @@ class TrunkMetrics(_Metrics):
         )
         self.cluster_resident = declare(Gauge, "cluster_resident", "Whether a cluster is resident: 1 or 0.", "cluster")
         self.imbalance = declare(
-            Gauge, "cluster_imbalance_ratio", "Of clusters by rows since the start: (max - mean) / mean."
+            Gauge, "cluster_imbalance_ratio", "Of clusters by rows of the last minutes: (max - mean) / mean."
         )
         self.resident_bytes = declare(Gauge, "offload_resident_bytes", "Weights of clusters that are resident.")
         self.hits = declare(Counter, "offload_hits", "Uses of a cluster that was resident.")
@@ -304,9 +307,10 @@ class TrunkMetrics(_Metrics):
         for c, n in connected.items():
             self.cluster_connected.labels(str(c)).set(n)
             self.cluster_resident.labels(str(c)).set(c in residency.resident)
-        mean = sum(rows.values()) / max(1, len(connected))
+        recent = self._recent.of(rows)
+        mean = sum(recent.values()) / max(1, len(connected))
         if mean:
-            self.imbalance.set(max(rows.values()) / mean - 1)
+            self.imbalance.set(max(recent.values()) / mean - 1)
         self.resident_bytes.set(residency.resident_bytes)
         for counter, total in (
             (self.hits, residency.hits), (self.misses, residency.misses), (self.loads, residency.loads),
@@ -367,6 +371,24 @@ class ApiMetrics(_Metrics):
         rejected = declare(Counter, "requests_rejected", "HTTP requests turned away, by why.", "reason")
         self.finished = {how: finished.labels(**self._own, finished_reason=how) for how in FINISHES}
         self.rejected = {why: rejected.labels(**self._own, reason=why) for why in REJECTIONS}
+
+
+class _Recent:
+    """Totals that others count, where what is older counts less."""
+
+    HALF_LIFE_S = 60.0
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock, self._at = clock, clock()
+        self._seen: dict[int, int] = {}
+        self._recent: dict[int, float] = {}
+
+    def of(self, totals: Mapping[int, int]) -> dict[int, float]:
+        now = self._clock()
+        fade = 0.5 ** ((now - self._at) / self.HALF_LIFE_S)
+        self._recent = {c: fade * self._recent.get(c, 0) + n - self._seen.get(c, 0) for c, n in totals.items()}
+        self._at, self._seen = now, dict(totals)
+        return self._recent
 
 
 class _Totals:

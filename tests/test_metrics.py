@@ -16,7 +16,8 @@ import pytest
 from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
-from raymoe.metrics import REFUSALS, TrainingMetrics, serve, write_targets
+from raymoe.metrics import REFUSALS, TrainingMetrics, TrunkMetrics, serve, write_targets
+from raymoe.storage.offload import ResidencyStats
 
 WORKER = {"run": "first", "worker": "1"}
 
@@ -226,6 +227,27 @@ def test_every_metric_follows_the_house_rules(exported: tuple[TrainingMetrics, C
         for sample in family.samples:
             assert WORKER.items() <= sample.labels.items()
             assert sample.labels.keys() <= {"run", "worker", "level", "cluster", "outcome", "reason", "le"}
+
+
+def test_imbalance_is_of_the_last_minutes() -> None:
+    """An uneven hour of long ago is forgotten, and a new skew is seen though the rows since the start are even."""
+    now, registry = [0.0], CollectorRegistry()
+    trunk = TrunkMetrics(registry, clusters=2, clock=lambda: now[0])
+
+    def imbalance(*rows: int) -> float | None:
+        stats = ResidencyStats(0, 0, 0, 0, 0, 0.0, 0, ())
+        trunk.update(
+            running=0, waiting=0, kv_usage=0, rows=dict(enumerate(rows)), away={}, connected={0: 0, 1: 0}, residency=stats
+        )  # fmt: skip
+        return registry.get_sample_value("raymoe_cluster_imbalance_ratio")
+
+    assert imbalance(1000, 0) == 1
+    now[0] = 60
+    assert imbalance(1000, 500) == pytest.approx(0)  # the half of what is a minute old
+    now[0] = 3600
+    assert imbalance(1000, 1000) == pytest.approx(1)
+    now[0] = 7200
+    assert imbalance(1000, 1000) == pytest.approx(1)  # nothing new: as it was last
 
 
 def test_registries_do_not_share() -> None:
