@@ -206,7 +206,7 @@ class TrainingMetrics(_Metrics):
         self.worker_slowness.set(_number(record["slowness"][self._rank]))
 
     def _event(self, record: Mapping[str, Any]) -> None:
-        if record["what"] == "resumed":
+        if record["what"] in ("resumed", "began anew"):
             self._seen_step = record["step"]
             self._seen_skipped = record.get("skipped_steps", 0)
             self.attempt.set(record["attempt"])

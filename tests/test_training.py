@@ -15,6 +15,7 @@ from synthetic import Synthetic
 from raymoe.config import Config, override, preset
 from raymoe.metrics import TrainingMetrics
 from raymoe.storage.checkpoint import newest
+from raymoe.training.launch import describe
 from raymoe.training.loop import SKIPS_IN_A_ROW, Trainer
 from raymoe.training.optimizer import decays, learning_rate
 
@@ -172,6 +173,32 @@ def test_a_corrupt_newest_checkpoint_costs_only_the_steps_since_the_one_before(t
     events = records(tmp_path, "event")
     assert any(e["what"] == "resumed" and e["step"] == 30 for e in events)
     assert any(e["what"] == "checkpoint passed over" and "step_00000040" in e["reason"] for e in events)
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_anew_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "whole").mkdir()
+    train(0, 1, str(tmp_path / "whole"), ())
+    run = tmp_path / "killed"
+    run.mkdir()
+    real = Trainer.step
+
+    def killed(self: Trainer, step: int) -> Any:
+        if self.position.step == 5:
+            raise KeyboardInterrupt
+        return real(self, step)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "step", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(0, 1, str(run), ())
+    train(0, 1, str(run), ())
+    first = records(run, "event")[0]
+    assert (first["what"], first["step"], first["attempt"]) == ("began anew", 0, 2)
+    assert first["redone_steps"] == 5
+    assert describe(first) == "began anew attempt 2, workers 1, redone steps 5, skipped steps 0"
+    assert losses(run) == losses(tmp_path / "whole")
 
 
 def test_a_stop_checkpoints_at_the_next_step_and_resumes(tmp_path: Path) -> None:

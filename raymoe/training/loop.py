@@ -97,17 +97,17 @@ class Trainer:
             self.checkpoints.in_use = self.mirror.steps
         for reason in passed_over:
             self.log("event", what="checkpoint passed over", reason=reason)
-        if checkpoint:
+        if checkpoint or self.attempt > 1:  # a worker group may be lost before the first checkpoint
             self.log(
                 "event",
-                what="resumed",
+                what="resumed" if checkpoint else "began anew",
                 attempt=self.attempt,
                 workers=self.world,
                 redone_steps=self.journal.redone if self.journal else 0,
                 skipped_steps=self.position.skipped,
-                checkpoint=str(checkpoint.folder),
+                **({"checkpoint": str(checkpoint.folder)} if checkpoint else {}),
             )
-        else:
+        if not checkpoint:
             self.log("assignment", version=self.position.version, assignment=self.position.membership.assignment)
 
     def hold(self) -> None:
