@@ -33,10 +33,12 @@ def ray() -> Iterator[Head]:
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two domains of real text, small enough to prepare at once: the house's own sources."""
+    """Two domains of real text, small enough to prepare and validate at once: sources of the house."""
     folder = tmp_path_factory.mktemp("text")
-    (folder / "code.txt").write_text("\n".join(p.read_text() for p in sorted((HOUSE / "raymoe").rglob("*.py"))))
-    (folder / "tests.txt").write_text("\n".join(p.read_text() for p in sorted((HOUSE / "tests").glob("*.py"))))
+    (folder / "code.txt").write_text(
+        "\n".join(p.read_text() for p in sorted((HOUSE / "raymoe" / "model").glob("*.py")))
+    )
+    (folder / "tests.txt").write_text("\n".join(p.read_text() for p in sorted((HOUSE / "tests").glob("test_c*.py"))))
     return folder
 
 

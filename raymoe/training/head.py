@@ -22,6 +22,7 @@ import psutil
 
 ENVIRONMENT = {
     "RAY_AUTH_MODE": "disabled",
+    "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # a head is ended when its work is over
     "RAY_JOB_STOP_WAIT_TIME_S": "120",  # `ray job stop` waits this long for the last checkpoint
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_USAGE_STATS_ENABLED": "0",
