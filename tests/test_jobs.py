@@ -210,7 +210,7 @@ def test_regrouping_outlives_its_clusterer_and_training_does_not_wait_for_it(
     )
 
 
-@pytest.mark.ray
+@pytest.mark.soak
 def test_an_interrupt_of_a_plain_run_checkpoints_and_says_how_to_go_on(text: Path, tmp_path: Path) -> None:
     """python jobs/train.py without a head: a local Ray is started, Ctrl-C stops at a step."""
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {
