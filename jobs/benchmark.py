@@ -44,7 +44,7 @@ from raymoe.model.loss import linear_cross_entropy
 from raymoe.parallel.gradients import Gradients
 from raymoe.parallel.local import gloo, total
 from raymoe.parallel.sharded import shard
-from raymoe.storage.export import sizes
+from raymoe.storage.artifact import sizes
 from raymoe.training.optimizer import Optimizer
 
 
@@ -240,15 +240,15 @@ def served(arguments: argparse.Namespace, parts: list[str]) -> dict[str, Any]:
     result: dict[str, Any] = {}
     rounds = arguments.rounds
     if "engine" in parts:
-        from engine_benchmarks import engine
+        from benchmarks.engine import engine
 
         result["engine"] = engine(arguments.preset or "small", arguments.data, rounds, arguments.with_peers)
     if "scaling" in parts:
-        from scaling_benchmark import scaling
+        from benchmarks.scaling import scaling
 
         result["scaling"] = scaling(arguments.artifact, arguments.root, arguments.data, arguments.domain)
     if {"planes", "http"} & set(parts):
-        import deployed_benchmarks as deployed  # late: it needs Ray installed
+        from benchmarks import deployed  # late: it needs Ray installed
 
         if "planes" in parts:
             result["planes"] = deployed.planes(rounds)
@@ -308,11 +308,11 @@ def main() -> int:
     elif arguments.name == "step":
         result = step(arguments.rounds, arguments.preset or "small")
     elif arguments.name == "remap":
-        from regroup_benchmarks import remap  # late: it needs Ray installed, the others do not
+        from benchmarks.regroup import remap  # late: it needs Ray installed, the others do not
 
         result = remap(arguments.preset or "small", arguments.data, arguments.seeds, arguments.steps or 300)
     elif arguments.name == "regroup":
-        from regroup_benchmarks import regroup
+        from benchmarks.regroup import regroup
 
         parts = [arguments.part] if arguments.part else PARTS["regroup"]
         steps = arguments.steps or 1000

@@ -1,60 +1,8 @@
-"""Check what commonly goes wrong before a long run, and say what to do about it.
+"""Run `raymoe doctor` from a checkout, or as a Ray job: see `raymoe/commands/doctor.py`."""
 
-    python jobs/doctor.py
-    python jobs/doctor.py --root /mnt/raymoe --json doctor.json
-    ray job submit --working-dir . -- python jobs/doctor.py
-
-Each node of the Ray that is running is asked, one line a check: `ok|warn|fail  name  what was seen  -> what to do`.
-Without a running Ray a local one is started, and ended. Exit status: 0 nothing failed, 1 something did, 2 refused.
-"""
-
-from __future__ import annotations
-
-import argparse
-import dataclasses
-import json
-import os
 import sys
-from pathlib import Path
 
-from raymoe.config import default_root, override, preset
-
-
-def parser() -> argparse.ArgumentParser:
-    parse = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parse.add_argument("--root", default=default_root(), help="run.root of the run to come (default: %(default)s)")
-    parse.add_argument("--json", type=Path, help="write the checks to this file, too")
-    return parse
-
-
-def main() -> int:
-    arguments = parser().parse_args()
-    if arguments.json and not arguments.json.absolute().parent.is_dir():
-        print(f"doctor.py: there is no folder {arguments.json.absolute().parent} for --json", file=sys.stderr)
-        return 2
-    wanted = os.environ.get("RAY_ADDRESS", "local")
-    try:
-        config = override(preset("tiny"), [f"run.root={arguments.root}"])
-    except ValueError as error:
-        print(f"doctor.py: {error}", file=sys.stderr)
-        return 2
-    import ray
-
-    from raymoe.training.checks import exit_status
-    from raymoe.training.doctor import examine
-    from raymoe.training.launch import connect
-
-    connect(config)
-    if wanted not in ("local", "auto") and ray.get_runtime_context().gcs_address != wanted:
-        print(f"doctor.py: there is no Ray at RAY_ADDRESS={wanted}", file=sys.stderr)
-        return 2
-    found = examine(str(Path(arguments.root).expanduser().absolute()))
-    for check in found:
-        print(check)
-    if arguments.json:
-        arguments.json.write_text(json.dumps([dataclasses.asdict(check) for check in found], indent=1) + "\n")
-    return exit_status(found)
-
+from raymoe.commands.doctor import main
 
 if __name__ == "__main__":
     sys.exit(main())

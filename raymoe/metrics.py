@@ -6,12 +6,9 @@ workers: take `max by (run)` of it, not the sum. Prometheus finds workers throug
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import time
-from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
@@ -417,17 +414,3 @@ def serve(registry: CollectorRegistry, host: str = "127.0.0.1") -> int:
     """Answer Prometheus on a free port of `host` from a daemon thread; returns the port."""
     server, _ = start_http_server(0, addr=host, registry=registry)
     return server.server_port
-
-
-def write_targets(path: Path, targets: Iterable[tuple[str, int, Mapping[str, str]]]) -> None:
-    """Write (host, port, labels) of each worker for Prometheus's file-based discovery, by atomic rename."""
-    entries = [
-        {"targets": [f"[{host}]:{port}" if ":" in host else f"{host}:{port}"], "labels": {"job": "raymoe", **labels}}
-        for host, port, labels in targets
-    ]
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_text(json.dumps(entries, indent=1))
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

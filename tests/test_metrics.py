@@ -16,8 +16,9 @@ import pytest
 from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
-from raymoe.metrics import REFUSALS, TrainingMetrics, TrunkMetrics, serve, write_targets
-from raymoe.storage.offload import ResidencyStats
+from raymoe.metrics import REFUSALS, TrainingMetrics, TrunkMetrics, serve
+from raymoe.serving.residency import ResidencyStats
+from raymoe.storage.scrape_targets import write_targets
 
 WORKER = {"run": "first", "worker": "1"}
 

@@ -14,18 +14,17 @@ from urllib.parse import urlsplit
 import pytest
 
 from raymoe.config import override, preset
-
-HOUSE = Path(__file__).resolve().parent.parent
+from tests.support.paths import REPO_ROOT
 
 
 def commands() -> list[str]:
-    blocks = re.findall(r"```bash\n(.*?)```", (HOUSE / "README.md").read_text(), re.DOTALL)
+    blocks = re.findall(r"```bash\n(.*?)```", (REPO_ROOT / "README.md").read_text(), re.DOTALL)
     lines = [line.split("  #")[0].strip() for block in blocks for line in block.splitlines()]
     return [line for line in lines if line and not line.startswith("#")]
 
 
 def job(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"job_{name}", HOUSE / "jobs" / f"{name}.py")
+    spec = importlib.util.spec_from_file_location(f"job_{name}", REPO_ROOT / "jobs" / f"{name}.py")
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # where dataclasses look for their module
@@ -45,7 +44,7 @@ def test_a_command_of_the_readme_is_one_that_works(line: str) -> None:
         assert words[:3] == ["ray", "job", "submit"]
         words = words[words.index("--") + 1 :]
     if words[0] == "make":
-        targets = re.findall(r"^([a-z]+):", (HOUSE / "Makefile").read_text(), re.MULTILINE)
+        targets = re.findall(r"^([a-z]+):", (REPO_ROOT / "Makefile").read_text(), re.MULTILINE)
         assert words[1] in targets
     elif words[0] in ("python", ".venv/bin/python"):
         module = job(Path(words[1]).stem)
@@ -57,22 +56,22 @@ def test_a_command_of_the_readme_is_one_that_works(line: str) -> None:
             override(preset(arguments.preset), arguments.overrides)
     elif words[0] == "serve":
         assert words[1:] in (["status"], ["shutdown"]) or (
-            words[1] in ("deploy", "run") and (HOUSE / words[2]).is_file()
+            words[1] in ("deploy", "run") and (REPO_ROOT / words[2]).is_file()
         )
     elif words[0] == "curl":
         assert re.search(
-            rf'"{urlsplit(words[1]).path.removeprefix("/v1")}"', (HOUSE / "raymoe/serving/api.py").read_text()
+            rf'"{urlsplit(words[1]).path.removeprefix("/v1")}"', (REPO_ROOT / "raymoe/serving/api.py").read_text()
         )
         assert {"model", "prompt"} <= json.loads(words[words.index("-d") + 1]).keys()
     elif words[:2] == ["ray", "get-auth-token"]:
         assert words[2:] == ["--generate"]
     elif words[0] == "kubectl":
-        assert words[1:3] == ["apply", "-f"] and (HOUSE / words[3]).is_file()
+        assert words[1:3] == ["apply", "-f"] and (REPO_ROOT / words[3]).is_file()
     elif words[0] == "docker":
-        assert words[1] == "build" and (HOUSE / words[-1] / "Dockerfile").is_file()
+        assert words[1] == "build" and (REPO_ROOT / words[-1] / "Dockerfile").is_file()
     elif words[0] == "ray" and words[1] in ("up", "exec"):
-        assert (HOUSE / words[2]).is_file()
-        assert all((HOUSE / script).is_file() for script in re.findall(r"python (\S+)", " ".join(words[3:])))
+        assert (REPO_ROOT / words[2]).is_file()
+        assert all((REPO_ROOT / script).is_file() for script in re.findall(r"python (\S+)", " ".join(words[3:])))
     elif words[:2] == ["ray", "job"]:
         assert words[2] in ("stop", "logs", "status")
     else:
@@ -80,5 +79,5 @@ def test_a_command_of_the_readme_is_one_that_works(line: str) -> None:
 
 
 def test_ci_runs_check_test_and_soak() -> None:
-    script = (HOUSE / ".ci" / "run").read_text()
+    script = (REPO_ROOT / ".ci" / "run").read_text()
     assert all(f"make {target}" in script for target in ("check", "test", "soak"))

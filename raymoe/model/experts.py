@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from raymoe.config import ModelSection
 from raymoe.model.dispatch import Dispatch
-from raymoe.model.fused import RESIDUALS, ClusteredFFN, FlatFFN, Pairs, compute_dtype, spans
+from raymoe.model.expert_math import RESIDUALS, ClusteredFFN, FlatFFN, Pairs, compute_dtype, spans
 from raymoe.model.router import Choice, Router, auxiliary_loss, move_bias, route
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from raymoe.model.fused import compute_dtype
+from raymoe.model.expert_math import compute_dtype
 
 CHUNK = 512
 """Rows at a time: a chunk's float32 logits stay in cache for vocabularies of some ten thousand."""

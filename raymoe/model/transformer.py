@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from raymoe.config import ModelSection
 from raymoe.model.dispatch import Dispatch, LocalDispatch
+from raymoe.model.expert_math import RESIDUALS
 from raymoe.model.experts import FFN, ClusteredExperts, DenseFFN, FlatExperts, Ghosts
-from raymoe.model.fused import RESIDUALS
 
 Assignment = Sequence[Sequence[int]]
 """[layers][E]: the cluster of each expert."""

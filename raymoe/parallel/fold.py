@@ -19,7 +19,7 @@ from raymoe.clustering.similarity import cosine
 from raymoe.config import ModelSection
 from raymoe.model.experts import FlatExperts
 from raymoe.model.lowrank import factor
-from raymoe.parallel.by_layer import collect, spoken_for
+from raymoe.parallel.gather_layer import collect, spoken_for
 from raymoe.parallel.sharded import Sharded
 
 MATRICES = ("gate", "up", "down")

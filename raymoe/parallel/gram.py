@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from raymoe.model.expert_math import RESIDUALS
 from raymoe.model.experts import ClusteredExperts, Member
-from raymoe.model.fused import RESIDUALS
-from raymoe.parallel.by_layer import collect, experts_of, spoken_for
+from raymoe.parallel.gather_layer import collect, experts_of, spoken_for
 from raymoe.parallel.remap import BASES, shapes
 from raymoe.parallel.sharded import Sharded
 

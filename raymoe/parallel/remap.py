@@ -16,8 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from raymoe.model.dispatch import LocalDispatch
+from raymoe.model.expert_math import RESIDUALS
 from raymoe.model.experts import ClusteredExperts, Ghosts, Slice, members
-from raymoe.model.fused import RESIDUALS
 from raymoe.model.lowrank import factor
 from raymoe.parallel.all_to_all import AllToAllDispatch
 from raymoe.parallel.groups import Placement

@@ -16,9 +16,9 @@ from ray.serve import Application
 from ray.serve.config import AutoscalingConfig
 
 from raymoe.serving.replicas import Api, ClusterReplica, TrunkReplica
-from raymoe.serving.scaling import LOOK_BACK_S, METRICS_INTERVAL_S, PREFIX
+from raymoe.serving.serve_policy import LOOK_BACK_S, METRICS_INTERVAL_S, PREFIX
 from raymoe.serving.settings import from_dict
-from raymoe.storage.export import Artifact
+from raymoe.storage.artifact import Artifact
 
 HEALTH = {"health_check_period_s": 1.0, "health_check_timeout_s": 5.0}
 

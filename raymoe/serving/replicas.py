@@ -27,21 +27,22 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 from torch import Tensor
 
-from raymoe.metrics import ApiMetrics, ClusterMetrics, TrunkMetrics, write_targets
+from raymoe.metrics import ApiMetrics, ClusterMetrics, TrunkMetrics
 from raymoe.metrics import serve as serve_metrics
-from raymoe.serving.api import ApiSettings, Unavailable, create_app
-from raymoe.serving.cluster import Cluster
-from raymoe.serving.driver import Driver
-from raymoe.serving.engine import Engine
-from raymoe.serving.fleet import Fleet
-from raymoe.serving.frames import Address, Server
-from raymoe.serving.request import Increment, Request
-from raymoe.serving.sessions import SessionServer
+from raymoe.serving.cluster_pool import Fleet
+from raymoe.serving.engine.cluster import Cluster
+from raymoe.serving.engine.engine import Engine
+from raymoe.serving.engine.request import Increment, Request
+from raymoe.serving.engine.thread import Driver
+from raymoe.serving.engine.trunk import Trunk
+from raymoe.serving.http.server import ApiSettings, Unavailable, create_app
+from raymoe.serving.residency import trim
 from raymoe.serving.settings import ServeSettings
-from raymoe.serving.trunk import Trunk
-from raymoe.serving.trunks import NoTrunk, Trunks
-from raymoe.storage.export import Artifact
-from raymoe.storage.offload import trim
+from raymoe.serving.transport.requests import SessionServer
+from raymoe.serving.transport.rows import Address, Server
+from raymoe.serving.transport.trunk_pool import NoTrunk, Trunks
+from raymoe.storage.artifact import Artifact
+from raymoe.storage.scrape_targets import write_targets
 
 log = logging.getLogger(__name__)
 

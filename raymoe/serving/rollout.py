@@ -15,10 +15,10 @@ from typing import Any
 from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
 
 from raymoe.serving.autoscaling import start
-from raymoe.serving.cluster import cluster_sizes
-from raymoe.serving.scaling import Scaler
+from raymoe.serving.engine.cluster import cluster_sizes
+from raymoe.serving.serve_policy import Scaler
 from raymoe.serving.settings import from_dict
-from raymoe.storage.export import Artifact
+from raymoe.storage.artifact import Artifact
 
 Config = dict[str, Any]
 """A Serve config with one application, as in services/raymoe.yaml."""

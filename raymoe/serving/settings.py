@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from raymoe.config import check_field, default_root, hint
-from raymoe.serving.engine import EngineSettings
-from raymoe.serving.fleet import FleetSettings
-from raymoe.storage.runs import NEWEST, find_artifact
+from raymoe.serving.cluster_pool import FleetSettings
+from raymoe.serving.engine.engine import EngineSettings
+from raymoe.storage.run_folder import NEWEST, find_artifact
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 ALL = "all"

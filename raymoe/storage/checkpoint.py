@@ -20,7 +20,8 @@ from typing import Any
 
 from torch import Tensor
 
-from raymoe.storage.manifest import MANIFEST, Corrupt, Manifest, header, read_json, write_json, write_tensors
+from raymoe.storage.files import Corrupt, read_json, write_json
+from raymoe.storage.manifest import MANIFEST, Manifest, header, write_tensors
 
 FORMAT_VERSION = 2
 

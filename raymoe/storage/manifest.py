@@ -9,9 +9,7 @@ What is read may be hostile: every claim is checked against the files before a t
 
 from __future__ import annotations
 
-import errno
 import hashlib
-import json
 import os
 import re
 from collections import defaultdict
@@ -25,22 +23,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from raymoe.storage.files import Corrupt, durable, read_json
+
 MANIFEST = "manifest.json"
-JSON_LIMIT = 64 << 20
-"""Bytes of JSON that are read or written at most."""
-
 T = TypeVar("T")
-
-
-class Corrupt(ValueError):
-    """`file` is not what it should be, for the `reason` given."""
-
-    def __init__(self, file: Path, reason: str) -> None:
-        super().__init__(file, reason)
-        self.file, self.reason = file, reason
-
-    def __str__(self) -> str:
-        return f"{self.file}: {self.reason}"
 
 
 class Stored(NamedTuple):
@@ -52,56 +38,6 @@ class Stored(NamedTuple):
 
 
 # Writing
-
-
-def sync(path: Path) -> None:
-    """Wait until a file's or folder's content is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
-def durable(path: Path) -> Iterator[Path]:
-    """A temporary name to write to, which becomes `path` once it is on the disk; on failure it is removed.
-
-    Raises OSError with the cause's errno, naming `path`.
-    """
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        yield partial
-        partial.chmod(0o644)  # safetensors writes for the owner alone; another user may serve
-        sync(partial)
-        os.replace(partial, path)
-        sync(path.parent)
-    except (OSError, SafetensorError) as error:
-        code = _errno(error)
-        raise OSError(
-            code, f"cannot write {path} ({os.strerror(code)}): check the folder's free space and permissions"
-        ) from error
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _errno(error: OSError | SafetensorError) -> int:
-    if isinstance(error, OSError):
-        return error.errno or errno.EIO
-    code = re.search(r"os error (\d+)", str(error))  # safetensors has no errno of its own
-    return int(code[1]) if code else errno.EIO
-
-
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write `value` durably. Raises ValueError when it is not JSON (NaN and infinity are not)."""
-    try:
-        text = json.dumps(value, allow_nan=False).encode()
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path.name} cannot hold what it was given: {error}") from error
-    if len(text) > JSON_LIMIT:
-        raise ValueError(f"{path.name} would be larger than {JSON_LIMIT >> 20} MiB")
-    with durable(path) as partial:
-        partial.write_bytes(text)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -129,31 +65,6 @@ def header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
 
 
 # Reading
-
-
-def read_json(path: Path, error: type[Corrupt] = Corrupt) -> dict[str, Any]:
-    """The JSON object in a file of bounded size, whose objects name each key once."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        value = dict(pairs)
-        if len(value) < len(pairs):
-            raise ValueError("a key occurs twice")
-        return value
-
-    try:
-        with path.open("rb") as file:
-            text = file.read(JSON_LIMIT + 1)
-    except OSError as cause:
-        raise error(path, f"cannot be read: {cause.strerror}") from cause
-    if len(text) > JSON_LIMIT:
-        raise error(path, f"is larger than {JSON_LIMIT >> 20} MiB")
-    try:
-        value = json.loads(text, object_pairs_hook=unique)
-    except (ValueError, RecursionError) as cause:
-        raise error(path, f"is not valid JSON: {cause}") from cause
-    if not isinstance(value, dict):
-        raise error(path, "is not a JSON object")
-    return value
 
 
 @dataclass(frozen=True)

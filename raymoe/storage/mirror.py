@@ -19,6 +19,7 @@ from pyarrow import ArrowException, fs
 
 from raymoe.storage.checkpoint import Checkpoint, CorruptCheckpoint
 from raymoe.storage.manifest import MANIFEST
+from raymoe.storage.run_folder import RunFolder
 
 RECORDS = ("config.json", "metrics.jsonl", "plans.jsonl", "report.html")
 
@@ -44,7 +45,7 @@ class Mirror:
         """Copy the run's records and, with `step`, that checkpoint; of those there the newest `keep` stay."""
         self.make()
         if step is not None:
-            folder = run / "checkpoints" / f"step_{step:08d}"
+            folder = RunFolder(run).checkpoints / f"step_{step:08d}"
             there = f"{self.base}/checkpoints/{folder.name}"
             self.files.create_dir(there, recursive=True)
             for path in sorted(folder.iterdir(), key=lambda path: path.name == MANIFEST):
@@ -74,7 +75,7 @@ class Mirror:
         shutil.rmtree(partial, ignore_errors=True)
         try:
             for step in self.steps():
-                folder = partial / "checkpoints" / f"step_{step:08d}"
+                folder = RunFolder(partial).checkpoints / f"step_{step:08d}"
                 folder.mkdir(parents=True)
                 for info in self.files.get_file_info(fs.FileSelector(self._step(step))):
                     if info.type == fs.FileType.File and re.fullmatch(r"\w[\w.-]*", info.base_name):

@@ -21,7 +21,8 @@ from ray.train.v2._internal.execution.controller.state import TrainControllerSta
 from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 
 from raymoe.storage.checkpoint import newest_step
-from raymoe.training.journal import replace_file, request_file
+from raymoe.storage.files import replace_file
+from raymoe.storage.run_folder import RunFolder
 
 KNOBS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # how soon a dead worker is seen
@@ -34,14 +35,10 @@ PATIENCE_S = 60.0
 """How long a resize waits for the checkpoint that it asked for; then it goes on without."""
 
 
-def failures_file(run: Path) -> Path:
-    return run / "failures.json"
-
-
 def dead_end(run: Path, allowed: int) -> str:
     """Why the run must not be tried again, or nothing: more than `allowed` failures in a row at one checkpoint."""
     try:
-        found = json.loads(failures_file(run).read_text())
+        found = json.loads(RunFolder(run).failures.read_text())
     except (OSError, ValueError):
         return ""
     if found["in_a_row"] <= allowed:
@@ -70,24 +67,24 @@ class Elastic(ControllerCallback):
             look_again()
 
     def ask(self) -> None:
-        request_file(self.run).touch()
+        RunFolder(self.run).checkpoint_request.touch()
 
     def wait(self) -> None:
         """Until the checkpoint is there."""
         deadline = time.monotonic() + PATIENCE_S
-        while request_file(self.run).exists() and time.monotonic() < deadline:
+        while RunFolder(self.run).checkpoint_request.exists() and time.monotonic() < deadline:
             time.sleep(0.05)
-        request_file(self.run).unlink(missing_ok=True)
+        RunFolder(self.run).checkpoint_request.unlink(missing_ok=True)
 
     def count(self, error: Exception) -> None:
         """One more failure, in a row with those before it unless there is a newer checkpoint."""
-        request_file(self.run).unlink(missing_ok=True)
-        step, before = newest_step(self.run / "checkpoints"), {}
+        RunFolder(self.run).checkpoint_request.unlink(missing_ok=True)
+        step, before = newest_step(RunFolder(self.run).checkpoints), {}
         with contextlib.suppress(OSError, ValueError):
-            before = json.loads(failures_file(self.run).read_text())
+            before = json.loads(RunFolder(self.run).failures.read_text())
         in_a_row = before.get("in_a_row", 0) + 1 if before.get("step") == step else 1
         record = {"in_a_row": in_a_row, "step": step, "error": first_words(error)}
-        replace_file(failures_file(self.run), json.dumps(record))
+        replace_file(RunFolder(self.run).failures, json.dumps(record))
 
 
 def first_words(error: Exception) -> str:

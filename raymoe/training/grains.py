@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from raymoe.config import Config
-from raymoe.data import Batch, Corpus
+from raymoe.data.corpus import Batch, Corpus
 
 
 def checksum_of(rows: range, batch: Batch) -> int:

@@ -5,19 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
-
-def replace_file(path: Path, content: str) -> None:
-    """Write a small file so that a reader sees the old or the new, never half."""
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(content)
-    os.replace(temporary, path)
+from raymoe.storage.files import replace_file
+from raymoe.storage.run_folder import RunFolder
 
 
 def finite(value: Any) -> Any:
@@ -35,7 +30,7 @@ def next_attempt(run: Path) -> int:
     """The number of this worker group in a run's folder, the same on all of its ranks: one more each time. A collective."""
     told = [0]
     if not dist.is_initialized() or dist.get_rank() == 0:
-        path = run / "attempt"
+        path = RunFolder(run).attempt
         with contextlib.suppress(OSError, ValueError):  # there is none yet
             told = [int(path.read_text())]
         told[0] += 1
@@ -59,11 +54,6 @@ def acknowledged(path: Path) -> int:
             elif record.get("what") == "resumed":
                 step = record["step"]
     return step
-
-
-def request_file(run: Path) -> Path:
-    """While it is there, the workers of `run` owe a checkpoint; they remove it when that one is complete."""
-    return run / "checkpoint_now"
 
 
 class Journal:

@@ -26,18 +26,18 @@ from tqdm import tqdm
 
 import raymoe
 from raymoe.config import Config, ModelSection, from_dict, override
-from raymoe.data import Corpus, prepare
-from raymoe.metrics import TrainingMetrics, serve, write_targets
+from raymoe.data.corpus import Corpus, prepare
+from raymoe.metrics import TrainingMetrics, serve
 from raymoe.model.transformer import Transformer
-from raymoe.storage.manifest import read_json
+from raymoe.storage.files import read_json, replace_file
 from raymoe.storage.mirror import Mirror
-from raymoe.storage.runs import run_folder
-from raymoe.training.elastic import ELASTIC_KNOBS, KNOBS, Elastic, dead_end, failures_file, release_workers
-from raymoe.training.journal import replace_file, request_file
+from raymoe.storage.run_folder import RunFolder, run_folder
+from raymoe.storage.scrape_targets import write_targets
+from raymoe.training.elastic import ELASTIC_KNOBS, KNOBS, Elastic, dead_end, release_workers
 from raymoe.training.loop import Trainer, threads
-from raymoe.training.mailbox import Actor, Mailbox, Replay
-from raymoe.training.mailbox import start as start_clusterer
-from raymoe.training.report import write_report
+from raymoe.training.regroup.clients import Actor, Mailbox, Replay
+from raymoe.training.regroup.clients import start as start_clusterer
+from raymoe.training.run_report import write_report
 
 
 class GaveUp(RuntimeError):
@@ -63,7 +63,7 @@ def worker(job: dict[str, Any]) -> None:
     if world > 1:
         torch.distributed.all_gather_object(targets, target)
     if rank == 0:
-        write_targets(run / "prometheus_targets.json", targets if world > 1 else [target])
+        write_targets(RunFolder(run).targets, targets if world > 1 else [target])
     mailbox: Mailbox | None = Actor(job["clusterer"]) if job["clusterer"] else None
     if config.regroups and config.regroup.mode == "replay":
         mailbox = Replay(Path(config.regroup.replay))
@@ -91,7 +91,7 @@ def resolve(config: Config, assignments: list[str]) -> Config:
             )
         return config
     folder = run_folder(config.run.root, name)
-    saved = folder / "config.json"
+    saved = RunFolder(folder).config
     if config.checkpoint.storage and not folder.exists():
         for reason in Mirror(config.checkpoint.storage, name).pull(folder):
             print(f"passed over: {reason}", file=sys.stderr)
@@ -146,8 +146,8 @@ def launch(config: Config) -> tuple[Path, int]:
         "versions": versions(),
         "parameters": parameters(config.model),
     }
-    replace_file(run / "config.json", json.dumps(about, indent=1))
-    for left in (run / "stop", request_file(run), failures_file(run)):
+    replace_file(RunFolder(run).config, json.dumps(about, indent=1))
+    for left in (run / "stop", RunFolder(run).checkpoint_request, RunFolder(run).failures):
         left.unlink(missing_ok=True)
     clusterer, clusterer_name = None, ""
     if config.regroups and config.regroup.mode != "replay":
@@ -156,7 +156,7 @@ def launch(config: Config) -> tuple[Path, int]:
     job = {"config": config.to_dict(), "run": str(run), "corpus": str(corpus), "clusterer": clusterer_name}
     outcome: list[BaseException | None] = []
     thread = threading.Thread(target=fit, args=(config, job, gpus, outcome), name="ray-train", daemon=True)
-    progress = Progress(run / "metrics.jsonl", config.train.steps)
+    progress = Progress(RunFolder(run).metrics, config.train.steps)
     try:
         with stop_on_signal(run / "stop") as received:
             thread.start()

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from raymoe.config import Config
-from raymoe.data import Corpus
+from raymoe.data.corpus import Corpus
 from raymoe.evaluation import load_cv, load_max_vio
 from raymoe.metrics import TrainingMetrics
 from raymoe.model.loss import linear_cross_entropy
@@ -28,15 +28,16 @@ from raymoe.parallel.fold import fold
 from raymoe.parallel.gradients import Gradients
 from raymoe.parallel.sharded import shard
 from raymoe.storage.mirror import BackgroundMirror, Mirror
+from raymoe.storage.run_folder import RunFolder
 from raymoe.training.grains import Grains, checksum_of
-from raymoe.training.journal import Journal, next_attempt, request_file
+from raymoe.training.journal import Journal, next_attempt
 from raymoe.training.load import Load, Window
-from raymoe.training.mailbox import Mailbox
 from raymoe.training.optimizer import Optimizer, bias_rate, learning_rate
-from raymoe.training.recorder import sample_inputs
-from raymoe.training.regroup import Regrouping
-from raymoe.training.slow import Slow, ratios
+from raymoe.training.regroup.apply import Regrouping
+from raymoe.training.regroup.clients import Mailbox
+from raymoe.training.regroup.recorder import sample_inputs
 from raymoe.training.state import Checkpointer, Position, find, restore
+from raymoe.training.stragglers import Slow, ratios
 from raymoe.training.validation import probe, validate
 
 SKIPS_IN_A_ROW = 20
@@ -58,7 +59,7 @@ class Said(NamedTuple):
     tokens_hash: float = 0.0
     """Of the step's tokens, whoever read them: a sum of the grains' checksums, exact in float64."""
     plan: Sequence[float] = ()
-    """Of rank 0: a plan that it has heard of (`raymoe.training.regroup`)."""
+    """Of rank 0: a plan that it has heard of (`raymoe.training.regroup.apply`)."""
 
 
 class Trainer:
@@ -89,8 +90,8 @@ class Trainer:
                 self.regrouping.recorder.restore(checkpoint)
         else:
             self.model.initialise(config.run.seed, common=not self.position.folded)
-        self.journal = Journal(run / "metrics.jsonl", self.position.step) if self.rank == 0 else None
-        self.plans = Journal(run / "plans.jsonl", self.position.step) if self.rank == 0 else None
+        self.journal = Journal(RunFolder(run).metrics, self.position.step) if self.rank == 0 else None
+        self.plans = Journal(RunFolder(run).plans, self.position.step) if self.rank == 0 else None
         if config.checkpoint.storage and self.rank == 0:
             there = Mirror(config.checkpoint.storage, config.run.name)
             self.mirror = BackgroundMirror(there, run, config.checkpoint.keep)
@@ -118,7 +119,7 @@ class Trainer:
         self.grains = Grains(self.config, self.corpus, self.device, self.sharded.rank, self.sharded.world)
         self.gradients = Gradients(self.sharded)
         self.optimizer = Optimizer(self.model, config.train)
-        self.checkpoints = Checkpointer(self.run / "checkpoints", self.config, self.sharded, self.optimizer)
+        self.checkpoints = Checkpointer(RunFolder(self.run).checkpoints, self.config, self.sharded, self.optimizer)
         self.regrouping: Regrouping | None = None
         if config.model.experts == "clustered" and config.model.residual_width:
             self.regrouping = Regrouping(
@@ -228,7 +229,7 @@ class Trainer:
             loss += part.detach()
         stop = self.rank == 0 and (self.run / "stop").exists()
         due = self.rank == 0 and self.checkpoints.due
-        asked = self.rank == 0 and request_file(self.run).exists()
+        asked = self.rank == 0 and RunFolder(self.run).checkpoint_request.exists()
         pending, failed = self.checkpoints.pending, bool(self.checkpoints.failure)
         plan = self.regrouping.say() if self.regrouping else []
         total = loss.item()
@@ -351,7 +352,7 @@ class Trainer:
         """Complete the checkpoint that the driver asked for before the next step: the workers are about to be ended."""
         self.drain()
         if self.rank == 0:
-            request_file(self.run).unlink(missing_ok=True)
+            RunFolder(self.run).checkpoint_request.unlink(missing_ok=True)
 
     def settle(self, failed: bool) -> None:
         """The next stage of the checkpoint that no rank works on any more: rank 0 seals it, or what became of it is said."""

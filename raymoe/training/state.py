@@ -26,6 +26,7 @@ from raymoe.storage.checkpoint import (
     write_manifest,
 )
 from raymoe.storage.manifest import MANIFEST
+from raymoe.storage.run_folder import RunFolder
 from raymoe.training.journal import acknowledged
 from raymoe.training.optimizer import Optimizer
 
@@ -111,8 +112,8 @@ def find(run: Path) -> tuple[Checkpoint | None, list[str]]:
     """
     answer: list[Any] = [None]
     if not dist.is_initialized() or dist.get_rank() == 0:
-        checkpoint, skipped = newest(run / "checkpoints")
-        lost = -1 if checkpoint else acknowledged(run / "metrics.jsonl")
+        checkpoint, skipped = newest(RunFolder(run).checkpoints)
+        lost = -1 if checkpoint else acknowledged(RunFolder(run).metrics)
         answer = [(checkpoint and str(checkpoint.folder), skipped, lost)]
     if dist.is_initialized():
         dist.broadcast_object_list(answer)

@@ -1,0 +1,1 @@
+"""Benchmarks of `jobs/benchmark.py`, one module for each group of figures."""

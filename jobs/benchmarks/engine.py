@@ -1,0 +1,300 @@
+"""What the engine gives: part `engine` of the name `serve` of `jobs/benchmark.py`, which is the command.
+
+It runs in this process. The peer is transformers' `generate` on a Mixtral of the same shapes,
+in a process of its own that answers over a pipe: both sides take turns, and only one works at a time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PEER = "transformers==5.24.0"
+PROMPT, NEW = 64, 64
+"""Tokens of a prompt, and of an answer."""
+STREAMS = (1, 8, 32)
+TOGETHER = 16
+"""Streams of the comparison: the peer's static batch."""
+TRIAL = 8
+"""Tokens of an answer when the peer's expert products are tried: the slowest takes a minute for whole answers."""
+TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+Prompts = list[list[int]]
+Run = dict[str, float]
+
+
+def say(line: str) -> None:
+    print(line, flush=True)
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+# Our side
+
+
+def make_artifact(name: str, data: str, folder: Path) -> tuple[Any, Any, Prompts]:
+    """An artifact of the preset with random weights, its tokenizer, and prompts from the text that this was trained on."""
+    from raymoe.config import DataSection, preset
+    from raymoe.data.sources import documents
+    from raymoe.data.tokens import train_tokenizer
+    from raymoe.model.transformer import Transformer
+    from raymoe.storage.artifact import Artifact, write_artifact
+
+    config = preset(name)
+    texts = [document.text for document in islice(documents(DataSection(path=data)), 400)]
+    tokenizer = train_tokenizer(texts, config.model.vocabulary)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    transformer = Transformer(config.model)
+    transformer.initialise(0)
+    target = write_artifact(
+        folder / "artifact",
+        config=config.to_dict(),
+        tensors=transformer.logical(),
+        assignment=config.model.default_assignment(),
+        version=0,
+        tokenizer=folder / "tokenizer.json",
+        metrics={},
+    )
+    ids = [token for text in texts for token in tokenizer.encode(text).ids]
+    stride = (len(ids) - PROMPT) // max(STREAMS)
+    return Artifact.open(target), tokenizer, [ids[i * stride :][:PROMPT] for i in range(max(STREAMS))]
+
+
+def make_engine(artifact: Any, tokenizer: Any, dtype: torch.dtype) -> Any:
+    from raymoe.serving.engine.cluster import LocalClusters
+    from raymoe.serving.engine.engine import Engine
+    from raymoe.serving.engine.trunk import Trunk
+
+    clusters = LocalClusters(artifact, range(artifact.model.n_clusters), dtype)
+    return Engine(Trunk(artifact, clusters, dtype, PROMPT + NEW), tokenizer)
+
+
+def answer(engine: Any, prompts: Prompts) -> tuple[Run, list[float], list[float]]:
+    """All prompts arrive at once. Tokens per second of the answers from first to last, prompts included in the
+    time; every stream's time to the first token, and all gaps between tokens, in ms."""
+    from raymoe.serving.engine.request import Request
+    from raymoe.serving.engine.sampling import Sampling
+
+    greedy = Sampling(temperature=0)
+    last: dict[int, float] = {}
+    first, gaps, count = [], [], 0
+    started = time.perf_counter()
+    for prompt in prompts:
+        engine.submit(Request(tuple(prompt), NEW, greedy, ignore_eos=True))
+    while not engine.idle:
+        increments = engine.step()
+        now = time.perf_counter()
+        for increment in increments:
+            if increment.request in last:
+                gaps.append(1000 * (now - last[increment.request]))
+            else:
+                first.append(1000 * (now - started))
+            last[increment.request] = now
+        count += len(increments)
+    seconds = time.perf_counter() - started
+    assert count == NEW * len(prompts)
+    return {"seconds": seconds, "tokens_per_s": count / seconds}, first, gaps
+
+
+# The peer: a process of its own, JSON lines in and out
+
+
+def install(folder: Path) -> None:
+    """The peer's package and what it needs, but torch, which is the project's."""
+    local = Path(__file__).parents[2] / ".tools/bin/uv"
+    uv = str(local) if local.exists() else shutil.which("uv")
+    if uv is None:
+        raise SystemExit("benchmark.py: --with-peers needs uv: `make setup` installs it in .tools")
+    subprocess.run(
+        [uv, "pip", "install", "--quiet", "--python", sys.executable, "--target", str(folder), PEER], check=True
+    )
+
+
+class Peer:
+    def __init__(self, folder: Path, model: Any, dtype: str) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(folder), "HF_HUB_OFFLINE": "1"},
+        )
+        self.about = self.ask({"model": dataclasses.asdict(model), "dtype": dtype})
+
+    def ask(self, question: dict[str, Any]) -> dict[str, Any]:
+        assert self.process.stdin and self.process.stdout
+        self.process.stdin.write(json.dumps(question) + "\n")
+        self.process.stdin.flush()
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"the peer ended with exit status {self.process.wait()}")
+        return json.loads(line)
+
+    def close(self) -> None:
+        assert self.process.stdin
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def be_peer() -> None:
+    """Build the model that the first line asks for; generate for each line that follows."""
+    import transformers
+    from transformers import MixtralConfig, MixtralForCausalLM  # pyright: ignore
+
+    transformers.logging.set_verbosity_error()
+    asked = json.loads(sys.stdin.readline())
+    shapes, dtype = asked["model"], TYPES[asked["dtype"]]
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=shapes["vocabulary"], hidden_size=shapes["d_model"], intermediate_size=shapes["d_expert"],
+        num_hidden_layers=shapes["layers"], num_attention_heads=shapes["heads"],
+        num_key_value_heads=shapes["kv_heads"], num_local_experts=shapes["n_experts"],
+        num_experts_per_tok=shapes["experts_per_token"], tie_word_embeddings=shapes["tied_head"],
+        rope_theta=shapes["rope_theta"], max_position_embeddings=PROMPT + NEW, bos_token_id=None, eos_token_id=None,
+        pad_token_id=0, use_cache=True, attn_implementation="sdpa",
+    )  # fmt: skip
+    model: Any = MixtralForCausalLM(config).to(dtype).eval()
+    active: list[int] = []
+    for layer in model.model.layers:
+        layer.mlp.gate.register_forward_hook(lambda _, __, out: active.append(len(out[2].unique())))
+    tell = print
+    tell(json.dumps({"transformers": transformers.__version__, "torch": torch.__version__}), flush=True)
+    for line in sys.stdin:
+        asked = json.loads(line)
+        torch.set_num_threads(asked["threads"])
+        model.config._experts_implementation = asked["experts"]
+        prompts, new = torch.tensor(asked["prompts"]), asked["new"]
+        active.clear()
+        started = time.perf_counter()
+        with torch.inference_mode():
+            out = model.generate(
+                prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=new, min_new_tokens=new,
+                do_sample=False, use_cache=True,
+            )  # fmt: skip
+        seconds = time.perf_counter() - started
+        assert out.shape == (len(prompts), prompts.shape[1] + new)
+        tell(json.dumps({"seconds": seconds, "active": statistics.mean(active[shapes["layers"] :])}), flush=True)
+
+
+# The parts
+
+
+def compared(engine: Any, peer: Peer | None, prompts: Prompts, threads: int, rounds: int) -> dict[str, Any]:
+    """Both sides in turn on `TOGETHER` streams; the peer with whichever of its expert products is fastest here."""
+    tokens = NEW * TOGETHER
+    sides: dict[str, Callable[[], float]] = {"ours": lambda: answer(engine, prompts)[0]["seconds"]}
+    result: dict[str, Any] = {}
+    if peer:
+
+        def generate(experts: str, new: int = NEW) -> dict[str, Any]:
+            return peer.ask({"threads": threads, "experts": experts, "prompts": prompts, "new": new})
+
+        tried: dict[str, float] = {}
+        for experts in ("eager", "batched_mm", "grouped_mm"):
+            runs = [generate(experts, TRIAL) for _ in range(2)]
+            tried[experts] = TRIAL * TOGETHER / min(run["seconds"] for run in runs)
+        best = max(tried, key=lambda experts: tried[experts])
+        result["experts active of a layer in a step"] = generate(best)["active"]
+        sides["transformers"] = lambda: generate(best)["seconds"]
+        result |= {"experts tried, tokens/s": tried, "experts": best}
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    for turn in range(1 + rounds):
+        for name, run in sides.items():
+            seconds = run()
+            if turn:
+                times[name].append(tokens / seconds)
+    for name, values in times.items():
+        result[name] = spread(values)
+    if peer:
+        result["ratio"] = result["ours"]["median"] / result["transformers"]["median"]
+        pairs = [a / b for a, b in zip(times["ours"], times["transformers"], strict=True)]
+        result["ratio of pairs"] = spread(pairs)
+    return result
+
+
+def streams(engine: Any, prompts: Prompts, rounds: int) -> dict[str, Any]:
+    """Our side alone: tokens/s, time to first token and between tokens (ms) by the number of streams."""
+    result: dict[str, Any] = {}
+    for n in STREAMS:
+        speeds: list[float] = []
+        first: list[float] = []
+        gaps: list[float] = []
+        for turn in range(1 + rounds):
+            run, ttft, itl = answer(engine, prompts[:n])
+            if turn:
+                speeds.append(run["tokens_per_s"])
+                first += ttft
+                gaps += itl
+        result[str(n)] = {
+            "tokens_per_s": spread(speeds),
+            "ttft_ms": spread(first) | {"p99": percentile(first, 99)},
+            "itl_ms": spread(gaps) | {"p99": percentile(gaps, 99)},
+        }
+    return result
+
+
+def percentile(values: Sequence[float], percent: int) -> float:
+    return statistics.quantiles(values, n=100, method="inclusive")[percent - 1] if len(values) > 1 else values[0]
+
+
+def engine(name: str, data: str, rounds: int, with_peers: bool) -> dict[str, Any]:
+    """The engine's speed on a preset with random weights, greedy, prompts of 64 tokens and answers of 64."""
+    result: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        peers = Path(folder, "peers")
+        if with_peers:
+            install(peers)
+        artifact, tokenizer, prompts = make_artifact(name, data, Path(folder))
+        for kind, dtype in TYPES.items():
+            ours = make_engine(artifact, tokenizer, dtype)
+            peer = Peer(peers, artifact.model, kind) if with_peers else None
+            if peer:
+                result["peer"] = peer.about
+            try:
+                for threads in (2, 1):
+                    torch.set_num_threads(threads)
+                    both = compared(ours, peer, prompts[:TOGETHER], threads, rounds)
+                    alone = streams(ours, prompts, rounds)
+                    result[f"{kind}, {threads} threads"] = {f"{TOGETHER} streams": both, "streams": alone}
+                    show(f"{name} {kind:9}{threads} thread(s)", both, alone)
+            finally:
+                if peer:
+                    peer.close()
+    return result
+
+
+def show(label: str, both: dict[str, Any], ours: dict[str, Any]) -> None:
+    def range_of(row: dict[str, float], form: str = ",.0f") -> str:
+        return f"{row['median']:{form}} [{row['min']:{form}}, {row['max']:{form}}]"
+
+    line = f"{label}  {TOGETHER} streams: {range_of(both['ours'])} tokens/s"
+    if "ratio" in both:
+        tried = ", ".join(f"{experts} {speed:,.0f}" for experts, speed in both["experts tried, tokens/s"].items())
+        line += (
+            f"; transformers {range_of(both['transformers'])} ({both['experts']}; tried {tried}); "
+            f"{both['ratio']:.2f}x, pairs {range_of(both['ratio of pairs'], '.2f')}"
+        )
+    say(line)
+    for n, row in ours.items():
+        say(
+            f"{label}  {n:>2} streams: {range_of(row['tokens_per_s'])} tokens/s; first token {range_of(row['ttft_ms'], '.1f')} ms; "
+            f"between tokens {range_of(row['itl_ms'], '.1f')} ms, p99 {row['itl_ms']['p99']:.1f}"
+        )
+
+
+if __name__ == "__main__":
+    be_peer()

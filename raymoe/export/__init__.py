@@ -1,0 +1,1 @@
+"""A run becomes an artifact; runs and artifacts are opened and evaluated."""

@@ -1,0 +1,81 @@
+"""What a stored model is worth on a text: perplexity, which clusters serve which domain, speed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from raymoe.data.corpus import Text
+from raymoe.evaluation import Perplexity, load_cv, load_max_vio, load_variance, perplexity
+from raymoe.model.experts import ClusteredExperts, by_expert
+from raymoe.model.transformer import Transformer
+
+
+@dataclass(frozen=True)
+class Judgement:
+    domains: dict[str, Perplexity]
+    clusters: np.ndarray
+    """Choices by layer and cluster [L, C]; empty where the model has no clusters."""
+    experts: np.ndarray
+    """Choices by layer and expert [L, E]; empty where the model has no experts."""
+    coactivation: np.ndarray
+    """[L−1, C, C]: tokens that chose cluster a in a layer and cluster b in the next."""
+    seconds: float
+
+    @property
+    def whole(self) -> Perplexity:
+        return Perplexity.merge(self.domains.values())
+
+
+def judge(
+    model: Transformer,
+    texts: Mapping[str, Text],
+    *,
+    end_of_text: int,
+    context: int | None = None,
+    stride: int | None = None,
+    batch: int = 16,
+    precision: str = "float32",
+    progress: Callable[[int], Any] | None = None,
+) -> Judgement:
+    """Predict every token of each domain's text once. Raises ValueError for an empty text or a bad stride."""
+    n_layers = model.model.layers
+    n_clusters = model.model.n_clusters if model.model.experts == "clustered" else 0
+    coactivation = np.zeros((n_layers - 1, n_clusters, n_clusters), dtype=np.int64)
+
+    def logits(tokens_BS: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bfloat16"):
+            out = model(tokens_BS)
+        chosen = [ffn.choice_TP[:, 0] for ffn in model.ffns if isinstance(ffn, ClusteredExperts)]
+        for layer, (a, b) in enumerate(pairwise(chosen)):
+            pairs = torch.bincount(a * n_clusters + b, minlength=n_clusters**2)
+            coactivation[layer] += pairs.view(n_clusters, n_clusters).numpy()
+        return out
+
+    model.take_load()
+    started = time.perf_counter()
+    domains = {
+        domain: perplexity(
+            logits, text.tokens, words=text.words, context=context or model.model.context, stride=stride,
+            batch=batch, first=end_of_text, progress=progress,
+        )
+        for domain, text in texts.items()
+    }  # fmt: skip
+    seconds = time.perf_counter() - started
+    clusters, members, _ = model.take_load()
+    experts = by_expert(members, model.model.n_experts)
+    return Judgement(domains, clusters.numpy(), experts.numpy(), coactivation, seconds)
+
+
+def load_measures(counts: np.ndarray) -> dict[str, float] | None:
+    """CV, MaxVio and the variance of the load fraction, averaged over layers; None where there is no such level."""
+    if not counts.size:
+        return None
+    return {"cv": load_cv(counts), "max_vio": load_max_vio(counts), "variance": load_variance(counts)}

@@ -1,0 +1,1 @@
+"""Machines and Ray: a Ray head, and checks of a cluster before a run."""

@@ -1,0 +1,1 @@
+"""Records of a run in, HTML out. Imports neither torch nor ray."""

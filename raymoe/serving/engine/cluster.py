@@ -1,0 +1,218 @@
+"""What a cluster does for the trunk, rows in and rows out, when its weights are in this process.
+
+The trunk only knows `ClusterCompute`: one call with the rows of all active clusters of a layer. Whoever
+answers chooses the experts (stage 2), so that a call carries rows alone.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import accumulate, pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from raymoe.config import ModelSection
+from raymoe.model.dispatch import sort_by
+from raymoe.model.expert_math import padded
+from raymoe.serving.engine import native
+from raymoe.storage.artifact import Artifact
+from raymoe.storage.artifact_layout import cluster_file
+
+ClusterCompute = Callable[[int, Mapping[int, Tensor]], Mapping[int, Tensor]]
+"""(layer, active cluster -> rows [R, D]) -> cluster -> answers [R, D], in the rows' type. All active clusters
+of a layer come in one call, which is pure: it may be made again, elsewhere."""
+
+
+def few_sizes(rows: int) -> int:
+    """`rows` rounded up to 4, 6, 8, 12, 16, 24, …: a product has few shapes, and a row's does not depend on its neighbours."""
+    power = 1 << max(2, (rows - 1).bit_length())
+    return power * 3 // 4 if power > 4 and rows <= power * 3 // 4 else power
+
+
+class Product:
+    """rows [n, I] -> rows @ weight [n, J], for a weight [I, J] that is laid out for it once.
+
+    oneDNN's own layout takes half the time of a plain product of few rows, which lays the weight out anew each
+    time. Where there is none the plain product does.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        self.packed = self.packs(weight.dtype)
+        if self.packed:
+            weight = torch.ops.mkldnn._reorder_linear_weight(weight.t().contiguous(), few_sizes(16))
+        self.weight = weight
+
+    @staticmethod
+    def packs(dtype: torch.dtype) -> bool:
+        """Whether this machine's oneDNN has such products."""
+        return torch.backends.mkldnn.is_available() and (
+            dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        )
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        n = rows.shape[0]
+        rows = padded(rows, few_sizes(n))
+        if not self.packed:
+            return (rows @ self.weight)[:n]
+        return torch.ops.mkldnn._linear_pointwise(rows, self.weight, None, "none", [], "")[:n]
+
+
+class Cluster:
+    """One cluster of one layer in the compute type: (x [R, D]) -> [R, D].
+
+    Where there are native kernels they have the weights, in `native`. Else the factors of all its experts rest side
+    by side: `wide_in` [D, 2F + 2·e·W] is both bases and every first factor, `down` [F + e·W, D] the base and every
+    last one. Between them, `wide_out` [2, e·W, F] and `down_in` [F, e·W] are for (row, expert) pairs. Narrow values of
+    experts that a row did not choose are zeroed: for the rows of a step that takes less time than going expert by
+    expert, as training does with its thousands.
+    """
+
+    def __init__(
+        self, model: ModelSection, tensors: Mapping[str, Tensor], layer: int, c: int, dtype: torch.dtype
+    ) -> None:
+        prefix = f"layers.{layer}.experts."
+        ids = sorted({int(key[len(prefix) :].split(".")[0]) for key in tensors if key.startswith(prefix)})
+        self.f, self.w, self.e = model.d_expert, model.residual_width, len(ids)
+        self.k = min(model.experts_per_token, self.e)
+
+        def stack(name: str) -> Tensor:
+            return torch.stack([tensors[f"{prefix}{e}.{name}"] for e in ids])
+
+        base = {name: tensors[f"layers.{layer}.clusters.{c}.base_{name}"] for name in ("gate", "up", "down")}
+        self.native = None
+        if native.library():
+            residual = {name: stack(name) for name in native.RESIDUAL} if self.w and self.e else {}
+            self.native = native.Experts(model, base, residual, dtype)
+            return
+        wide_in, down = [base["gate"], base["up"]], [base["down"]]
+        if self.w and self.e:
+            self.router, self.bias = stack("router").t().contiguous(), stack("bias")
+            first = torch.stack((stack("gate_in"), stack("up_in")))  # [2, e, D, W]
+            wide_in.append(first.permute(2, 0, 1, 3).flatten(1))
+            second = torch.stack((stack("gate_out"), stack("up_out")))  # [2, e, W, F]
+            self.wide_out = second.flatten(1, 2).to(dtype)
+            self.down_in = stack("down_in").transpose(0, 1).flatten(1).to(dtype)
+            down.append(stack("down_out").flatten(0, 1))
+        self.wide_in, self.down = Product(torch.cat(wide_in, 1).to(dtype)), Product(torch.cat(down).to(dtype))
+
+    @property
+    def bytes(self) -> int:
+        """What its tensors take, padding included."""
+        if self.native:
+            return self.native.bytes
+        weights = [value.weight if isinstance(value, Product) else value for value in vars(self).values()]
+        return sum(
+            torch.ops.mkldnn._nbytes(weight) if weight.is_mkldnn else weight.nbytes
+            for weight in weights
+            if isinstance(weight, Tensor)
+        )
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return answer([self], [x])[0]
+
+
+def answer(clusters: Sequence[Cluster], rows: Sequence[Tensor]) -> list[Tensor]:
+    """What clusters of one layer say to their rows [R, D] each, bit for bit what each would say alone.
+
+    A few rows take less time in products than in all the small calls around them. So only products are made
+    cluster by cluster; what lies between is done once, for the rows of all. A cluster with fewer experts than
+    another leaves columns unused.
+    """
+    if clusters[0].native:
+        return native.answer([c.native for c in clusters if c.native], rows)
+    parts = [padded(part, few_sizes(part.shape[0])) for part in rows]
+    if not clusters[0].w:
+        hidden = [c.wide_in(part).chunk(2, 1) for c, part in zip(clusters, parts, strict=True)]
+        said = [c.down(F.silu(gate).mul_(up)) for c, (gate, up) in zip(clusters, hidden, strict=True)]
+        return [y[: x.shape[0]] for y, x in zip(said, rows, strict=True)]
+    if not all(c.e for c in clusters):
+        able = [i for i, c in enumerate(clusters) if c.e]
+        found = answer([clusters[i] for i in able], [rows[i] for i in able]) if able else []
+        said = {i: y for i, y in zip(able, found, strict=True)}
+        return [said[i] if i in said else torch.zeros_like(x) for i, x in enumerate(rows)]
+
+    sizes = [part.shape[0] for part in parts]
+    n, k, e, w, f = sum(sizes), max(c.k for c in clusters), max(c.e for c in clusters), clusters[0].w, clusters[0].f
+    spans = [slice(*span) for span in pairwise(accumulate(sizes, initial=0))]
+    pair_spans = [slice(k * span.start, k * span.stop) for span in spans]
+
+    # Stage 2. An expert that a cluster has not has a score of minus infinity, and so no weight.
+    logits = _level([p.to(c.router.dtype) @ c.router for c, p in zip(clusters, parts, strict=True)], e, -torch.inf)
+    bias = _level([c.bias.expand(size, c.e) for c, size in zip(clusters, sizes, strict=True)], e, -torch.inf)
+    index = bias.add_(logits).topk(k).indices
+    weight = logits.gather(1, index).softmax(1) if k > 1 else logits.softmax(1).gather(1, index)
+    gate_NK1 = weight.to(parts[0].dtype).unsqueeze(2)
+    chosen_NKE = gate_NK1.new_zeros(n, k, e).scatter_(2, index.unsqueeze(2), 1.0)
+
+    # Gate and up: the bases' values once per row, the residuals' once per (row, expert).
+    first = [c.wide_in(p) for c, p in zip(clusters, parts, strict=True)]
+    narrow = _level([v[:, 2 * f :].view(-1, 2, c.e * w) for c, v in zip(clusters, first, strict=True)], e * w)
+    pairs = narrow.new_empty(2, n, k, e, w)
+    torch.mul(narrow.view(n, 2, 1, e, w).transpose(0, 1), chosen_NKE.unsqueeze(3), out=pairs)
+    pairs = pairs.view(2, n * k, e * w)
+    wide = torch.cat([v[:, : 2 * f] for v in first]).view(n, 2, 1, f).transpose(0, 1)
+    wide = wide.expand(2, n, k, f).reshape(2, n * k, f)
+    for c, span in zip(clusters, pair_spans, strict=True):
+        wide[:, span].baddbmm_(pairs[:, span, : c.e * w], c.wide_out)
+    h = F.silu(wide[0]).mul_(wide[1])
+
+    # Down, being linear, once per row: after the sum over its experts.
+    back = _level([h[span] @ c.down_in for c, span in zip(clusters, pair_spans, strict=True)], e * w)
+    back = back.view(n, k, e, w).mul_((chosen_NKE * gate_NK1).unsqueeze(3)).sum(1)
+    hidden = torch.cat(((h.view(n, k, f) * gate_NK1).sum(1), back.view(n, e * w)), 1)
+    said = [c.down(hidden[span, : f + c.e * w]) for c, span in zip(clusters, spans, strict=True)]
+    return [y[: x.shape[0]] for y, x in zip(said, rows, strict=True)]
+
+
+def _level(parts: Sequence[Tensor], width: int, value: float = 0.0) -> Tensor:
+    """The rows of all parts, with `value` in the last columns up to `width`."""
+    return torch.cat([p if p.shape[-1] == width else F.pad(p, (0, width - p.shape[-1]), value=value) for p in parts])
+
+
+class LocalClusters:
+    """`ClusterCompute` over clusters held in this process, converted once to the compute type."""
+
+    def __init__(self, artifact: Artifact, clusters: Iterable[int], dtype: torch.dtype) -> None:
+        self.held: dict[tuple[int, int], Cluster] = {}
+        for c in clusters:
+            tensors = artifact.cluster(c)
+            for layer in range(artifact.model.layers):
+                self.held[layer, c] = Cluster(artifact.model, tensors, layer, c, dtype)
+
+    def __call__(self, layer: int, rows: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        said = answer([self.held[layer, c] for c in rows], list(rows.values()))
+        return dict(zip(rows, said, strict=True))
+
+
+def cluster_sizes(artifact: Artifact, dtype: torch.dtype) -> dict[int, int]:
+    """Bytes of each cluster in all layers as `Cluster` holds it in the compute type, without reading a weight.
+
+    Layers in which it has as many experts take the same. One of each is built from whatever is in memory,
+    because only oneDNN knows how it pads.
+    """
+    numbers = {cluster_file(c): c for c in range(artifact.model.n_clusters)}
+    shapes: defaultdict[tuple[int, int], dict[str, tuple[int, ...]]] = defaultdict(dict)
+    for place in artifact.places:
+        if place.file in numbers:
+            shapes[int(place.key.split(".")[1]), numbers[place.file]][place.key] = place.shape
+    sizes, known = dict.fromkeys(numbers.values(), 0), dict[int, int]()
+    for (layer, c), held in shapes.items():
+        if len(held) not in known:
+            empty = {key: torch.empty(shape) for key, shape in held.items()}
+            known[len(held)] = Cluster(artifact.model, empty, layer, c, dtype).bytes
+        sizes[c] += known[len(held)]
+    return sizes
+
+
+def by_cluster(
+    rows: Tensor, group_TP: Tensor, groups: int, compute: Callable[[Mapping[int, Tensor]], Mapping[int, Tensor]]
+) -> Tensor:
+    """rows [T, D], group [T, P] -> [T, P, D]: for each row the answer of each of its P groups."""
+    order, inverse, counts = sort_by(group_TP.flatten(), groups)
+    parts = rows.index_select(0, order // group_TP.shape[1]).split(counts.tolist())
+    active = {c: part for c, part in enumerate(parts) if part.shape[0]}
+    answered = compute(active)
+    return torch.cat([answered[c] for c in active]).index_select(0, inverse).view(*group_TP.shape, -1)

@@ -1,0 +1,1 @@
+"""Connections between the processes of an application: rows and requests. No HTTP."""

@@ -1,0 +1,141 @@
+"""Paths of runs and exports, and the reader of a run's JSONL records."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths of the files of one run."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """The run's configuration, versions and parameter counts, as JSON."""
+        return self.path / "config.json"
+
+    @property
+    def metrics(self) -> Path:
+        """Records of steps, validations and events, one JSON object per line."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def plans(self) -> Path:
+        """Records of regrouping, one JSON object per line."""
+        return self.path / "plans.jsonl"
+
+    @property
+    def serving(self) -> Path:
+        """Records of replica counts while an export of the run was served."""
+        return self.path / "serving.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.html"
+
+    @property
+    def targets(self) -> Path:
+        """Scrape targets for Prometheus' file discovery."""
+        return self.path / "prometheus_targets.json"
+
+    @property
+    def failures(self) -> Path:
+        """Count of consecutive failures without a newer checkpoint."""
+        return self.path / "failures.json"
+
+    @property
+    def attempt(self) -> Path:
+        """Number of the current worker group."""
+        return self.path / "attempt"
+
+    @property
+    def checkpoint_request(self) -> Path:
+        """Exists while the driver waits for a checkpoint; the workers remove it when that checkpoint is complete."""
+        return self.path / "checkpoint_now"
+
+
+RENAMED = {
+    "checkpoint passed over": "checkpoint_skipped",
+    "began anew": "restarted",
+    "skipped": "step_skipped",
+    "slow worker": "straggler",
+    "checkpoint": "checkpoint_completed",
+    "checkpoint failed": "checkpoint_failed",
+    "copy failed": "copy_failed",
+    "none": "no_plan",
+    "seen": "gain_measured",
+    "clusterer restarted": "clusterer_restarted",
+    "overlap over": "overlap_ended",
+}
+"""Names of events in records that version 0.1 wrote (field `what`), and their names today (field `name`)."""
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """Return the records of a JSONL file in order; an empty list if the file does not exist.
+
+    Damaged lines, and records without an integer `step`, are skipped.
+    """
+    return list(_records(path)) if path.exists() else []
+
+
+def _records(path: Path) -> Iterator[dict[str, Any]]:
+    for line in path.read_text(errors="replace").split("\n"):
+        record = parse_record(line)
+        if record is not None:
+            yield record
+
+
+def parse_record(line: str) -> dict[str, Any] | None:
+    """Parse one line of a JSONL file. Returns None for a damaged line or a record without an integer `step`."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(record, dict) or type(record.get("step")) is not int:
+        return None
+    if "what" in record and "name" not in record:
+        old = record.pop("what")
+        record["name"] = RENAMED.get(old, old) if isinstance(old, str) else str(old)
+    return record
+
+
+def run_folder(root: str, name: str) -> Path:
+    """Where the run `name` lives."""
+    return Path(root).expanduser().resolve() / name
+
+
+def artifact_folder(root: str, name: str) -> Path:
+    """Where the export of run `name` goes."""
+    return Path(root).expanduser().resolve() / "exports" / name
+
+
+NEWEST = "newest"
+
+
+def find_artifact(root: str, name: str) -> Path:
+    """The folder of the artifact `name`: a folder that is one, the export of a run, or of all the `newest`.
+
+    Raises FileNotFoundError.
+    """
+    if name == NEWEST:
+        exports = artifact_folder(root, "")
+        found = sorted(exports.glob(f"[!.]*/{MANIFEST}"), key=lambda path: path.stat().st_mtime)
+        if not found:
+            raise FileNotFoundError(f"there is no export under {exports}: make one with jobs/export.py")
+        return found[-1].parent
+    for folder in (Path(name).expanduser(), artifact_folder(root, name)):
+        if (folder / MANIFEST).is_file():
+            return folder.resolve()
+    raise FileNotFoundError(f"artifact={name!r}: neither a folder with a {MANIFEST} nor an export under {root}")

@@ -1,0 +1,1 @@
+"""The workers' side of regrouping and the clustering actor: messages, and application of plans."""

@@ -1,0 +1,152 @@
+"""One process against several over gloo: same loss, gradients and clipped update, for any world size."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+
+from raymoe.config import ModelSection
+from raymoe.parallel.gradients import Gradients
+from raymoe.parallel.groups import place
+from raymoe.parallel.sharded import shard
+from tests.support import processes
+
+SIZES: dict[str, Any] = dict(
+    layers=2, d_model=16, d_expert=12, n_experts=12, n_clusters=4, experts_per_token=2, residual_width=3,
+    heads=2, kv_heads=1, vocabulary=29, context=8,
+)  # fmt: skip
+MODELS = {
+    "clustered": ModelSection(**SIZES),
+    "two clusters a token": ModelSection(**SIZES, clusters_per_token=2),
+    "bases alone": ModelSection(**(SIZES | {"residual_width": 0})),
+    "flat": ModelSection(**SIZES, experts="flat"),
+    "flat, E=C, K=1": ModelSection(**(SIZES | {"n_experts": 4, "experts_per_token": 1}), experts="flat"),
+    "dense": ModelSection(**SIZES, experts="dense"),
+}
+UNEVEN = ((0, 0, 0, 0, 0, 1, 1, 1, 2, 2, 3, 3), (3, 3, 2, 2, 2, 1, 1, 1, 1, 0, 0, 3))
+
+
+def one_step(rank: int, world: int, name: str, grains: int) -> dict[str, Any]:
+    """Loss, gradients, norm and clipped gradients of one global batch of `grains` grains, by logical key."""
+    model = MODELS[name]
+    sharded = shard(model, UNEVEN if model.experts == "clustered" else model.default_assignment())
+    sharded.transformer.double().initialise(seed=1)
+    with torch.no_grad():  # routers that decide firmly, so that rounding flips no choice
+        for key, view in sharded.transformer.logical().items():
+            if "router" in key and view.dim():
+                view.mul_(50)
+    gradients = Gradients(sharded)
+    gradients.zero()
+    tokens = torch.randint(29, (grains, 2, 9), generator=torch.Generator().manual_seed(0))
+    loss = torch.zeros((), dtype=torch.float64)
+    for turn in range(-(-grains // world)):
+        index = turn * world + rank
+        batch = tokens[index] if index < grains else tokens[:0].flatten(0, 1)
+        logits = sharded.transformer(batch[:, :-1])
+        part = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum") / (grains * 16)
+        part.backward()
+        loss += part.detach()
+    if world > 1:
+        torch.distributed.all_reduce(loss)
+    gradients.reduce()
+    by_name = {n: p.grad for n, p in sharded.transformer.named_parameters() if p.grad is not None}
+    before = {k: v.clone() for k, v in sharded.transformer.logical(by_name).items()}
+    norm = gradients.clip(0.01)
+    after = {k: v.clone() for k, v in sharded.transformer.logical(by_name).items()}
+    load = [
+        (getattr(f, "cluster_load", torch.zeros(0)).tolist(), getattr(f, "expert_load", torch.zeros(0)).tolist())
+        for f in sharded.transformer.ffns
+    ]
+    return dict(loss=loss.item(), norm=norm, before=before, after=after, load=load, sent=sharded.meter.take(),
+                owned=sharded.owned(), held=list(sharded.transformer.logical()))  # fmt: skip
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("world", [2, 3, 5])
+def test_many_processes_equal_one(name: str, world: int, tmp_path: Path) -> None:
+    grains = 4
+    expected = one_step(0, 1, name, grains)
+    results = processes.run(world, one_step, name, grains, folder=tmp_path)
+    assert expected["norm"] > 0.01  # so that clipping does something
+    seen: set[str] = set()
+    for result in results:
+        assert result["loss"] == pytest.approx(expected["loss"], rel=1e-12)
+        assert result["norm"] == pytest.approx(expected["norm"], rel=1e-10)
+        for stage in ("before", "after"):
+            for key, grad in result[stage].items():
+                torch.testing.assert_close(
+                    grad, expected[stage][key], rtol=1e-9, atol=1e-12, msg=lambda m, k=key: f"{k}: {m}"
+                )
+        seen |= set(result["before"])
+    assert seen == set(expected["before"])
+    for layer, (clusters, experts) in enumerate(expected["load"]):
+        summed = [[sum(c) for c in zip(*(r["load"][layer][i] for r in results), strict=True)] for i in (0, 1)]
+        assert summed == [clusters, experts]
+    owned = [key for result in results for key in result["owned"]]
+    assert sorted(owned) == sorted(expected["held"])  # every key is written by exactly one rank
+    crossing = sum(result["sent"] for result in results)
+    assert (crossing > 0) == (name != "dense")
+
+
+def initial(rank: int, world: int, name: str) -> dict[str, torch.Tensor]:
+    sharded = shard(MODELS[name], MODELS[name].default_assignment())
+    sharded.transformer.initialise(seed=3)
+    return {k: v.clone() for k, v in sharded.transformer.logical().items()}
+
+
+@pytest.mark.dist
+def test_initial_weights_do_not_depend_on_the_world(tmp_path: Path) -> None:
+    expected = initial(0, 1, "clustered")
+    for result in processes.run(3, initial, "clustered", folder=tmp_path):
+        for key, value in result.items():
+            assert torch.equal(value, expected[key]), key
+
+
+def exact_bytes(rank: int, world: int) -> tuple[int, int]:
+    """What the meter says of one forward and backward, beside the sum over the rows that had to cross."""
+    model = MODELS["clustered"]
+    sharded = shard(model, model.default_assignment())
+    sharded.transformer.initialise(seed=rank * 0 + 5)
+    layer = sharded.transformer.ffns[0]
+    rows = torch.randn(20, 16, generator=torch.Generator().manual_seed(rank), requires_grad=True)
+    layer(rows).sum().backward()
+    choice = layer.router(rows).index.flatten()
+    away = sum(rank not in sharded.placements[0].owners[g] for g in choice.tolist())
+    owned_by_others = sum(len(sharded.placements[0].held(r)) for r in range(world) if r != rank)
+    # x out and dy out: our rows that go away. y back and dx back are sent by the owner: count them there.
+    back = torch.zeros(world, dtype=torch.int64)
+    for g in choice.tolist():
+        owner = sharded.placements[0].owners[g][0]
+        back[owner] += owner != rank
+    torch.distributed.all_reduce(back)
+    return sharded.meter.take(), (2 * away + 2 * int(back[rank])) * 16 * 4 + owned_by_others * 8
+
+
+@pytest.mark.dist
+def test_bytes_that_cross_are_counted_exactly(tmp_path: Path) -> None:
+    for counted, expected in processes.run(2, exact_bytes, folder=tmp_path):
+        assert counted == expected > 0
+
+
+@given(st.lists(st.floats(0.1, 10), min_size=1, max_size=12), st.integers(1, 20))
+def test_placement_serves_every_group_on_every_world(loads: list[float], world: int) -> None:
+    placement = place(loads, world)
+    held = [placement.held(rank) for rank in range(world)]
+    assert set().union(*held) == set(range(len(loads)))
+    assert all(held) and max(map(len, held)) - min(map(len, held)) <= 1
+    for rank in range(world):
+        for group, owner in enumerate(placement.serving(rank)):
+            assert owner in placement.owners[group]
+            assert owner == rank or rank not in placement.owners[group]
+
+
+def test_placement_balances_uneven_loads() -> None:
+    placement = place([4.0, 1.0, 1.0, 4.0], 2)
+    assert sorted(sum(4.0 if g in (0, 3) else 1.0 for g in placement.held(r)) for r in (0, 1)) == [5.0, 5.0]

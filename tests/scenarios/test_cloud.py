@@ -1,0 +1,419 @@
+"""What is shipped for clouds: `ray up`, KubeRay and the image, checked without any of them.
+
+`jobs/fleet.yaml` by Ray's own schema and checks. The manifests by Ray's reader of RayClusters and by `FIELDS` below:
+the fields of KubeRay's and Kubernetes' that are used here, and no others. With KUBERAY_CRDS set to a checkout's
+`ray-operator/config/crd/bases` they are checked against the CRDs themselves.
+"""
+
+from __future__ import annotations
+
+import copy
+import fnmatch
+import importlib.util
+import os
+import re
+import shlex
+import tomllib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
+from ray.autoscaler._private.util import prepare_config, validate_config
+from ray.serve.schema import ServeDeploySchema
+
+from raymoe.config import override, preset
+from raymoe.serving.settings import from_dict
+from tests.support.paths import REPO_ROOT
+
+VERSION = tomllib.loads((REPO_ROOT / "pyproject.toml").read_text())["project"]["version"]
+IMAGE = f"registry.example.com/raymoe:{VERSION}"
+MANIFESTS = {"RayJob": "jobs/rayjob.yaml", "RayService": "services/rayservice.yaml"}
+CLUSTER = {"RayJob": "rayClusterSpec", "RayService": "rayClusterConfig"}
+
+
+def load(name: str, kind: str = "") -> dict[str, Any]:
+    documents = [d for d in yaml.safe_load_all((REPO_ROOT / name).read_text()) if not kind or d["kind"] == kind]
+    assert len(documents) == 1
+    return copy.deepcopy(documents[0])  # without the anchors' shared parts
+
+
+# --- ray up
+
+
+def check_fleet(fleet: dict[str, Any]) -> dict[str, Any]:
+    """The config as `ray up` would use it. Raises for what Ray refuses, and for what it lets pass."""
+    prepared = prepare_config(copy.deepcopy(fleet))
+    validate_config(prepared)
+    for name, kind in prepared["available_node_types"].items():
+        if kind.get("min_workers", 0) > kind["max_workers"]:
+            raise ValueError(f"{name}: min_workers is more than max_workers")
+        if kind["max_workers"] > prepared["max_workers"]:
+            raise ValueError(f"{name}: max_workers is more than those of all types")
+    return prepared
+
+
+def test_the_fleet_is_one_that_ray_up_takes() -> None:
+    fleet = check_fleet(load("jobs/fleet.yaml"))
+    types = fleet["available_node_types"]
+    assert types["head"]["max_workers"] == 0 and fleet["head_node_type"] == "head"
+    assert types["gpu"]["resources"]["GPU"] == 1 and types["cpu"]["max_workers"] > 0
+    assert fleet["docker"]["image"] == IMAGE
+    options = shlex.split(" ".join(fleet["docker"]["run_options"]))
+    assert {"RAYMOE_HOME=/mnt/raymoe", "RAY_AUTH_MODE=token", "/mnt/raymoe:/mnt/raymoe"} <= set(options)
+    assert any(" /mnt/raymoe" in line and "mount -t nfs4" in line for line in fleet["initialization_commands"])
+    head, worker = fleet["head_start_ray_commands"][-1], fleet["worker_start_ray_commands"][-1]
+    for line in (head, worker):
+        for option in re.findall(r"(--[a-z-]+)", line):
+            assert option in ray_start_options(), f"ray start knows no {option}"
+    for line in (*fleet["setup_commands"], *fleet["head_setup_commands"], *fleet["worker_setup_commands"]):
+        assert "/app" in line
+    assert_health(dict(re.findall(r"(RAY_health_check_[a-z_]+)=(\d+)", head)))
+
+
+def ray_start_options() -> set[str]:
+    from ray.scripts.scripts import start
+
+    return {option for parameter in start.params for option in parameter.opts}
+
+
+def assert_health(found: dict[str, str]) -> None:
+    """A dead node is given up within some seconds: Ray's own patience is half a minute."""
+    assert set(found) == {
+        f"RAY_health_check_{what}"
+        for what in ("initial_delay_ms", "period_ms", "timeout_ms", "failure_threshold")
+    }  # fmt: skip
+    patience = int(found["RAY_health_check_period_ms"]) * int(found["RAY_health_check_failure_threshold"])
+    assert 2000 <= patience <= 10000
+
+
+def _fleet_key(fleet: dict[str, Any]) -> None:
+    fleet["idle_minutes"] = 5
+
+
+def _fleet_type_key(fleet: dict[str, Any]) -> None:
+    fleet["available_node_types"]["cpu"]["minworkers"] = 1
+
+
+def _fleet_bounds(fleet: dict[str, Any]) -> None:
+    fleet["available_node_types"]["cpu"]["min_workers"] = 9
+
+
+def _fleet_total(fleet: dict[str, Any]) -> None:
+    fleet["available_node_types"]["cpu"]["max_workers"] = 99
+
+
+def _fleet_type(fleet: dict[str, Any]) -> None:
+    fleet["max_workers"] = "many"
+
+
+def _fleet_head(fleet: dict[str, Any]) -> None:
+    fleet["head_node_type"] = "boss"
+
+
+@pytest.mark.parametrize(
+    "spoil", [_fleet_key, _fleet_type_key, _fleet_bounds, _fleet_total, _fleet_type, _fleet_head], ids=lambda f: f.__name__
+)  # fmt: skip
+def test_a_spoilt_fleet_is_refused(spoil: Callable[[dict[str, Any]], None]) -> None:
+    fleet = load("jobs/fleet.yaml")
+    spoil(fleet)
+    with pytest.raises((ValueError, jsonschema.ValidationError)):
+        check_fleet(fleet)
+
+
+# --- KubeRay
+
+ANY = object()
+_RESOURCES = {"requests": ANY, "limits": ANY}
+_PROBE = {
+    "httpGet": {"path": str, "port": int}, "initialDelaySeconds": int, "periodSeconds": int, "timeoutSeconds": int,
+    "failureThreshold": int,
+}  # fmt: skip
+_CONTAINER = {
+    "name": str, "image": str, "resources": _RESOURCES, "readinessProbe": _PROBE, "livenessProbe": _PROBE,
+    "securityContext": {"allowPrivilegeEscalation": bool, "capabilities": {"drop": [str]}},
+    "env": [{"name": str, "value": str, "valueFrom": {"secretKeyRef": {"name": str, "key": str, "optional": bool}}}],
+    "ports": [{"name": str, "containerPort": int}],
+    "volumeMounts": [{"name": str, "mountPath": str}],
+}  # fmt: skip
+_POD = {
+    "spec": {
+        "securityContext": {"runAsNonRoot": bool, "runAsUser": int, "fsGroup": int},
+        "containers": [_CONTAINER],
+        "volumes": [{"name": str, "persistentVolumeClaim": {"claimName": str}, "emptyDir": {"medium": str, "sizeLimit": str}}],
+        "tolerations": [{"key": str, "operator": str, "effect": str}],
+        "terminationGracePeriodSeconds": int,
+    }
+}  # fmt: skip
+_GROUP = {"labels": ANY, "rayStartParams": ANY, "template": _POD}
+_CLUSTER = {
+    "rayVersion": str, "authOptions": {"mode": str, "secretName": str}, "enableInTreeAutoscaling": bool,
+    "autoscalerOptions": {"version": str, "upscalingMode": str, "idleTimeoutSeconds": int, "resources": _RESOURCES},
+    "headGroupSpec": _GROUP,
+    "workerGroupSpecs": [_GROUP | {"groupName": str, "replicas": int, "minReplicas": int, "maxReplicas": int}],
+}  # fmt: skip
+_TOP = {"apiVersion": str, "kind": str, "metadata": {"name": str}}
+FIELDS: dict[str, Any] = {
+    "RayJob": _TOP | {"spec": {
+        "entrypoint": str, "shutdownAfterJobFinishes": bool, "ttlSecondsAfterFinished": int, "backoffLimit": int,
+        "rayClusterSpec": _CLUSTER,
+    }},
+    "RayService": _TOP | {"spec": {
+        "serveConfigV2": str, "rayClusterDeletionDelaySeconds": int, "upgradeStrategy": {"type": str},
+        "rayClusterConfig": _CLUSTER,
+    }},
+}  # fmt: skip
+"""Fields that KubeRay v1.6.2 and v1.7.0 know, and their types."""
+
+
+def misfits(value: Any, shape: Any, where: str = "") -> Iterator[str]:
+    """What of `value` is not in `shape`."""
+    if shape is ANY:
+        return
+    if isinstance(shape, dict):
+        if not isinstance(value, dict):
+            yield f"{where} is no mapping"
+            return
+        for key, inner in value.items():
+            if key in shape:
+                yield from misfits(inner, shape[key], f"{where}.{key}")
+            else:
+                yield f"{where}.{key} is unknown"
+    elif isinstance(shape, list):
+        if not isinstance(value, list):
+            yield f"{where} is no list"
+            return
+        for i, inner in enumerate(value):
+            yield from misfits(inner, shape[0], f"{where}[{i}]")
+    elif type(value) is not shape:
+        yield f"{where}={value!r} is no {shape.__name__}"
+
+
+def check_manifest(manifest: dict[str, Any]) -> dict[str, Any]:
+    """The autoscaler's config of its cluster. Raises ValueError or what Ray raises."""
+    kind = manifest["kind"]
+    if found := list(misfits(manifest, FIELDS[kind])):
+        raise ValueError("; ".join(found))
+    if manifest["apiVersion"] != "ray.io/v1":
+        raise ValueError("apiVersion")
+    cluster = manifest["spec"][CLUSTER[kind]]
+    for group in cluster["workerGroupSpecs"]:
+        if not group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]:
+            raise ValueError(f"{group['groupName']}: replicas outside of minReplicas and maxReplicas")
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        pod = group["template"]["spec"]
+        volumes = {volume["name"] for volume in pod["volumes"]}
+        for container in pod["containers"]:
+            if loose := {mount["name"] for mount in container["volumeMounts"]} - volumes:
+                raise ValueError(f"volumes that there are not: {loose}")
+            for probe in ("readinessProbe", "livenessProbe"):
+                port = container[probe]["httpGet"]["port"]
+                if port not in {52365} | {p["containerPort"] for p in container["ports"]}:
+                    raise ValueError(f"{probe}: nothing listens on {port}")
+    found = {"metadata": {"name": manifest["metadata"]["name"], "namespace": "default"}, "spec": cluster}
+    return _derive_autoscaling_config_from_ray_cr(found)
+
+
+@pytest.mark.parametrize("kind", MANIFESTS)
+def test_a_manifest_is_one_that_kuberay_and_ray_take(kind: str) -> None:
+    manifest = load(MANIFESTS[kind], kind)
+    scaled = check_manifest(manifest)
+    cluster = manifest["spec"][CLUSTER[kind]]
+    assert scaled["available_node_types"]["headgroup"]["resources"]["CPU"] == 0
+    cpu = scaled["available_node_types"]["cpu"]
+    assert cpu["max_workers"] > cpu["min_workers"] and cpu["labels"] == {"raymoe/role": "cpu"}
+    assert cluster["rayVersion"] == pinned("ray")
+    assert cluster["enableInTreeAutoscaling"] and cluster["authOptions"] == {
+        "mode": "token",
+        "secretName": "raymoe-token",
+    }
+    head = cluster["headGroupSpec"]["template"]["spec"]["containers"][0]
+    assert_health({e["name"]: e["value"] for e in head["env"] if "health_check" in e["name"]})
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        pod = group["template"]["spec"]
+        assert pod["securityContext"]["runAsNonRoot"] and str(pod["securityContext"]["runAsUser"]) == last("USER")
+        assert {"name": "runs", "persistentVolumeClaim": {"claimName": "raymoe"}} in pod["volumes"]
+        for container in pod["containers"]:
+            assert container["image"] == IMAGE
+            assert container["resources"]["requests"] == container["resources"]["limits"]  # none is evicted first
+            home = next(e["value"] for e in container["env"] if e["name"] == "RAYMOE_HOME")
+            assert {"name": "runs", "mountPath": home} in container["volumeMounts"]
+            assert f"RAYMOE_HOME={home}" in dockerfile()
+    if kind == "RayJob":
+        gpu = scaled["available_node_types"]["gpu"]
+        assert gpu["resources"]["GPU"] == 1 and gpu["min_workers"] == 0
+
+
+def pinned(package: str) -> str:
+    lock = tomllib.loads((REPO_ROOT / "uv.lock").read_text())
+    return next(p["version"] for p in lock["package"] if p["name"] == package)
+
+
+def _workers(manifest: dict[str, Any]) -> list[dict[str, Any]]:
+    return manifest["spec"][CLUSTER[manifest["kind"]]]["workerGroupSpecs"]
+
+
+def _key(manifest: dict[str, Any]) -> None:
+    manifest["spec"]["shutdownAfterFinish"] = True
+
+
+def _group_key(manifest: dict[str, Any]) -> None:
+    _workers(manifest)[0]["maxReplica"] = 3
+
+
+def _container_key(manifest: dict[str, Any]) -> None:
+    _workers(manifest)[0]["template"]["spec"]["containers"][0]["enviroment"] = []
+
+
+def _type(manifest: dict[str, Any]) -> None:
+    _workers(manifest)[0]["maxReplicas"] = "8"
+
+
+def _bounds(manifest: dict[str, Any]) -> None:
+    _workers(manifest)[0]["minReplicas"] = 9
+
+
+def _without_most(manifest: dict[str, Any]) -> None:
+    del _workers(manifest)[0]["maxReplicas"]
+
+
+def _mount(manifest: dict[str, Any]) -> None:
+    _workers(manifest)[0]["template"]["spec"]["volumes"].pop(0)
+
+
+def _probe(manifest: dict[str, Any]) -> None:
+    _workers(manifest)[0]["template"]["spec"]["containers"][0]["readinessProbe"]["httpGet"]["port"] = 9999
+
+
+def _number_in_env(manifest: dict[str, Any]) -> None:
+    _workers(manifest)[0]["template"]["spec"]["containers"][0]["env"].append({"name": "X", "value": 1})
+
+
+@pytest.mark.parametrize("kind", MANIFESTS)
+@pytest.mark.parametrize(
+    "spoil", [_key, _group_key, _container_key, _type, _bounds, _without_most, _mount, _probe, _number_in_env],
+    ids=lambda f: f.__name__,
+)  # fmt: skip
+def test_a_spoilt_manifest_is_refused(kind: str, spoil: Callable[[dict[str, Any]], None]) -> None:
+    manifest = yaml.safe_load(yaml.safe_dump(load(MANIFESTS[kind], kind), default_flow_style=False))
+    spoil(manifest)
+    with pytest.raises((ValueError, KeyError, AssertionError)):
+        check_manifest(manifest)
+
+
+def strict(schema: Any) -> Any:
+    """A CRD's schema in which an unknown field is an error, as `kubectl apply` makes of it."""
+    if isinstance(schema, list):
+        return [strict(inner) for inner in schema]
+    if not isinstance(schema, dict):
+        return schema
+    schema = {key: strict(inner) for key, inner in schema.items()}
+    if schema.get("x-kubernetes-int-or-string"):
+        return {"type": ["integer", "string"]}
+    if schema.get("type") == "object" and "properties" in schema:
+        schema.setdefault("additionalProperties", bool(schema.get("x-kubernetes-preserve-unknown-fields")))
+    return schema
+
+
+@pytest.mark.skipif("KUBERAY_CRDS" not in os.environ, reason="KUBERAY_CRDS names no folder of KubeRay's CRDs")
+@pytest.mark.parametrize("kind", MANIFESTS)
+def test_a_manifest_fits_the_crd_itself(kind: str) -> None:
+    crd = yaml.safe_load((Path(os.environ["KUBERAY_CRDS"]) / f"ray.io_{kind.lower()}s.yaml").read_text())
+    version = next(v for v in crd["spec"]["versions"] if v["name"] == "v1")
+    schema = strict(version["schema"]["openAPIV3Schema"]["properties"]["spec"])
+    spec = load(MANIFESTS[kind], kind)["spec"]
+    jsonschema.Draft202012Validator(schema).validate(spec)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.Draft202012Validator(schema).validate(spec | {"shutdownAfterFinish": True})
+
+
+def test_the_volume_is_one_that_all_pods_can_write() -> None:
+    volume = load("jobs/rayjob.yaml", "PersistentVolumeClaim")
+    assert volume["metadata"]["name"] == "raymoe" and volume["spec"]["accessModes"] == ["ReadWriteMany"]
+
+
+def test_the_jobs_command_is_one_that_the_image_can_run() -> None:
+    words = shlex.split(load("jobs/rayjob.yaml", "RayJob")["spec"]["entrypoint"])
+    path = Path(words[1])
+    assert words[0] == "python" and path.is_relative_to(last("WORKDIR"))
+    job = REPO_ROOT / path.relative_to(last("WORKDIR"))
+    assert job.is_file() and in_context(str(job.relative_to(REPO_ROOT)))
+    spec = importlib.util.spec_from_file_location("job_train", job)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    arguments = module.parser().parse_args(words[2:])
+    config = override(preset(arguments.preset), arguments.overrides)
+    assert config.train.elastic
+    most = sum(g["maxReplicas"] for g in _workers(load("jobs/rayjob.yaml", "RayJob")) if g["groupName"] == "cpu")
+    assert config.train.max_workers <= most * 2  # pods of 2 CPUs
+
+
+def test_the_service_is_that_of_the_serve_config() -> None:
+    ours = load("services/raymoe.yaml")
+    theirs = yaml.safe_load(load(MANIFESTS["RayService"], "RayService")["spec"]["serveConfigV2"])
+    for config in (ours, theirs):
+        ServeDeploySchema(**copy.deepcopy(config))
+        from_dict(config["applications"][0]["args"])
+    expected = copy.deepcopy(ours)
+    expected["proxy_location"], expected["http_options"]["host"] = "EveryNode", "0.0.0.0"
+    expected["applications"][0]["args"] |= {"host": "node", "cpus": 1}
+    assert theirs == expected
+
+
+# --- the image
+
+
+def dockerfile() -> str:
+    return re.sub(r"\\\n\s*", "", (REPO_ROOT / "Dockerfile").read_text())
+
+
+def last(instruction: str) -> str:
+    return re.findall(rf"^{instruction} (.+)$", dockerfile(), re.MULTILINE)[-1]
+
+
+def in_context(path: str) -> bool:
+    """Whether .dockerignore lets the path through: the last line that matches it or a folder of it counts."""
+    inside = True
+    for line in (REPO_ROOT / ".dockerignore").read_text().splitlines():
+        pattern = line.removeprefix("!").removeprefix("**/")
+        if line and not line.startswith("#"):
+            parts = Path(path).parts
+            whole = ["/".join(parts[: i + 1]) for i in range(len(parts))]
+            if any(fnmatch.fnmatch(p, pattern) for p in (parts if "**/" in line else whole)):
+                inside = line.startswith("!")
+    return inside
+
+
+def test_what_the_image_copies_is_there_and_what_it_needs_not_is_not() -> None:
+    for line in re.findall(r"^COPY (.+)$", dockerfile(), re.MULTILINE):
+        *sources, _ = [word for word in line.split() if not word.startswith("--")]
+        for source in sources:
+            assert (REPO_ROOT / source).exists(), source
+            assert source == "." or in_context(source), source
+    for path in ("jobs/train.py", "raymoe/model/router.py", "services/raymoe.yaml"):
+        assert in_context(path), path
+    for path in (".venv/bin/python", ".git/config", ".tools/bin/uv", "tests/conftest.py", "raymoe/__pycache__/x.pyc"):
+        assert not in_context(path), path
+
+
+def test_the_image_is_set_up_as_a_checkout_is_and_does_not_run_as_root() -> None:
+    text = dockerfile()
+    makefile = (REPO_ROOT / "Makefile").read_text()
+    assert "RUN make setup TORCH=${TORCH}" in text and "ARG TORCH=lock" in text and "ifeq ($(TORCH),cpu)" in makefile
+    needed = re.search(r"^\.venv/\.ready: (.+?) \.tools", makefile, re.MULTILINE)
+    assert needed
+    before = text[: text.index("RUN make setup")]
+    assert all(name in before for name in (*needed[1].split(), "Makefile", "README.md"))
+    assert re.search(r"install .*\bgcc\b.*\bmake\b", text)
+    assert last("USER") not in ("root", "0") and f"--uid {last('USER')} " in text
+    assert text.index("\nUSER") < text.index("RUN make setup")
+    assert f"PATH={last('WORKDIR')}/.venv/bin:$PATH" in text
+    python = re.search(r"^FROM python:(\d+)\.(\d+)-slim$", text, re.MULTILINE)
+    assert python and (int(python[1]), int(python[2])) >= (3, 11)
+    assert VERSION in text
+    command = re.findall(r'"([^"]+)"', last("CMD"))
+    assert command[0] == "python" and (REPO_ROOT / command[1]).is_file() and in_context(command[1])

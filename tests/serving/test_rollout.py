@@ -1,0 +1,296 @@
+"""The policy as Serve calls it, with contexts as its controller makes them, and what an application is built from."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import yaml
+from ray.exceptions import RayError
+from ray.serve._private.autoscaling_state import DeploymentAutoscalingState
+from ray.serve._private.common import DeploymentID
+from ray.serve.exceptions import RayServeException
+
+import raymoe.commands.serve
+from raymoe.serving.app import _scaled
+from raymoe.serving.autoscaling import Policy
+from raymoe.serving.replicas import _endpoints
+from raymoe.serving.rollout import Rollout, pinned
+from raymoe.serving.serve_policy import Scaler
+from raymoe.serving.settings import ServeSettings, from_dict
+from tests.support.served import artifact
+
+ROOT = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True)
+class Key:
+    """As Serve's DeploymentID."""
+
+    name: str
+    app_name: str = "raymoe"
+
+
+@dataclass
+class Fleet:
+    """Contexts of an application: `asked[c]` rows/s, computed by one replica in `cost` busy seconds each."""
+
+    asked: list[float]
+    cost: float = 0.002
+    minimum: int = 0
+    maximum: int = 4
+    replicas: list[int] = field(default_factory=list)
+    now: float = 0.0
+
+    def contexts(self) -> dict[Key, Any]:
+        made: dict[Key, Any] = {Key("api"): SimpleNamespace(aggregated_metrics={})}
+        trunk = {f"away_{c}": {"t": rows} for c, rows in enumerate(self.asked)}
+        trunk |= {f"bytes_{c}": {"t": 100.0} for c in range(len(self.asked))}
+        made[Key("trunk")] = SimpleNamespace(aggregated_metrics=trunk)
+        for c, n in enumerate(self.replicas):
+            busy = min(1.0, self.asked[c] * self.cost / n) if n else 0.0
+            own = {"busy": {f"r{i}": busy for i in range(n)}, "latency_s": {f"r{i}": 0.001 for i in range(n)}}
+            made[Key(f"cluster-{c}")] = SimpleNamespace(
+                target_num_replicas=n, aggregated_metrics=own if n else {},
+                config=SimpleNamespace(min_replicas=self.minimum, max_replicas=self.maximum),
+            )  # fmt: skip
+        return made
+
+    def run(self, scaler: Scaler, seconds: float) -> list[list[int]]:
+        """Serve's loop ten times a second; replicas are there at once. The replicas after each call."""
+        history = []
+        for _ in range(round(seconds * 10)):
+            decisions, _ = scaler(self.contexts())
+            for key, n in decisions.items():
+                self.replicas[int(key.name.removeprefix("cluster-"))] = n
+            history.append(list(self.replicas))
+            self.now += 0.1
+        return history
+
+
+def scaler(fleet: Fleet, **policy: Any) -> Scaler:
+    return Scaler(interval_s=2.0, clock=lambda: fleet.now, **policy)
+
+
+def test_hot_clusters_rise_within_two_decisions_and_return_and_cold_ones_stay() -> None:
+    fleet = Fleet([0.0] * 4, replicas=[0] * 4)
+    policy = scaler(fleet, target=0.5, down_cooldown_s=10, idle_s=30)
+    assert fleet.run(policy, 10)[-1] == [0, 0, 0, 0]
+    fleet.asked = [900.0, 10.0, 10.0, 10.0]
+    history = fleet.run(policy, 6)
+    assert history[40][0] == 4 and history[-1] == [4, 1, 1, 1]
+    fleet.asked = [10.0] * 4
+    history = fleet.run(policy, 60)
+    assert history[-1] == [1, 1, 1, 1]
+    changes = sum(a != b for a, b in zip(history, history[1:], strict=False))
+    assert changes == 1
+    fleet.asked = [0.0] * 4
+    assert fleet.run(policy, 60)[-1] == [0, 0, 0, 0]
+
+
+def test_a_decision_stands_until_the_next() -> None:
+    fleet = Fleet([900.0], replicas=[1])
+    policy = scaler(fleet)
+    calls = []
+    policy._decide = lambda *a: calls.append(fleet.now)  # type: ignore[method-assign]
+    fleet.run(policy, 6)
+    assert calls == pytest.approx([0.0, 2.0, 4.0], abs=0.11)
+
+
+def test_a_new_controller_goes_on_from_what_is_there() -> None:
+    fleet = Fleet([600.0, 10.0], replicas=[3, 1])
+    assert fleet.run(scaler(fleet), 3)[-1] == [3, 1]
+
+
+def test_without_a_word_from_a_trunk_nothing_changes() -> None:
+    fleet = Fleet([500.0, 10.0], replicas=[2, 1])
+    contexts = fleet.contexts()
+    contexts[Key("trunk")].aggregated_metrics = {}
+    decisions, _ = scaler(fleet)(contexts)
+    assert {key.name: n for key, n in decisions.items()} == {"cluster-0": 2, "cluster-1": 1}
+
+
+def test_the_budget_is_of_all_clusters_together() -> None:
+    fleet = Fleet([2000.0, 2000.0, 0.0], replicas=[1, 1, 0])
+    history = fleet.run(scaler(fleet, budget_bytes=500), 30)
+    assert all(sum(n) <= 5 for n in history) and sum(history[-1]) == 5
+
+
+def test_bad_policies_are_refused_at_once() -> None:
+    with pytest.raises(ValueError, match="target=2 is not allowed"):
+        Scaler(target=2)
+    for name in ("no_such", "minimum", "maximum"):
+        with pytest.raises(ValueError, match=f"unknown key '{name}'"):
+            Scaler(**{name: 1})
+
+
+# Settings
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ({"resident": 1}, "unknown key 'resident': did you mean 'resident_bytes'"),
+        ({"trunks": 0}, "trunks=0 is not allowed: at least 1"),
+        ({"trunks": "two"}, "trunks='two' is not allowed: expected int"),
+        ({"trunks": True}, "trunks=True is not allowed: expected int"),
+        ({"resident_bytes": "some"}, "resident_bytes='some' is not allowed: all, or bytes"),
+        ({"resident_bytes": -1}, "resident_bytes=-1 is not allowed"),
+        ({"precision": "float16"}, "precision='float16' is not allowed: float32 or bfloat16"),
+        ({"min_replicas": 5}, "max_replicas=4 is not allowed: at least min_replicas=5"),
+        ({"step_tokens": 1}, "step_tokens=1 is not allowed"),
+        ({"cpus": "1"}, "cpus='1' is not allowed: expected int or float"),
+    ],
+)
+def test_bad_settings_say_what_is_allowed(args: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        from_dict(args)
+    assert message in str(caught.value)
+
+
+def test_the_newest_export_is_found(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="there is no export under"):
+        ServeSettings(root=str(tmp_path)).folder()
+    for i, name in enumerate(("new", "old")):
+        made = artifact(tmp_path / "made" / name).folder
+        target = tmp_path / "exports" / name
+        target.parent.mkdir(exist_ok=True)
+        made.rename(target)
+        os.utime(target / "manifest.json", (1000 - i, 1000 - i))
+    assert ServeSettings(root=str(tmp_path)).folder().name == "new"
+    assert ServeSettings(root=str(tmp_path), artifact="old").folder().name == "old"
+    assert ServeSettings(artifact=str(tmp_path / "exports" / "old")).folder().name == "old"
+    with pytest.raises(FileNotFoundError, match="artifact='none'"):
+        ServeSettings(root=str(tmp_path), artifact="none").folder()
+
+
+def test_the_shipped_config_is_valid() -> None:
+    from ray.serve.schema import ServeDeploySchema
+
+    config = ServeDeploySchema.model_validate(yaml.safe_load((ROOT / "services/raymoe.yaml").read_text()))
+    assert config.http_options.host == "127.0.0.1"
+    for application in config.applications:
+        from_dict(application.args)  # type: ignore[arg-type]
+        assert isinstance(application.autoscaling_policy, dict)
+        assert application.autoscaling_policy["policy_function"] == "raymoe.serving.serve_policy:Scaler"
+        Policy(**application.autoscaling_policy["policy_kwargs"])
+
+
+def test_a_redeployment_keeps_the_replicas_that_there_are() -> None:
+    """What Serve makes of the numbers of a deployment that is new (-1), and of one that has changed."""
+    deployment_config = SimpleNamespace(autoscaling_config=_scaled(1, 4), gang_scheduling_config=None)
+    info: Any = SimpleNamespace(
+        deployment_config=deployment_config, target_capacity=None, target_capacity_direction=None,
+        config_changed=lambda other: True,
+    )  # fmt: skip
+    state = DeploymentAutoscalingState(DeploymentID(name="cluster-0", app_name="raymoe"))
+    assert [state.register(info, n) for n in (-1, 3, 9)] == [1, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("fails", "expected"),
+    [(RayServeException("none"), []), (TimeoutError(), None), (RayError(), None), (RuntimeError("odd"), None)],
+)
+def test_looking_for_replicas_never_ends(fails: Exception, expected: list[Any] | None) -> None:
+    async def results_async(**_: Any) -> list[Any]:
+        raise fails
+
+    handle: Any = SimpleNamespace(broadcast=lambda name: SimpleNamespace(results_async=results_async))
+    assert asyncio.run(_endpoints(handle)) == expected
+
+
+# Rollouts
+
+
+@pytest.fixture
+def nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind the dashboard's address."""
+    monkeypatch.setattr("raymoe.serving.rollout.ServeSubmissionClient", lambda address: None)
+
+
+class Serving(Rollout):
+    """Of a Serve that does at once what it is told. `broken`: applications that do not answer."""
+
+    def __init__(self, name: str, there: dict[str, str], broken: Sequence[str] = ()) -> None:
+        one = {"name": name, "import_path": "raymoe.serving.app:build", "args": {}}
+        super().__init__("nobody", {"applications": [one]}, timeout=0.5)
+        self.broken, self.history = broken, [there]
+
+    def applications(self) -> dict[str, Any]:
+        return {
+            name: {
+                "status": "RUNNING", "route_prefix": route,
+                "deployed_app_config": {
+                    "name": name, "import_path": "other:app" if name == "other" else "raymoe.serving.app:build",
+                },
+            }
+            for name, route in self.history[-1].items()
+        }  # fmt: skip
+
+    def get(self, path: str) -> str | None:
+        prefix = path.rpartition("/")[0] or "/"
+        answers = [name for name, route in self.history[-1].items() if route == prefix and name not in self.broken]
+        return "raymoe_num_requests_running{} 0.0" if answers else None
+
+    def _deploy(self, applications: list[dict[str, Any]]) -> None:
+        known = self.history[-1]
+        self.history.append({app["name"]: app.get("route_prefix", known.get(app["name"])) for app in applications})
+
+
+@pytest.mark.parametrize(
+    ("there", "broken"),
+    [
+        ({}, []),
+        ({"new": "/"}, []),
+        ({"old": "/"}, []),
+        ({"old": "/"}, ["old"]),  # it never started: nothing is waited for
+        ({"old": "/old", "new": "/"}, []),  # an update that was given up while the old one drained
+        ({"old": "/", "new": "/new"}, []),
+    ],
+)
+def test_a_rollout_ends_alone_and_never_leaves_the_route_empty(
+    nobody: None, there: dict[str, str], broken: list[str]
+) -> None:
+    rollout = Serving("new", there | {"other": "/other"}, broken)
+    rollout.up()
+    assert all("/" in routes.values() for routes in rollout.history[not there :])
+    assert rollout.history[-1] == {"other": "/other", "new": "/"}
+    assert all(routes["other"] == "/other" for routes in rollout.history)
+
+
+def test_an_application_that_does_not_start_changes_nothing(nobody: None) -> None:
+    rollout = Serving("new", {"old": "/"}, ["new"])
+    with pytest.raises(RuntimeError, match="to be ready"):
+        rollout.up()
+    assert rollout.history[-1] == {"old": "/"}
+
+
+@pytest.mark.parametrize("start", [[], ["--start"]])
+def test_serving_from_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start: list[str]) -> None:
+    started: list[str] = []
+    made = artifact(tmp_path).folder
+    rollout = SimpleNamespace(application={"args": {"artifact": "a", "name": "n"}}, base="", name="", up=lambda: None)
+    monkeypatch.setattr("raymoe.serving.rollout.Rollout", lambda *_: rollout)
+    monkeypatch.setattr(raymoe.commands.serve, "start_head", started.append)
+    monkeypatch.setattr("sys.argv", ["serve.py", str(made), "--address", "here", *start])
+    assert raymoe.commands.serve.main() == 0 and started == (["here"] if start else [])
+
+
+def test_what_is_pinned_is_checked_and_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = artifact(tmp_path / "made").folder
+    (tmp_path / "exports").mkdir()
+    made.rename(tmp_path / "exports" / "one")
+    config = yaml.safe_load((ROOT / "services/raymoe.yaml").read_text())
+    monkeypatch.chdir(tmp_path.parent)
+    (application,) = pinned(config, root=tmp_path.name)["applications"]
+    assert application["args"]["root"] == str(tmp_path)
+    assert application["args"]["artifact"] == str(tmp_path / "exports" / "one")
+    config["applications"][0]["autoscaling_policy"]["policy_kwargs"] = {"tarjet": 0.5}
+    with pytest.raises(ValueError, match="unknown key 'tarjet'"):
+        pinned(config, root=tmp_path.name)
