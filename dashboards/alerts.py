@@ -106,8 +106,8 @@ CLUSTERING = (
     ),
     Alert(
         "RaymoeRegroupingStalled", "warning", "0m",
-        """max by (run) (increase(@regroup_plans_total{outcome=~"made|none"}[1h])) == 0
-        and max by (run) (max_over_time(@regroup_plans_total{outcome=~"made|none"}[1d])) > 0
+        """max by (run) (increase(@regroup_plans_total{outcome=~"made|no_plan"}[1h])) == 0
+        and max by (run) (max_over_time(@regroup_plans_total{outcome=~"made|no_plan"}[1d])) > 0
         and delta(max by (run) (@training_step > 0)[1h:1m]) > 600""",
         f"{RUN} no longer looks for plans",
         "It used to, and has trained for more than 600 steps in the last hour without looking for one. The clusterer may be gone: see it in Ray's list of actors.",

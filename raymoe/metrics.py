@@ -19,7 +19,7 @@ M = TypeVar("M", bound=MetricWrapperBase)
 LEVELS = ("experts", "clusters", "workers")
 """Where load is measured: values of the label `level`."""
 
-PLAN_OUTCOMES = ("made", "applied", "refused", "none")
+PLAN_OUTCOMES = ("made", "applied", "refused", "no_plan")
 """What became of plans, or of looking for one: values of the label `outcome`."""
 
 REFUSALS = (
@@ -203,40 +203,40 @@ class TrainingMetrics(_Metrics):
         self.worker_slowness.set(_number(record["slowness"][self._rank]))
 
     def _event(self, record: Mapping[str, Any]) -> None:
-        if record["what"] in ("resumed", "began anew"):
+        if record["name"] in ("resumed", "restarted"):
             self._seen_step = record["step"]
             self._seen_skipped = record.get("skipped_steps", 0)
             self.attempt.set(record["attempt"])
             self.redone_steps.set(record["redone_steps"])
-        elif record["what"] == "checkpoint":
+        elif record["name"] == "checkpoint_completed":
             self.checkpoint_seconds.observe(record["seconds"])
             self.checkpoint_last_step.set(record["checkpoint"])
-        elif record["what"] == "checkpoint failed":
+        elif record["name"] == "checkpoint_failed":
             self.checkpoint_failures.inc()
 
     def _plan(self, record: Mapping[str, Any]) -> None:
         """What the clusterer said is not trusted: what is no number sets NaN and counts nothing."""
-        what = record["what"]
-        if what in PLAN_OUTCOMES:
-            self.regroup_plans.labels(**self._own, outcome=what).inc()
-        if what == "applied":
+        name = record["name"]
+        if name in PLAN_OUTCOMES:
+            self.regroup_plans.labels(**self._own, outcome=name).inc()
+        if name == "applied":
             self.regroup_moves.inc(record["moves"])
             self.regroup_bytes.inc(record["bytes"])
             self.regroup_pause_seconds.observe(record["pause_ms"] / 1000)
             self.regroup_last_plan.set_to_current_time()
             self.regroup_gain_expected.set(_number(record["plan"]["expected_gain"]))
-        elif what == "refused":
+        elif name == "refused":
             key = record["reason"].split(":")[0]
             self.regroup_refusals.labels(**self._own, reason=key if key in REFUSALS else "other").inc()
-        elif what == "seen":
+        elif name == "gain_measured":
             self.regroup_gain_seen.set(_number(record["gain"]))
-        elif what == "messages":
+        elif name == "messages":
             self._totals.grow(self.regroup_messages_merged, record["merged"])
             self._totals.grow(self.regroup_messages_lost, record["lost"])
-        elif what == "status":
+        elif name == "status":
             self.regroup_lag.set(_number(record["lag_steps"]))
             self._totals.grow(self.regroup_messages_refused, record["refused_messages"])
-        elif what == "clusterer restarted":
+        elif name == "clusterer_restarted":
             self.regroup_clusterer_restarts.inc()
 
 

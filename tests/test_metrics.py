@@ -75,7 +75,7 @@ def test_counters_grow_by_what_happened_since(exported: tuple[TrainingMetrics, C
 def test_a_resumed_worker_counts_from_where_it_resumed(exported: tuple[TrainingMetrics, CollectorRegistry]) -> None:
     metrics, registry = exported
     metrics.observe(
-        {"kind": "event", "step": 400, "what": "resumed", "skipped_steps": 5, "attempt": 3, "redone_steps": 7}
+        {"kind": "event", "step": 400, "name": "resumed", "skipped_steps": 5, "attempt": 3, "redone_steps": 7}
     )
     assert value(registry, "worker_group_attempt") == 3 and value(registry, "redone_steps") == 7
     metrics.observe(record(410, skipped_steps=6))
@@ -86,8 +86,8 @@ def test_a_resumed_worker_counts_from_where_it_resumed(exported: tuple[TrainingM
 def test_validation_and_checkpoints(exported: tuple[TrainingMetrics, CollectorRegistry]) -> None:
     metrics, registry = exported
     metrics.observe({"kind": "validation", "step": 100, "loss": 3.25})
-    metrics.observe({"kind": "event", "step": 101, "what": "checkpoint", "checkpoint": 100, "seconds": 0.3})
-    metrics.observe({"kind": "event", "step": 201, "what": "checkpoint failed", "checkpoint": 200, "seconds": 9.0})
+    metrics.observe({"kind": "event", "step": 101, "name": "checkpoint_completed", "checkpoint": 100, "seconds": 0.3})
+    metrics.observe({"kind": "event", "step": 201, "name": "checkpoint_failed", "checkpoint": 200, "seconds": 9.0})
     assert value(registry, "validation_loss") == 3.25
     assert value(registry, "checkpoint_last_step") == 100
     assert value(registry, "checkpoint_seconds_count") == 1 and value(registry, "checkpoint_failures_total") == 1
@@ -112,7 +112,7 @@ def test_a_model_without_clusters_exports_none(exported: tuple[TrainingMetrics, 
 
 
 def plan_record(what: str, **fields: Any) -> dict[str, Any]:
-    return {"kind": "plan", "step": 36, "what": what, **fields}
+    return {"kind": "plan", "step": 36, "name": what, **fields}
 
 
 def applied(moves: int, sent: int, pause_ms: float, gain: float) -> dict[str, Any]:
@@ -124,23 +124,23 @@ def test_plans_are_counted_with_their_cost_and_gain(exported: tuple[TrainingMetr
     for name in ("gain_expected", "gain_seen", "statistics_lag_steps"):
         assert math.isnan(value(registry, f"regroup_{name}") or 0)  # not yet known is not 0
     assert value(registry, "regroup_last_plan_timestamp_seconds") == 0
-    assert [value(registry, "regroup_plans_total", outcome=o) for o in ("made", "applied", "refused", "none")] == [
+    assert [value(registry, "regroup_plans_total", outcome=o) for o in ("made", "applied", "refused", "no_plan")] == [
         0
     ] * 4
     metrics.observe(plan_record("made", plan={"expected_gain": 0.5}, seconds=0.1, similarity=None))
     metrics.observe(applied(8, 1000, 40.0, 0.5))
     metrics.observe(applied(4, 500, 200.0, 0.25))
-    metrics.observe(plan_record("none", reason="nothing to gain: x", expected_gain=0.001))
-    metrics.observe(plan_record("seen", version=2, gain=-0.125))
-    metrics.observe(plan_record("overlap over", version=2, probe=4.0))
-    metrics.observe(plan_record("clusterer restarted"))
+    metrics.observe(plan_record("no_plan", reason="nothing to gain: x", expected_gain=0.001))
+    metrics.observe(plan_record("gain_measured", version=2, gain=-0.125))
+    metrics.observe(plan_record("overlap_ended", version=2, probe=4.0))
+    metrics.observe(plan_record("clusterer_restarted"))
     expected = {
         "moves_total": 12, "bytes_total": 1500, "pause_seconds_count": 2, "gain_expected": 0.25, "gain_seen": -0.125,
         "clusterer_restarts_total": 1,
     }  # fmt: skip
     assert {name: value(registry, f"regroup_{name}") for name in expected} == expected
     assert value(registry, "regroup_pause_seconds_sum") == pytest.approx(0.24)
-    assert [value(registry, "regroup_plans_total", outcome=o) for o in ("made", "applied", "refused", "none")] == [
+    assert [value(registry, "regroup_plans_total", outcome=o) for o in ("made", "applied", "refused", "no_plan")] == [
         1,
         2,
         0,
@@ -173,7 +173,7 @@ def test_refusals_are_counted_by_a_reason_of_a_closed_set(
 def test_all_reasons_that_the_code_gives_are_in_the_set() -> None:
     root = Path(__file__).parents[1] / "raymoe"
     given = set()
-    for file in ("clustering/plan.py", "training/regroup.py"):
+    for file in ("clustering/plan.py", "training/regroup/apply.py"):
         given |= set(re.findall(r'return f?"([a-z ]+)(?::[^"]*)?"', (root / file).read_text()))
         given |= set(re.findall(r'_refuse\(\w+, f?"([a-z ]+):', (root / file).read_text()))
     assert given == set(REFUSALS) - {"other"}
@@ -201,7 +201,7 @@ def test_what_a_clusterer_makes_up_counts_nothing(
 ) -> None:
     metrics, registry = exported
     metrics.observe(plan_record("status", lag_steps=garbage, refused_messages=garbage))
-    metrics.observe(plan_record("seen", version=1, gain=garbage))
+    metrics.observe(plan_record("gain_measured", version=1, gain=garbage))
     assert value(registry, "regroup_messages_refused_total") == 0
 
 
@@ -209,8 +209,8 @@ def test_unknown_kinds_change_nothing(exported: tuple[TrainingMetrics, Collector
     metrics, registry = exported
     before = [sample for metric in registry.collect() for sample in metric.samples if "_created" not in sample.name]
     metrics.observe({"kind": "assignment", "step": 0})
-    metrics.observe({"kind": "event", "step": 3, "what": "stopped"})
-    metrics.observe({"kind": "plan", "step": 3, "what": "overlap over", "version": 1, "probe": 4.0})
+    metrics.observe({"kind": "event", "step": 3, "name": "stopped"})
+    metrics.observe({"kind": "plan", "step": 3, "name": "overlap_ended", "version": 1, "probe": 4.0})
     assert str(before) == str(
         [s for metric in registry.collect() for s in metric.samples if "_created" not in s.name]
     )  # NaN is unequal to itself

@@ -60,7 +60,8 @@ def test_a_command_of_the_readme_is_one_that_works(line: str) -> None:
         )
     elif words[0] == "curl":
         assert re.search(
-            rf'"{urlsplit(words[1]).path.removeprefix("/v1")}"', (REPO_ROOT / "raymoe/serving/api.py").read_text()
+            rf'"{urlsplit(words[1]).path.removeprefix("/v1")}"',
+            (REPO_ROOT / "raymoe/serving/http/server.py").read_text(),
         )
         assert {"model", "prompt"} <= json.loads(words[words.index("-d") + 1]).keys()
     elif words[:2] == ["ray", "get-auth-token"]:

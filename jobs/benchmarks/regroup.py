@@ -41,7 +41,7 @@ def say(line: str) -> None:
     print(line, flush=True)
 
 
-def records(file: Path, *what: str, key: str = "what") -> Records:
+def records(file: Path, *what: str, key: str = "name") -> Records:
     """Records of a run's journal of which `key` is one of `what`."""
     return [r for r in map(json.loads, file.read_text().splitlines()) if r.get(key) in what]
 
@@ -119,7 +119,7 @@ def remap(name: str, data: str, seeds: int, warmup: int, steps: int = 200) -> di
                 shutil.copytree(base / "checkpoints", branch / "checkpoints")
             plan = forced(override(preset(name), changes), base)
             plans = Path(folder, f"plan{seed}.jsonl")
-            plans.write_text(json.dumps({"kind": "plan", "what": "applied", "plan": plan.to_dict()}) + "\n")
+            plans.write_text(json.dumps({"kind": "plan", "name": "applied", "plan": plan.to_dict()}) + "\n")
             modes = {"without": ["regroup.mode=off"], "with": ["regroup.mode=replay", f"regroup.replay={plans}"]}
             times = {
                 side: in_processes(2, _branch, folder, name, [*changes, *modes[side]], str(run), corpus, warmup + steps)
@@ -176,7 +176,7 @@ def forced(config: Config, run: Path) -> RemapPlan:
 
 def _cost(branches: dict[str, Path], step_ms: float, start: int) -> dict[str, Any]:
     (applied,) = records(branches["with"] / "plans.jsonl", "applied")
-    (over,) = records(branches["with"] / "plans.jsonl", "overlap over")
+    (over,) = records(branches["with"] / "plans.jsonl", "overlap_ended")
     losses = {
         side: {r["step"]: r["loss"] for r in records(run / "metrics.jsonl", "validation", key="kind")}
         for side, run in branches.items()
@@ -412,24 +412,24 @@ def shift_run(changes: Sequence[str], corpus: str, at: int, clusterer: type[Clus
         mailbox = Direct(clusterer(config.to_dict())) if config.regroups else None
         trainer(config, Shift(Corpus.open(corpus), at), Path(folder), mailbox).train()
         loss = {r["step"]: r["loss"] for r in records(Path(folder, "metrics.jsonl"), "validation", key="kind")}
-        plans = records(Path(folder, "plans.jsonl"), "made", "applied", "refused", "none", "seen")
+        plans = records(Path(folder, "plans.jsonl"), "made", "applied", "refused", "no_plan", "gain_measured")
     return {"plans": plans, "validation": loss, "final": loss[config.train.steps]}
 
 
 def acts(run: dict[str, Any], at: int, steps: int) -> dict[str, Any]:
     """What a run's regrouping did before step `at` and from there: counts, and gains expected and seen."""
     out: dict[str, Any] = {}
-    seen = {r["version"]: r["gain"] for r in run["plans"] if r["what"] == "seen"}
+    seen = {r["version"]: r["gain"] for r in run["plans"] if r["name"] == "gain_measured"}
     for half, span in (("before", range(at)), ("after", range(at, steps))):
-        made = [r["plan"] for r in run["plans"] if r["what"] == "made" and r["plan"]["made_at_step"] in span]
-        applied = [r for r in run["plans"] if r["what"] == "applied" and r["plan"]["made_at_step"] in span]
+        made = [r["plan"] for r in run["plans"] if r["name"] == "made" and r["plan"]["made_at_step"] in span]
+        applied = [r for r in run["plans"] if r["name"] == "applied" and r["plan"]["made_at_step"] in span]
         pairs = [(r["plan"]["expected_gain"], seen[v]) for r in applied if (v := r["plan"]["version"]) in seen]
         out[half] = {
             "made": len(made),
             "applied": len(applied),
             "moves": sum(r["moves"] for r in applied),
-            "none": sum(r["what"] == "none" and r["made_at_step"] in span for r in run["plans"]),
-            "refused": sum(r["what"] == "refused" and r["step"] in span for r in run["plans"]),
+            "none": sum(r["name"] == "no_plan" and r["made_at_step"] in span for r in run["plans"]),
+            "refused": sum(r["name"] == "refused" and r["step"] in span for r in run["plans"]),
             "gains": pairs,
         }
     pairs = out["before"]["gains"] + out["after"]["gains"]

@@ -114,7 +114,7 @@ class Victim:
         return "nobody has said why"
 
     def events(self, what: str) -> list[dict[str, Any]]:
-        return [r for r in self.records() if r["kind"] == "event" and r["what"] == what]
+        return [r for r in self.records() if r["kind"] == "event" and r["name"] == what]
 
     def wait(self, condition: Callable[[], Any], what: str, ended: bool = False) -> None:
         """Raises RuntimeError when it takes too long, or when the driver has ended and should not have."""
@@ -129,7 +129,7 @@ class Victim:
     def goes_on(self, attempt: int) -> bool:
         """Whether a step was done by a later worker group than `attempt`."""
         records = self.records()
-        resumed = [i for i, r in enumerate(records) if r.get("what") == "resumed" and r["attempt"] > attempt]
+        resumed = [i for i, r in enumerate(records) if r.get("name") == "resumed" and r["attempt"] > attempt]
         return bool(resumed) and any(r["kind"] == "train" for r in records[resumed[-1] :])
 
 
@@ -222,9 +222,9 @@ def without_checkpoints(victim: Victim) -> Iterator[None]:
 
 def lose_storage(victim: Victim, chance: random.Random) -> str:
     """Until a checkpoint was due and failed."""
-    failed, sealed = len(victim.events("checkpoint failed")), victim.acknowledged()
+    failed, sealed = len(victim.events("checkpoint_failed")), victim.acknowledged()
     with without_checkpoints(victim):
-        victim.wait(lambda: len(victim.events("checkpoint failed")) > failed, "a checkpoint that fails")
+        victim.wait(lambda: len(victim.events("checkpoint_failed")) > failed, "a checkpoint that fails")
     victim.wait(lambda: victim.acknowledged() > sealed, "a checkpoint after it")
     return "the checkpoints' folder was gone for a while"
 

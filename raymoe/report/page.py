@@ -64,7 +64,7 @@ def _facts(
             facts[f"Parameters {what}".strip()] = format(count, ",")
     if trains:
         end = trains[-1]
-        stopped = ", stopped" if events and events[-1].get("what") == "stopped" else ""
+        stopped = ", stopped" if events and events[-1].get("name") == "stopped" else ""
         facts["Steps"] = f"{end['step']:,} of {show(train.get('steps'), ',.0f')}{stopped}"
         facts["Tokens"] = show(end.get("tokens"), ",.0f")
         facts["Workers"] = str(len(end.get("rss_mb") or []) or "–")
@@ -179,7 +179,7 @@ def _regrouping(
 
 def _plan_facts(plans: Sequence[Record], applied: Sequence[Decision], trains: Sequence[Record]) -> dict[str, str]:
     facts = {
-        f"Plans {what}": f"{sum(r.get('what') == what for r in plans):,}" for what in ("made", "applied", "refused")
+        f"Plans {what}": f"{sum(r.get('name') == what for r in plans):,}" for what in ("made", "applied", "refused")
     }
     gains = [row.gain_seen for row in applied if not math.isnan(row.gain_seen)]
     if gains:
@@ -190,7 +190,7 @@ def _plan_facts(plans: Sequence[Record], applied: Sequence[Decision], trains: Se
         pause, step = float(np.median(pauses)), column(trains, "step_ms")
         steps = pause / float(np.nanmedian(step)) if np.isfinite(step).any() else math.nan
         facts["Median pause"] = f"{pause:,.0f} ms, {show(steps, '.2f')} steps"
-    restarts = sum(record.get("what") == "clusterer restarted" for record in plans)
+    restarts = sum(record.get("name") == "clusterer_restarted" for record in plans)
     return facts | ({"Clusterer restarts": f"{restarts:,}"} if restarts else {})
 
 
@@ -250,11 +250,11 @@ def _event_table(events: Sequence[Record]) -> str:
         return ""
 
     def row(event: Record) -> tuple[str, ...]:
-        rest = {key: value for key, value in event.items() if key not in ("kind", "step", "what")}
+        rest = {key: value for key, value in event.items() if key not in ("kind", "step", "name")}
         details = (
             f"{key} {format(value, '.4g') if isinstance(value, float) else value}" for key, value in rest.items()
         )
-        return f"{event['step']:,}", str(event.get("what")), ", ".join(details)
+        return f"{event['step']:,}", str(event.get("name")), ", ".join(details)
 
     table = _table(("step", "what", "details"), map(row, events))
     return f"<details><summary>Events ({len(events)})</summary>{table}</details>"

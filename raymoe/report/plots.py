@@ -252,7 +252,7 @@ def _mark_events(axes: Axes, events: Sequence[Record]) -> None:
     """Checkpoints as ticks at the foot, all other events as lines, one colour for each sort."""
     steps: dict[str, list[int]] = {}
     for event in events:
-        steps.setdefault(str(event.get("what")), []).append(event["step"])
+        steps.setdefault(str(event.get("name")), []).append(event["step"])
     if checkpoints := steps.pop("checkpoint", []):
         foot, height = axes.get_xaxis_transform(), [0.015] * len(checkpoints)
         axes.plot(checkpoints, height, "|", color=INK, transform=foot, label="checkpoint", markersize=7)

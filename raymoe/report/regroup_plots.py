@@ -78,31 +78,31 @@ def decisions(plans: Sequence[Record]) -> list[Decision]:
     waiting: dict[tuple[float, float], Decision] = {}
     applied: dict[float, Decision] = {}
     for record in plans:
-        what, plan = record.get("what"), record.get("plan")
+        name, plan = record.get("name"), record.get("plan")
         key = find(plan, "version"), find(plan, "made_at_step")
-        if what in ("made", "none", "folded", "clusterer restarted"):
+        if name in ("made", "no_plan", "folded", "clusterer_restarted"):
             row = Decision(reason=_text(record, "reason") or _text(plan, "reason"))
-            row.gain_expected = find(plan if what == "made" else record, "expected_gain")
+            row.gain_expected = find(plan if name == "made" else record, "expected_gain")
             row.before = _picture(record.get("similarity"), "before")
             rows.append(row)
-            if what == "made":
+            if name == "made":
                 waiting[key] = row
-        elif what in ("applied", "refused"):
+        elif name in ("applied", "refused"):
             if (row := waiting.pop(key, None)) is None:
                 rows.append(row := Decision(gain_expected=find(plan, "expected_gain")))
             row.reason = _text(record, "reason") or row.reason or _text(plan, "reason")
-            if what == "applied":
+            if name == "applied":
                 applied[key[0]] = row
                 for field in ("moves", "bytes", "pause_ms", "probe_before", "probe_after"):
                     setattr(row, field, find(record, field))
         else:
             row = applied.get(find(record, "version"))
-            if row and what == "seen":
+            if row and name == "gain_measured":
                 row.gain_seen, row.after = find(record, "gain"), _picture(record.get("similarity"), "after")
-            elif row and what == "overlap over":
+            elif row and name == "overlap_ended":
                 row.probe_settled = find(record, "probe")
             continue
-        row.step, row.outcome, row.version = record["step"], str(what), key[0]
+        row.step, row.outcome, row.version = record["step"], str(name), key[0]
     return rows
 
 
@@ -287,7 +287,7 @@ def purity_plot(validations: Sequence[Record], applied: Sequence[Decision]) -> s
             np.array([np.mean([purity(c.sum(-1, keepdims=True)) for c in c_LGC]) for c_LGC in counts_V]),
         ),
     }
-    marks = [{"what": "plan applied", "step": row.step} for row in applied]
+    marks = [{"name": "plan applied", "step": row.step} for row in applied]
     caption = (
         "Share of a cluster's tokens that are of its commonest domain, averaged over layers; and of all tokens alike."
     )

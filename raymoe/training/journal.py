@@ -49,9 +49,9 @@ def acknowledged(path: Path) -> int:
     for line in path.read_text(errors="replace").split("\n") if path.exists() else []:
         with contextlib.suppress(ValueError, AttributeError, KeyError, RecursionError):
             record = json.loads(line)
-            if record.get("what") == "checkpoint":
+            if record.get("name") == "checkpoint_completed":
                 step = record["checkpoint"]
-            elif record.get("what") == "resumed":
+            elif record.get("name") == "resumed":
                 step = record["step"]
     return step
 

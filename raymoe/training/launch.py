@@ -337,7 +337,7 @@ def describe(record: dict[str, Any]) -> str:
     if record["kind"] == "validation":
         return f"validation loss {number(record['loss'], '.4f')}  perplexity {number(record['perplexity'], '.2f')}"
     if record["kind"] == "event":
-        what, rest = record["what"], {k: v for k, v in record.items() if k not in ("kind", "step", "seconds", "what")}
-        said = [f"{v}" if k == what else f"{k.replace('_', ' ')} {v}" for k, v in rest.items()]
-        return f"{what} {', '.join(said)}".rstrip()
+        name, rest = record["name"], {k: v for k, v in record.items() if k not in ("kind", "step", "seconds", "name")}
+        said = [f"{v}" if k == name else f"{k.replace('_', ' ')} {v}" for k, v in rest.items()]
+        return f"{name} {', '.join(said)}".rstrip()
     return ""

@@ -97,11 +97,11 @@ class Trainer:
             self.mirror = BackgroundMirror(there, run, config.checkpoint.keep)
             self.checkpoints.in_use = self.mirror.steps
         for reason in passed_over:
-            self.log("event", what="checkpoint passed over", reason=reason)
+            self.log("event", name="checkpoint_skipped", reason=reason)
         if checkpoint or self.attempt > 1:  # a worker group may be lost before the first checkpoint
             self.log(
                 "event",
-                what="resumed" if checkpoint else "began anew",
+                name="resumed" if checkpoint else "restarted",
                 attempt=self.attempt,
                 workers=self.world,
                 redone_steps=self.journal.redone if self.journal else 0,
@@ -134,13 +134,13 @@ class Trainer:
         if self.journal:
             self.journal.write(record)
 
-    def log_plan(self, what: str, **fields: Any) -> None:
+    def log_plan(self, name: str, **fields: Any) -> None:
         """One record of regrouping: to this worker's metrics, and from rank 0 to the run's plans."""
-        record = {**fields, "kind": "plan", "step": self.position.step, "what": what}
+        record = {**fields, "kind": "plan", "step": self.position.step, "name": name}
         self.metrics.observe(record)
-        if self.plans and what not in ("messages", "status"):
+        if self.plans and name not in ("messages", "status"):
             self.plans.write({**record, "time": time.time()})
-        if what in ("applied", "folded"):
+        if name in ("applied", "folded"):
             position = self.position
             self.log("assignment", ahead=True, version=position.version, assignment=position.membership.assignment)
 
@@ -165,7 +165,7 @@ class Trainer:
                 self.answer()
         self.finish()
         if stopped:
-            self.log("event", what="stopped")
+            self.log("event", name="stopped")
         return {"step": position.step, "stopped": stopped, "skipped": position.skipped}
 
     def advance(self) -> Said:
@@ -187,7 +187,7 @@ class Trainer:
         else:
             position.skipped += 1
             self.skipped_in_a_row += 1
-            self.log("event", what="skipped", loss=loss, grad_norm=norm)
+            self.log("event", name="step_skipped", loss=loss, grad_norm=norm)
             if self.skipped_in_a_row == SKIPS_IN_A_ROW:
                 raise FloatingPointError(
                     f"the loss was not finite for {SKIPS_IN_A_ROW} steps in a row, up to step {position.step}: "
@@ -295,7 +295,7 @@ class Trainer:
         )
         self.log("train", **record)
         for worker in self.slow.named(slowness):
-            self.log("event", what="slow worker", worker=worker, factor=slowness[worker])
+            self.log("event", name="straggler", worker=worker, factor=slowness[worker])
 
     def validate(self, *, whole: bool) -> None:
         """One validation record: loss over held-out windows, per domain, and which cluster serves which domain."""
@@ -368,12 +368,12 @@ class Trainer:
         self.log("event", **event)
         if self.mirror:
             self.report_copies(self.mirror.failures())
-            if event["what"] == "checkpoint" and event["checkpoint"] % self.config.checkpoint.every == 0:
+            if event["name"] == "checkpoint_completed" and event["checkpoint"] % self.config.checkpoint.every == 0:
                 self.mirror.push(event["checkpoint"])
 
     def report_copies(self, failures: list[tuple[int, str]]) -> None:
         for step, reason in failures:
-            self.log("event", what="copy failed", checkpoint=step, reason=reason)
+            self.log("event", name="copy_failed", checkpoint=step, reason=reason)
 
     def drain(self) -> None:
         """Wait for the checkpoint being written and seal it. A collective."""

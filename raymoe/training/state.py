@@ -219,8 +219,8 @@ class Checkpointer:
         if not failed:
             self.last_sealed = begun.step
         self._covered_until = time.monotonic() - self._seconds  # after a failed one too: the next in its own time
-        what = "checkpoint failed" if failed else "checkpoint"
-        return {"what": what, "checkpoint": begun.step, "seconds": self._seconds}
+        name = "checkpoint_failed" if failed else "checkpoint_completed"
+        return {"name": name, "checkpoint": begun.step, "seconds": self._seconds}
 
     def _seal(self, begun: Begun) -> None:
         """Write the manifest; keep the newest checkpoints and, of those that are still there, the best on validation."""

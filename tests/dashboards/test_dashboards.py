@@ -82,7 +82,7 @@ class Processes:
         for worker in self.workers:
             for one in self.records(i):
                 worker.observe(one)
-        for one in (plan_record("made", plan={}, seconds=0.1), plan_record("none", reason="nothing to gain"),
+        for one in (plan_record("made", plan={}, seconds=0.1), plan_record("no_plan", reason="nothing to gain"),
                     plan_record("status", lag_steps=12, refused_messages=i)):  # fmt: skip
             self.workers[0].observe(one)  # as only rank 0 hears of them
         self.serve(i)
@@ -90,13 +90,13 @@ class Processes:
     def records(self, i: int) -> Iterator[dict[str, Any]]:
         yield record(10 * i, loss=5 - math.log(i), version=i, skipped_steps=i)
         yield {"kind": "validation", "step": 10 * i, "loss": 4.0}
-        yield {"kind": "event", "step": 10 * i, "what": "checkpoint", "checkpoint": 10 * i, "seconds": 0.4}
-        yield {"kind": "event", "step": 10 * i, "what": "checkpoint failed", "checkpoint": 10 * i, "seconds": 9.0}
+        yield {"kind": "event", "step": 10 * i, "name": "checkpoint_completed", "checkpoint": 10 * i, "seconds": 0.4}
+        yield {"kind": "event", "step": 10 * i, "name": "checkpoint_failed", "checkpoint": 10 * i, "seconds": 9.0}
         yield applied(3, 5000, 40.0, 0.25)
-        yield plan_record("seen", version=i, gain=0.125)
+        yield plan_record("gain_measured", version=i, gain=0.125)
         yield plan_record("refused", reason=f"{REFUSALS[i % len(REFUSALS)]}: 1", plan=None)
         yield plan_record("messages", merged=2 * i, lost=i)
-        yield plan_record("clusterer restarted")
+        yield plan_record("clusterer_restarted")
 
     def serve(self, i: int) -> None:
         api, rows = self.api, {0: 300 * i, 1: 100 * i}

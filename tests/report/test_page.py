@@ -82,10 +82,12 @@ def records(of: Config, domains: tuple[str, ...] = ("reference", "source", "lice
         if step % of.train.validate_every == 0:
             losses = {domain: 3.0 + 0.3 * i + 2 * math.exp(-step / 150) for i, domain in enumerate(domains)}
             out.append(validation_record(step, of, losses, step == of.train.steps))
-            out.append({"kind": "event", "step": step, "what": "checkpoint", "checkpoint": step, "seconds": 0.41})
+            out.append(
+                {"kind": "event", "step": step, "name": "checkpoint_completed", "checkpoint": step, "seconds": 0.41}
+            )
         if step == 250:
-            out.append({"kind": "event", "step": 243, "what": "skipped", "loss": None, "grad_norm": 3.0})
-            out.append({"kind": "event", "step": 250, "what": "resumed", "workers": 2})
+            out.append({"kind": "event", "step": 243, "name": "step_skipped", "loss": None, "grad_norm": 3.0})
+            out.append({"kind": "event", "step": 250, "name": "resumed", "workers": 2})
     return out
 
 
@@ -246,7 +248,7 @@ def test_what_is_written_in_the_data_stays_text(tmp_path: Path) -> None:
     of = config()
     lines = [
         *records(of, names),
-        {"kind": "event", "step": 400, "what": "<b>odd</b>", "reason": "<i>&</i>", "$a$": [1, None]},
+        {"kind": "event", "step": 400, "name": "<b>odd</b>", "reason": "<i>&</i>", "$a$": [1, None]},
     ]
     save(tmp_path, of, lines, versions={"<u>": "<s>"}, parameters={"<em>": 3})
     saved = json.loads((tmp_path / "config.json").read_text())
@@ -323,7 +325,7 @@ def test_without_a_whole_validation_the_last_one_serves(tmp_path: Path) -> None:
 
 def test_a_stopped_run_is_called_so(tmp_path: Path) -> None:
     of = config()
-    lines = [line for line in records(of) if line["step"] <= 200] + [{"kind": "event", "step": 200, "what": "stopped"}]
+    lines = [line for line in records(of) if line["step"] <= 200] + [{"kind": "event", "step": 200, "name": "stopped"}]
     assert Page(write_report(save(tmp_path, of, lines))).facts["Steps"] == "200 of 400, stopped"
 
 
@@ -406,7 +408,7 @@ def regrouped(of: Config) -> tuple[list[Record], list[Record]]:
         }  # fmt: skip
 
     def record(step: int, what: str, **fields: Any) -> Record:
-        return {"kind": "plan", "step": step, "what": what, **fields, "time": 1e9}
+        return {"kind": "plan", "step": step, "name": what, **fields, "time": 1e9}
 
     def applied(plan: Record, moves: int, pause: float) -> Record:
         probes = {"probe_before": 4.5, "probe_after": 4.25}
@@ -418,15 +420,15 @@ def regrouped(of: Config) -> tuple[list[Record], list[Record]]:
     plans = [
         record(82, "made", plan=one, seconds=0.1, similarity=similar(1, first[1], 0.25, 0.125)),
         applied(one, 4, 91.0),
-        record(132, "overlap over", version=1, probe=4.0),
-        record(182, "seen", version=1, gain=0.005, similarity=similar(1, second[1], 0.5, -0.25)),
+        record(132, "overlap_ended", version=1, probe=4.0),
+        record(182, "gain_measured", version=1, gain=0.005, similarity=similar(1, second[1], 0.5, -0.25)),
         record(182, "made", plan=late, seconds=0.1, similarity=None),
         record(205, "refused", reason="late: takes effect at step 200, this is step 206", plan=late),
         record(242, "made", plan=two, seconds=0.1, similarity=None),
         applied(two, 2, 182.0),
-        record(302, "seen", version=2, gain=-0.001, similarity=None),
-        record(302, "none", made_at_step=300, reason="nothing to gain: best", expected_gain=0.003, seconds=0.1),
-        record(310, "clusterer restarted"),
+        record(302, "gain_measured", version=2, gain=-0.001, similarity=None),
+        record(302, "no_plan", made_at_step=300, reason="nothing to gain: best", expected_gain=0.003, seconds=0.1),
+        record(310, "clusterer_restarted"),
         record(320, "refused", reason="malformed: <b>", plan=["<i>"]),
         record(330, "made", plan=plan(3, 330, first), seconds=0.1, similarity=None),
     ]
@@ -488,8 +490,8 @@ def test_each_plan_and_decision_is_a_row(regrouping: Page) -> None:
         ],
         ["205", "refused", "2", *3 * [none], "0.0200", *4 * [none], "late: takes effect at step 200, this is step 206"],
         ["260", "applied", "2", "2", "4,096,000", "182.0", "0.0200", "-0.0010", "4.5000", "4.2500", none, "gain by 2"],
-        ["302", "none", *4 * [none], "0.0030", *4 * [none], "nothing to gain: best"],
-        ["310", "clusterer restarted", *9 * [none], ""],
+        ["302", "no_plan", *4 * [none], "0.0030", *4 * [none], "nothing to gain: best"],
+        ["310", "clusterer_restarted", *9 * [none], ""],
         ["320", "refused", *9 * [none], "malformed: &lt;b&gt;"],
         ["330", "made", "3", *3 * [none], "0.0300", *4 * [none], "gain by 3"],
     ]
@@ -542,7 +544,7 @@ def test_of_many_layers_those_that_change_most_are_drawn(tmp_path: Path) -> None
     lines = [
         {"kind": "assignment", "step": 9 * v, "version": v, "assignment": a} for v, a in enumerate((first, second))
     ]
-    page = Page(write_report(save(tmp_path, config(), lines, [{"kind": "plan", "step": 9, "what": "applied"}])))
+    page = Page(write_report(save(tmp_path, config(), lines, [{"kind": "plan", "step": 9, "name": "applied"}])))
     assert page.titles == [f"Membership in layer {layer}" for layer in (1, 2, 3, 5, 6, 7, 8, 9)]
     assert "2 more are left out" in page.text
 
@@ -583,7 +585,7 @@ VERSION = mostly(st.integers(0, 2))
 HOSTILE = st.fixed_dictionaries(
     {
         "kind": mostly(st.just("plan")), "step": mostly(st.integers(0, 60)) | st.just(10**400),
-        "what": mostly(st.sampled_from(["made", "applied", "refused", "none", "seen", "overlap over", "clusterer restarted"])),
+        "name": mostly(st.sampled_from(["made", "applied", "refused", "no_plan", "gain_measured", "overlap_ended", "clusterer_restarted"])),
     },
     optional={
         "plan": mostly(st.fixed_dictionaries({"version": VERSION, "made_at_step": mostly(st.just(5)), "reason": ANYTHING})),
@@ -614,7 +616,7 @@ def test_no_record_of_plans_breaks_the_page(tmp_path: Path, plans: list[Record])
 @settings(deadline=None)
 def test_any_records_of_plans_are_decisions(plans: list[Record]) -> None:
     rows = decisions(plans)
-    whats = [plan["what"] for plan in plans]
+    whats = [plan["name"] for plan in plans]
     assert sum(row.outcome == "applied" for row in rows) == whats.count("applied")
     assert sum(row.outcome == "refused" for row in rows) == whats.count("refused")
     for row in rows:
@@ -644,7 +646,7 @@ def test_any_records_of_plans_are_decisions(plans: list[Record]) -> None:
 )
 def test_a_similarity_is_a_picture_or_nothing(changes: Record, kept: list[list[float | None]] | None) -> None:
     shown = {"layer": 0, "matrix": [[1, 0.5], [-0.5, 1]], "before": [1, 0], "after": [0, 1]} | changes
-    (row,) = decisions([{"kind": "plan", "step": 1, "what": "made", "similarity": shown}])
+    (row,) = decisions([{"kind": "plan", "step": 1, "name": "made", "similarity": shown}])
     if kept is None:
         assert row.before is None
     else:
@@ -653,7 +655,7 @@ def test_a_similarity_is_a_picture_or_nothing(changes: Record, kept: list[list[f
 
 
 def test_plans_that_cannot_be_read_are_named_but_for_a_last_line_cut_short(tmp_path: Path) -> None:
-    run = save(tmp_path, config(), [], [{"kind": "plan", "step": 1, "what": "clusterer restarted"}])
+    run = save(tmp_path, config(), [], [{"kind": "plan", "step": 1, "name": "clusterer_restarted"}])
     whole = (run / "plans.jsonl").read_text()
     (run / "plans.jsonl").write_text(whole + "[" * 100_000)
     assert Page(write_report(run)).facts["Clusterer restarts"] == "1"

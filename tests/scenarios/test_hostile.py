@@ -359,7 +359,7 @@ def test_any_file_of_plans_is_replayed_or_refused(data: st.DataObject, tmp_path:
         "reason": "",
         "expected_gain": 0.5,
     }
-    good = {"kind": "plan", "what": "applied", "step": 1, "plan": plan}
+    good = {"kind": "plan", "name": "applied", "step": 1, "plan": plan}
     lines = data.draw(
         st.lists(changed(good).map(json.dumps) | st.sampled_from(BOMBS) | st.text(max_size=9), max_size=3)
     )

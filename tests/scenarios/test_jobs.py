@@ -39,7 +39,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "\n".join(p.read_text() for p in sorted((REPO_ROOT / "raymoe" / "model").glob("*.py")))
     )
     (folder / "tests.txt").write_text(
-        "\n".join(p.read_text() for p in sorted((REPO_ROOT / "tests").glob("test_c*.py")))
+        "\n".join(p.read_text() for p in sorted((REPO_ROOT / "tests" / "storage").glob("test_*.py")))
     )
     return folder
 
@@ -132,7 +132,7 @@ def test_a_killed_worker_a_stop_and_a_resume_lose_nothing(ray: Head, text: Path,
         ray, "jobs/train.py", "tiny", "run.name=long", "train.steps=100000", *root, name="long", wait=False
     )
     assert started.returncode == 0, started.stdout + started.stderr
-    until(lambda: any(r.get("what") == "checkpoint" for r in records(run, "event")), "a checkpoint")
+    until(lambda: any(r.get("name") == "checkpoint_completed" for r in records(run, "event")), "a checkpoint")
     for target in json.loads((run / "prometheus_targets.json").read_text()):
         with urllib.request.urlopen(f"http://{target['targets'][0]}/metrics", timeout=10) as answer:
             assert 'raymoe_training_step{run="long"' in answer.read().decode()
@@ -140,13 +140,13 @@ def test_a_killed_worker_a_stop_and_a_resume_lose_nothing(ray: Head, text: Path,
     assert len(workers_of(run)) == 2
     victim = workers_of(run)[0]
     victim.send_signal(signal.SIGKILL)
-    resumed = until(lambda: [r for r in records(run, "event") if r["what"] == "resumed"], "the restart")[-1]
+    resumed = until(lambda: [r for r in records(run, "event") if r["name"] == "resumed"], "the restart")[-1]
     assert resumed["step"] >= 5
     until(lambda: steps(run) and steps(run)[-1] >= resumed["step"] + 10, "ten more steps")
 
     command = [str(Path(sys.executable).with_name("ray")), "job", "stop", "--address", ray.dashboard, "long"]
     subprocess.run(command, env=ray.environment, check=True, capture_output=True, timeout=180)
-    until(lambda: [r for r in records(run, "event") if r["what"] == "stopped"], "the stop")
+    until(lambda: [r for r in records(run, "event") if r["name"] == "stopped"], "the stop")
     until(lambda: not workers_of(run), "the workers to leave")
     last = steps(run)[-1]
     assert steps(run) == list(range(1, last + 1))  # each step once, whatever was redone
@@ -156,7 +156,7 @@ def test_a_killed_worker_a_stop_and_a_resume_lose_nothing(ray: Head, text: Path,
     done = submit(ray, "jobs/train.py", "tiny", *resume)
     assert done.returncode == 0, done.stdout + done.stderr
     assert steps(run) == list(range(1, last + 4))
-    assert [r["step"] for r in records(run, "event") if r["what"] == "resumed"][-1] == last
+    assert [r["step"] for r in records(run, "event") if r["name"] == "resumed"][-1] == last
 
 
 @pytest.mark.ray
@@ -175,7 +175,7 @@ def test_regrouping_outlives_its_clusterer_and_training_does_not_wait_for_it(
     def plans(*what: str) -> list[dict[str, Any]]:
         path = run / "plans.jsonl"
         lines = path.read_text().split("\n")[:-1] if path.exists() else []
-        return [r for r in map(json.loads, lines) if r["what"] in what]
+        return [r for r in map(json.loads, lines) if r["name"] in what]
 
     def clusterer() -> psutil.Process | None:
         named = (p for p in psutil.process_iter(["cmdline"]) if "ray::Clusterer" in " ".join(p.info["cmdline"] or []))
@@ -187,26 +187,26 @@ def test_regrouping_outlives_its_clusterer_and_training_does_not_wait_for_it(
     old = clusterer()
     assert old is not None
     old.send_signal(signal.SIGKILL)
-    until(lambda: plans("clusterer restarted"), "the clusterer's restart")
-    since = plans("clusterer restarted")[0]["step"]
-    until(lambda: [r for r in plans("made", "none") if r["step"] > since], "decisions after the restart")
+    until(lambda: plans("clusterer_restarted"), "the clusterer's restart")
+    since = plans("clusterer_restarted")[0]["step"]
+    until(lambda: [r for r in plans("made", "no_plan") if r["step"] > since], "decisions after the restart")
     frozen = until(clusterer, "the new clusterer")
     assert frozen.pid != old.pid
     frozen.send_signal(signal.SIGSTOP)
     try:
         at = steps(run)[-1]
         until(lambda: steps(run)[-1] >= at + 40, "forty steps without an answer")
-        assert not [r for r in plans("made", "none") if r["step"] > at + 20]
+        assert not [r for r in plans("made", "no_plan") if r["step"] > at + 20]
     finally:
         frozen.send_signal(signal.SIGCONT)
     at = steps(run)[-1]
-    until(lambda: [r for r in plans("made", "none", "refused") if r["step"] > at], "decisions after the thaw")
+    until(lambda: [r for r in plans("made", "no_plan", "refused") if r["step"] > at], "decisions after the thaw")
 
     command = [str(Path(sys.executable).with_name("ray")), "job", "stop", "--address", ray.dashboard, "regrouped"]
     subprocess.run(command, env=ray.environment, check=True, capture_output=True, timeout=180)
-    until(lambda: [r for r in records(run, "event") if r["what"] == "stopped"], "the stop")
+    until(lambda: [r for r in records(run, "event") if r["name"] == "stopped"], "the stop")
     until(lambda: clusterer() is None, "the clusterer's end")
-    assert not [r for r in records(run, "event") if r["what"] == "resumed"]
+    assert not [r for r in records(run, "event") if r["name"] == "resumed"]
     assert "Regrouping" in until(
         lambda: (run / "report.html").exists() and (run / "report.html").read_text(), "the report"
     )

@@ -181,6 +181,6 @@ def test_a_checkpoint_stays_until_a_slow_store_has_it(tmp_path: Path, monkeypatc
     trainer(tmp_path / "run", f"checkpoint.storage=file://{tmp_path}/store", *given).train()
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     events = [r for r in map(json.loads, lines) if r["kind"] == "event"]
-    assert not [e for e in events if e["what"] == "copy failed"]
-    assert sum(e["what"] == "checkpoint" for e in events) > 5
+    assert not [e for e in events if e["name"] == "copy_failed"]
+    assert sum(e["name"] == "checkpoint_completed" for e in events) > 5
     assert Mirror(f"file://{tmp_path}/store", "first").steps() == [12, 10]  # 5 came, and went for newer ones

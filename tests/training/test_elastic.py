@@ -107,7 +107,7 @@ def test_the_workers_answer_a_request_once(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(Trainer, "step", watched)
     trainer(tmp_path).train()
-    sealed = [r["checkpoint"] for r in records(tmp_path, "event") if r["what"] == "checkpoint"]
+    sealed = [r["checkpoint"] for r in records(tmp_path, "event") if r["name"] == "checkpoint_completed"]
     assert sealed == [5, 12] and not request.exists()
 
 
@@ -124,7 +124,7 @@ def test_checkpoints_keep_the_loss_within_its_bound(tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(Trainer, "step", slow)
     trainer(tmp_path, "checkpoint.max_loss_s=5").train()
-    sealed = [r["checkpoint"] for r in records(tmp_path, "event") if r["what"] == "checkpoint"]
+    sealed = [r["checkpoint"] for r in records(tmp_path, "event") if r["name"] == "checkpoint_completed"]
     # Sealed two steps after it begins: the next begins 3 s after the last, so that at its seal 5 s would have been lost.
     assert sealed == [5, 8, 11, 12]
     with pytest.raises(ValueError, match=r"checkpoint\.max_loss_s=-1"):
@@ -172,7 +172,7 @@ def records(run: Path, kind: str) -> list[dict[str, Any]]:
 
 
 def starts(run: Path) -> list[dict[str, Any]]:
-    return [r for r in records(run, "event") if r["what"] == "resumed"]
+    return [r for r in records(run, "event") if r["name"] == "resumed"]
 
 
 def step(run: Path) -> int:
@@ -314,7 +314,7 @@ def test_faults_drawn_at_random_are_survived(tmp_path: Path) -> None:
 
 def test_progress_survives_a_restart_that_rewrites_the_record(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     def event(step: int, what: str) -> dict[str, Any]:
-        return {"kind": "event", "step": step, "what": what}
+        return {"kind": "event", "step": step, "name": what}
 
     journal, progress = Journal(tmp_path / "metrics.jsonl", 0), Progress(tmp_path / "metrics.jsonl", 9)
     for step in range(1, 6):

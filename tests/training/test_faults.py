@@ -131,7 +131,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
 
 def begun(folder: Path, function: Callable[..., Any]) -> Path:
     (folder / "run").mkdir(exist_ok=True)
-    (folder / "plans.jsonl").write_text(json.dumps({"kind": "plan", "what": "applied", "plan": PLAN}) + "\n")
+    (folder / "plans.jsonl").write_text(json.dumps({"kind": "plan", "name": "applied", "plan": PLAN}) + "\n")
     processes.run(2, function, str(folder / "run"), folder=folder)
     return folder / "run"
 
@@ -149,7 +149,7 @@ def test_a_lost_worker_ends_the_others_and_a_restart_loses_nothing(
     """Three workers, of which one is killed or hangs; two go on from the newest whole checkpoint."""
     run, timeout = tmp_path / "run", 4.0 if fault == "stopped" else 10.0
     run.mkdir()
-    (tmp_path / "plans.jsonl").write_text(json.dumps({"kind": "plan", "what": "applied", "plan": PLAN}) + "\n")
+    (tmp_path / "plans.jsonl").write_text(json.dumps({"kind": "plan", "name": "applied", "plan": PLAN}) + "\n")
     made = processes.outcomes(
         3, stricken, str(run), fault, folder=tmp_path, timeout_s=timeout, patience_s=60,
         absent=VICTIM if fault == "stopped" else None,
@@ -159,11 +159,11 @@ def test_a_lost_worker_ends_the_others_and_a_restart_loses_nothing(
         assert "RuntimeError" in made[rank].error or "DistBackendError" in made[rank].error, made[rank].error
         assert made[rank].seconds < timeout + 10  # one may learn of it by its own timeout
     begun(tmp_path, whole)
-    (resumed,) = (event for event in records(run, "event") if event["what"] == "resumed")
+    (resumed,) = (event for event in records(run, "event") if event["name"] == "resumed")
     assert resumed["step"] == 8
     assert [record["step"] for record in records(run, "train")] == list(range(1, STEPS + 1))
     assert losses(run) == pytest.approx(undisturbed, rel=1e-4)
-    passed_over = [event for event in records(run, "event") if event["what"] == "checkpoint passed over"]
+    passed_over = [event for event in records(run, "event") if event["name"] == "checkpoint_skipped"]
     assert bool(passed_over) == (fault == "writing its checkpoint")
 
 
@@ -193,7 +193,7 @@ def slowed(rank: int, world: int, run: str) -> tuple[float, float]:
 def test_a_slow_worker_is_named(tmp_path: Path) -> None:
     """All take as long for a step, since they wait for it."""
     run = begun(tmp_path, slowed)
-    named = [event for event in records(run, "event") if event["what"] == "slow worker"]
+    named = [event for event in records(run, "event") if event["name"] == "straggler"]
     assert [event["worker"] for event in named] == [VICTIM] and named[0]["factor"] > 2
     assert [event["step"] for event in named] == [4 * REPORTS]
     last = records(run, "train")[-1]
@@ -241,7 +241,7 @@ def test_a_checkpoint_that_cannot_be_written_is_told_and_the_next_one_is(
     monkeypatch.setattr(os, "replace", refuse)
     train(0, 1, str(tmp_path), ("train.steps=30", "checkpoint.keep=9"))
     assert len(losses(tmp_path)) == 30
-    failed = [event for event in records(tmp_path, "event") if event["what"] == "checkpoint failed"]
+    failed = [event for event in records(tmp_path, "event") if event["name"] == "checkpoint_failed"]
     assert [event["checkpoint"] for event in failed] == [20] and os.strerror(code) in failed[0]["reason"]
     assert [p.parent.name for p in sorted(tmp_path.glob("checkpoints/*/manifest.json"))] == [
         "step_00000010", "step_00000030",
@@ -265,7 +265,7 @@ def test_a_disk_that_is_slow_to_seal_a_checkpoint_holds_up_no_step(
     monkeypatch.setattr(Trainer, "step", step)
     monkeypatch.setattr("raymoe.training.state.write_manifest", manifest)
     train(0, 1, str(tmp_path), ("train.steps=20",))
-    assert [r["checkpoint"] for r in records(tmp_path, "event") if r["what"] == "checkpoint"] == [10, 20]
+    assert [r["checkpoint"] for r in records(tmp_path, "event") if r["name"] == "checkpoint_completed"] == [10, 20]
 
 
 def test_a_part_that_goes_away_while_it_is_sealed_costs_that_checkpoint(
@@ -280,9 +280,9 @@ def test_a_part_that_goes_away_while_it_is_sealed_costs_that_checkpoint(
 
     monkeypatch.setattr(checkpoint_module, "read_json", read)
     train(0, 1, str(tmp_path), ("train.steps=20",))
-    told = {r["checkpoint"]: r for r in records(tmp_path, "event") if r["what"].startswith("checkpoint")}
-    assert told[10]["what"] == "checkpoint failed" and "rank_0000_of_0001.json" in told[10]["reason"]
-    assert told[20]["what"] == "checkpoint"
+    told = {r["checkpoint"]: r for r in records(tmp_path, "event") if r["name"].startswith("checkpoint")}
+    assert told[10]["name"] == "checkpoint_failed" and "rank_0000_of_0001.json" in told[10]["reason"]
+    assert told[20]["name"] == "checkpoint_completed"
 
 
 @pytest.mark.parametrize("harm", ["gone", "damaged"])
@@ -317,7 +317,7 @@ def test_what_a_run_resumed_from_is_missed_too(tmp_path: Path, monkeypatch: pyte
     for _ in range(2):
         with pytest.raises(RuntimeError, match="here it dies"):
             train(0, 1, str(tmp_path), ("train.steps=20",))
-    assert not [r for r in records(tmp_path, "event") if r["what"] == "checkpoint"]
+    assert not [r for r in records(tmp_path, "event") if r["name"] == "checkpoint_completed"]
     (tmp_path / "checkpoints").rename(tmp_path / "away")
     with pytest.raises(LostCheckpoints, match="completed one of step 10"):
         train(0, 1, str(tmp_path), ("train.steps=20",))
@@ -331,7 +331,12 @@ def test_old_checkpoints_that_cannot_be_removed_do_not_spoil_a_new_one(
 
     monkeypatch.setattr("raymoe.storage.checkpoint.shutil.rmtree", busy)
     train(0, 1, str(tmp_path), ("train.steps=40", "checkpoint.keep=2"))
-    assert [r["checkpoint"] for r in records(tmp_path, "event") if r["what"] == "checkpoint"] == [10, 20, 30, 40]
+    assert [r["checkpoint"] for r in records(tmp_path, "event") if r["name"] == "checkpoint_completed"] == [
+        10,
+        20,
+        30,
+        40,
+    ]
 
 
 def test_a_run_whose_last_checkpoint_cannot_be_written_has_failed(tmp_path: Path) -> None:
@@ -393,5 +398,5 @@ def test_gradients_that_are_not_finite_change_nothing(tmp_path: Path, monkeypatc
     monkeypatch.setattr(Gradients, "reduce", poisoned)
     outcome = train(0, 1, str(tmp_path), ("train.steps=8",))
     assert outcome["skipped"] == 2 and len(losses(tmp_path)) == 8
-    assert [r["step"] for r in records(tmp_path, "event") if r["what"] == "skipped"] == [4, 5]
+    assert [r["step"] for r in records(tmp_path, "event") if r["name"] == "step_skipped"] == [4, 5]
     assert all(value.isfinite().all() for value in outcome["held"].values())

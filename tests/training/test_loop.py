@@ -171,8 +171,8 @@ def test_a_corrupt_newest_checkpoint_costs_only_the_steps_since_the_one_before(t
     train(0, 1, str(tmp_path), ())
     assert losses(tmp_path) == expected
     events = records(tmp_path, "event")
-    assert any(e["what"] == "resumed" and e["step"] == 30 for e in events)
-    assert any(e["what"] == "checkpoint passed over" and "step_00000040" in e["reason"] for e in events)
+    assert any(e["name"] == "resumed" and e["step"] == 30 for e in events)
+    assert any(e["name"] == "checkpoint_skipped" and "step_00000040" in e["reason"] for e in events)
 
 
 def test_a_run_killed_before_its_first_checkpoint_begins_anew_and_says_so(
@@ -195,7 +195,7 @@ def test_a_run_killed_before_its_first_checkpoint_begins_anew_and_says_so(
             train(0, 1, str(run), ())
     train(0, 1, str(run), ())
     first = records(run, "event")[0]
-    assert (first["what"], first["step"], first["attempt"]) == ("began anew", 0, 2)
+    assert (first["name"], first["step"], first["attempt"]) == ("restarted", 0, 2)
     assert first["redone_steps"] == 5
     assert describe(first) == "began anew attempt 2, workers 1, redone steps 5, skipped steps 0"
     assert losses(run) == losses(tmp_path / "whole")
@@ -231,7 +231,7 @@ def test_a_step_without_a_finite_loss_is_skipped_and_counted(tmp_path: Path, mon
     monkeypatch.setattr(Trainer, "step", poisoned)
     outcome = train(0, 1, str(tmp_path), ("train.steps=8",))
     assert outcome["skipped"] == 2
-    assert [r["step"] for r in records(tmp_path, "event") if r["what"] == "skipped"] == [4, 5]
+    assert [r["step"] for r in records(tmp_path, "event") if r["name"] == "step_skipped"] == [4, 5]
     assert records(tmp_path, "train")[-1]["skipped_steps"] == 2
     assert all(v.isfinite().all() for v in outcome["held"].values())
     monkeypatch.setattr(Trainer, "step", lambda self, step: (float("nan"), *real(self, step)[1:]))
@@ -264,7 +264,7 @@ def test_a_full_disk_at_a_checkpoint_is_reported_and_earlier_ones_stay(
     train(0, 1, str(tmp_path), ("train.steps=30", *KEEP))
     names = sorted(p.name for p in (tmp_path / "checkpoints").iterdir() if (p / "manifest.json").exists())
     assert names == ["step_00000010", "step_00000030"]
-    failed = [r for r in records(tmp_path, "event") if r["what"] == "checkpoint failed"]
+    failed = [r for r in records(tmp_path, "event") if r["name"] == "checkpoint_failed"]
     assert failed and "No space left" in failed[0]["reason"]
 
 

@@ -97,7 +97,7 @@ def train(rank: int, world: int, run: str, changes: tuple[str, ...], decide: Any
 
 def plans(run: Path, *what: str) -> list[dict[str, Any]]:
     found = [json.loads(line) for line in (run / "plans.jsonl").read_text().splitlines()]
-    return [record for record in found if record["what"] in what]
+    return [record for record in found if record["name"] in what]
 
 
 def fresh(path: Path) -> Path:
@@ -117,7 +117,7 @@ def test_lockstep_is_deterministic_replay_repeats_it_and_a_resume_goes_on(tmp_pa
     assert applied[0]["plan"]["reason"] == "forced" and applied[0]["step"] == 13 and len(applied) >= 2
     assert losses(first) == losses(second)  # bit for bit
     strip = lambda record: {k: v for k, v in record.items() if k not in ("pause_ms", "time", "seconds")}  # noqa: E731
-    everything = ("made", "applied", "refused", "none", "seen", "overlap over")
+    everything = ("made", "applied", "refused", "no_plan", "gain_measured", "overlap_ended")
     assert [strip(r) for r in plans(first, *everything)] == [strip(r) for r in plans(second, *everything)]
     for ranks in results:
         assert ranks[0]["versions"] == ranks[1]["versions"]
@@ -144,7 +144,7 @@ def test_lockstep_is_deterministic_replay_repeats_it_and_a_resume_goes_on(tmp_pa
         else:
             processes.run(world, train, str(resumed), changes, folder=tmp_path)
         np.testing.assert_allclose(losses(resumed)[15:35], losses(first)[15:35], rtol=1e-5)
-        assert [r["step"] for r in plans(resumed, "applied", "overlap over")][:2] == [13, 17]
+        assert [r["step"] for r in plans(resumed, "applied", "overlap_ended")][:2] == [13, 17]
 
 
 def test_a_run_that_stops_regrouping_in_an_overlap_ends_it(tmp_path: Path) -> None:
@@ -274,7 +274,7 @@ def test_ranks_never_disagree_on_the_version(tmp_path: Path) -> None:
 def test_what_a_decision_calls_itself_does_not_change_the_record(tmp_path: Path) -> None:
     decision = {"kind": "none", "step": "x", "reason": "r", "made_at_step": 5, "expected_gain": 0.0}
     train(0, 1, str(tmp_path), ("regroup.mode=async", "train.steps=10"), answers(5, decision))
-    (record,) = plans(tmp_path, "none")
+    (record,) = plans(tmp_path, "no_plan")
     assert record["step"] == 5
     train(0, 1, str(tmp_path), ("regroup.mode=off", "train.steps=12"))  # and the run goes on
 
@@ -465,7 +465,7 @@ def test_a_clusterer_that_starts_again_is_told_all_again(tmp_path: Path) -> None
         mailbox = Mortal(Clusterer(settings.to_dict()))
         trainer = Trainer(settings, Synthetic(31), run, metrics, torch.device("cpu"), mailbox)  # type: ignore[arg-type]
         trainer.train()
-        assert len(plans(run, "clusterer restarted")) == len(deaths)
+        assert len(plans(run, "clusterer_restarted")) == len(deaths)
         assert len(losses(run)) == 40 and len(plans(run, "applied")) >= 1
         recorder = trainer.regrouping.recorder  # type: ignore[union-attr]
         known = mailbox.clusterer._by_rank[0]

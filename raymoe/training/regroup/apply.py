@@ -115,7 +115,7 @@ class Regrouping:
         kept = replace(self.position.membership, ghosts=({},) * self.config.model.layers)
         self._change(kept, self.sharded.placements)
         pause = time.perf_counter() - started
-        self.log("overlap over", ahead=True, version=self.position.version, pause_ms=1000 * pause, probe=self.probe())
+        self.log("overlap_ended", ahead=True, version=self.position.version, pause_ms=1000 * pause, probe=self.probe())
 
     def _change(self, after: Membership, placed: list[Any], **options: Any) -> int:
         moments, sent = remap(
@@ -231,7 +231,7 @@ class Regrouping:
             if not isinstance(answer, Answer) or {type(answer.step), type(answer.incarnation)} != {int}:
                 raise ValueError(f"{type(answer).__name__} is not an answer")
             if self._incarnation and answer.incarnation != self._incarnation:
-                self.log("clusterer restarted")
+                self.log("clusterer_restarted")
             self._incarnation = answer.incarnation
             for decision in answer.decisions:
                 self._note(dict(decision))
@@ -269,8 +269,8 @@ class Regrouping:
             self.log("made", **decision)
             self._offers.append(plan)
         elif kind == "none":
-            self.log("none", **decision)
+            self.log("no_plan", **decision)
         elif kind == "seen":
-            self.log("seen", **decision)
+            self.log("gain_measured", **decision)
         else:
             raise ValueError(f"a decision of kind {kind!r}")

@@ -73,7 +73,7 @@ class Replay:
         for n, line in enumerate(plans.read_bytes().splitlines(), 1):
             try:
                 record = json.loads(line)
-                if record["kind"] == "plan" and record["what"] == "applied":
+                if record["kind"] == "plan" and record["name"] == "applied":
                     self._plans.append(record["plan"])
             except (ValueError, KeyError, TypeError, RecursionError):
                 raise ValueError(f"regroup.replay={plans}: line {n} is not a record of plans") from None
