@@ -23,7 +23,6 @@ from typing import Any
 import pytest
 import yaml
 from prometheus_client import CollectorRegistry, Gauge
-from test_metrics import applied, plan_record, record
 
 from raymoe.metrics import (
     FINISHES,
@@ -37,6 +36,7 @@ from raymoe.metrics import (
 )
 from raymoe.serving.residency import ResidencyStats
 from raymoe.storage.scrape_targets import write_targets
+from tests.test_metrics import applied, plan_record, record
 
 ROOT = Path(__file__).parents[2] / "dashboards"
 NAMES = ("training", "clustering", "serving")

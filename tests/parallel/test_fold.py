@@ -9,8 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from test_regroup import fresh, plans, train
-from test_training import copy_at, losses, records
 
 from raymoe.config import ModelSection, override, preset
 from raymoe.model.expert_math import RESIDUALS
@@ -19,6 +17,8 @@ from raymoe.parallel.fold import fold
 from raymoe.parallel.sharded import shard
 from raymoe.training.optimizer import Optimizer
 from tests.support import processes
+from tests.training.test_loop import copy_at, losses, records
+from tests.training.test_regroup import fresh, plans, train
 
 CLUSTERED = ModelSection(
     layers=3, d_model=16, d_expert=12, n_experts=8, n_clusters=4, experts_per_token=2, residual_width=12,

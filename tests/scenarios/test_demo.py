@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from test_dashboards import PANEL_EXPRESSIONS, ask, concrete, watch
 
 from raymoe.ops.ray_head import free_ports
+from tests.dashboards.test_dashboards import PANEL_EXPRESSIONS, ask, concrete, watch
 from tests.support.paths import REPO_ROOT
 
 

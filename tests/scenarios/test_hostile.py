@@ -25,9 +25,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_checkpoint import save
-from test_data import prepared, prose
-from test_training import config, train
 
 from raymoe.config import SECTIONS, Config, from_dict, override, preset
 from raymoe.data.corpus import Corpus
@@ -41,7 +38,10 @@ from raymoe.storage.manifest import claim
 from raymoe.training.journal import Journal
 from raymoe.training.launch import resolve
 from raymoe.training.regroup.clients import Replay
+from tests.data.test_corpus import prepared, prose
+from tests.storage.test_checkpoint import save
 from tests.support.served import artifact
+from tests.training.test_loop import config, train
 
 MEMORY = 6 << 30
 """Bytes of address space that reading something hostile may take beyond what the process has. A `Precompiled` normaliser

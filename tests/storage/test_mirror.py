@@ -148,7 +148,7 @@ def test_a_bad_uri_is_refused(uri: str, message: str) -> None:
 
 def test_the_copies_of_a_run(tmp_path: Path) -> None:
     """Of a real run: those of `checkpoint.every` and the last, not those that only bound the loss."""
-    from test_elastic import trainer
+    from tests.training.test_elastic import trainer
 
     (tmp_path / "run").mkdir()
     store: Any = f"file://{tmp_path}/store"
@@ -158,9 +158,8 @@ def test_the_copies_of_a_run(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_stays_until_a_slow_store_has_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from test_elastic import trainer
-
     from raymoe.training.loop import Trainer
+    from tests.training.test_elastic import trainer
 
     gate, real_push, real_step = threading.Event(), Mirror.push, Trainer.step
 

@@ -17,8 +17,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from prometheus_client import CollectorRegistry
-from test_checkpoint import small_files
-from test_training import SMALL, losses, records, train
 
 from raymoe.config import override, preset
 from raymoe.metrics import TrainingMetrics
@@ -33,8 +31,10 @@ from raymoe.training.regroup.clients import Replay
 from raymoe.training.run_report import write_report
 from raymoe.training.state import LostCheckpoints
 from raymoe.training.stragglers import REPORTS, Slow, ratios
+from tests.storage.test_checkpoint import small_files
 from tests.support import processes
 from tests.support.synthetic import Synthetic
+from tests.training.test_loop import SMALL, losses, records, train
 
 VICTIM = 1
 STEPS = 20

@@ -14,7 +14,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from prometheus_client import CollectorRegistry
-from test_training import SMALL, copy_at, losses, records
 
 from raymoe.config import Config, override, preset
 from raymoe.metrics import TrainingMetrics
@@ -25,6 +24,7 @@ from raymoe.training.regroup.clusterer import Answer, Clusterer, Message
 from raymoe.training.regroup.recorder import Recorder
 from tests.support import processes
 from tests.support.synthetic import Synthetic
+from tests.training.test_loop import SMALL, copy_at, losses, records
 
 REGROUP = (
     "regroup.burn_in=10", "regroup.period=10", "regroup.plan_lag=3", "regroup.overlap=4", "regroup.stats_every=2",
