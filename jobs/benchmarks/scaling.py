@@ -19,7 +19,7 @@ from torch import Tensor
 
 from benchmarks.engine import NEW, PROMPT, TOGETHER, answer, say
 from raymoe.commands.load import pieces
-from raymoe.serving.autoscaling import Load, Policy, decide, start
+from raymoe.serving.autoscaling import ClusterDemand, Policy, decide, start
 from raymoe.serving.engine.cluster import LocalClusters, cluster_sizes
 from raymoe.serving.engine.engine import Engine
 from raymoe.serving.engine.trunk import Trunk
@@ -80,7 +80,7 @@ def steady(sizes: Sequence[int], demands: Sequence[float]) -> list[int]:
     for _ in range(100):
         now += 10.0
         loads = [
-            Load(s.desired, 1.0 if demand else 0.0, min(1.0, demand / s.desired) if s.desired else 0.0)
+            ClusterDemand(s.desired, 1.0 if demand else 0.0, min(1.0, demand / s.desired) if s.desired else 0.0)
             for s, demand in zip(states, demands, strict=True)
         ]
         states = decide(policy, sizes, states, loads, now)

@@ -1,6 +1,6 @@
 """How many replicas each cluster should have: loads in, numbers out. Nothing here looks at a clock or starts anything.
 
-Load is measured in busy replicas: three replicas that compute half of the time are 1.5. A cluster gets so
+ClusterDemand is measured in busy replicas: three replicas that compute half of the time are 1.5. A cluster gets so
 many that each is busy for `target` of the time. It rises at once, falls when the highest load of a whole
 cool-down would let it, and sleeps after `idle_s` without a row. What all wish is cut to a byte budget.
 """
@@ -54,7 +54,7 @@ class Policy:
 
 
 @dataclass(frozen=True)
-class Load:
+class ClusterDemand:
     """What a cluster did since the last decision."""
 
     replicas: int
@@ -100,7 +100,7 @@ def decide(
     policy: Policy,
     replica_bytes: Sequence[int],
     states: Sequence[ClusterState],
-    loads: Sequence[Load | None],
+    loads: Sequence[ClusterDemand | None],
     now: float,
 ) -> tuple[ClusterState, ...]:
     """The next state of every cluster. `now` in seconds of any clock that does not go back; no load: not known."""
@@ -118,7 +118,7 @@ def decide(
     )
 
 
-def _observe(policy: Policy, state: ClusterState, load: Load | None, now: float) -> ClusterState:
+def _observe(policy: Policy, state: ClusterState, load: ClusterDemand | None, now: float) -> ClusterState:
     """The state with this load remembered."""
     if load is None:
         return state
@@ -135,7 +135,7 @@ def _observe(policy: Policy, state: ClusterState, load: Load | None, now: float)
     )
 
 
-def _demand(policy: Policy, load: Load, speed: float) -> float:
+def _demand(policy: Policy, load: ClusterDemand, speed: float) -> float:
     """Busy replicas that the load asks for, at most the maximum."""
     if load.rows_per_s <= 0:
         return 0.0

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from raymoe.config import check_field
-from raymoe.serving.engine.cluster import Cluster, answer, cluster_sizes
+from raymoe.serving.engine.cluster import Cluster, cluster_sizes, compute_clusters
 from raymoe.serving.residency import Residency, trim
-from raymoe.serving.transport.rows import NO_SECRET, Address, Connection, Lost
+from raymoe.serving.transport.rows import NO_SECRET, Address, ConnectionLost, RowConnection
 from raymoe.storage.artifact import Artifact
 
 log = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ Observe = Callable[[int, str, float], None]
 
 
 @dataclass(frozen=True)
-class FleetSettings:
+class ClusterPoolSettings:
     resident_bytes: int | None = None
     """Weights of clusters that this process keeps. None: all, nothing leaves the process; 0: none."""
     split_rows: int = 256
@@ -47,7 +47,7 @@ class FleetSettings:
         require("call_timeout_s", "greater than 0", self.call_timeout_s > 0)
 
 
-class Fleet:
+class ClusterPool:
     """`ClusterCompute` over residents, replicas and, as the last resort, the artifact itself.
 
     One thread calls; `update` may come from another.
@@ -57,7 +57,7 @@ class Fleet:
         self,
         artifact: Artifact,
         dtype: torch.dtype,
-        settings: FleetSettings,
+        settings: ClusterPoolSettings,
         observe: Observe = lambda *_: None,
         secret: bytes = NO_SECRET,
     ) -> None:
@@ -67,7 +67,7 @@ class Fleet:
         self.replicas = Replicas(artifact.digest, artifact.model.d_model, dtype, settings.call_timeout_s, secret)
         self.rows: Counter[int] = Counter(dict.fromkeys(self.sizes, 0))
         """Rows of each cluster so far."""
-        self.away: Counter[int] = Counter(dict.fromkeys(self.sizes, 0))
+        self.remote_rows: Counter[int] = Counter(dict.fromkeys(self.sizes, 0))
         """Those of them that were of a cluster that was not resident: what replicas are wanted for."""
         self._step: Counter[int] = Counter()
         self._borrowed: dict[int, dict[int, Cluster]] = {}
@@ -97,14 +97,14 @@ class Fleet:
             self.rows[c] += part.shape[0]
             cluster = self.residency.get(c)
             if cluster is None:
-                self.away[c] += part.shape[0]
+                self.remote_rows[c] += part.shape[0]
                 if calls := self._send(layer, c, part):
                     asked.append((c, calls))
                     continue
                 cluster = self._borrow(c)
             here.append((c, cluster))
         if here:
-            said = answer([cluster[layer] for _, cluster in here], [rows[c] for c, _ in here])
+            said = compute_clusters([cluster[layer] for _, cluster in here], [rows[c] for c, _ in here])
             answers |= dict(zip((c for c, _ in here), said, strict=True))
         for c, calls in asked:
             answers[c] = self._receive(layer, c, calls)
@@ -118,11 +118,11 @@ class Fleet:
         parts = rows.tensor_split(len(connections)) if len(connections) > 1 else (rows,)
         return [self._ask(layer, c, part, connection) for part, connection in zip(parts, connections, strict=True)]
 
-    def _ask(self, layer: int, c: int, rows: Tensor, connection: Connection) -> _Call:
+    def _ask(self, layer: int, c: int, rows: Tensor, connection: RowConnection) -> _Call:
         started = time.perf_counter()
         try:
             connection.send(layer, rows)
-        except Lost as error:
+        except ConnectionLost as error:
             self._lose(c, connection, error)
             return _Call(rows, None, started)
         return _Call(rows, connection, started)
@@ -147,7 +147,7 @@ class Fleet:
             return None
         try:  # all of a layer have been asked at once, so that hung ones are waited for together
             said = call.connection.receive(self.settings.call_timeout_s - (time.perf_counter() - call.started))
-        except Lost as error:
+        except ConnectionLost as error:
             self._lose(c, call.connection, error)
             return None
         self.replicas.give_back(c, call.connection, answered=True)
@@ -156,7 +156,7 @@ class Fleet:
         self.observe(c, "call", time.perf_counter() - call.started)
         return said
 
-    def _lose(self, c: int, connection: Connection, error: Lost) -> None:
+    def _lose(self, c: int, connection: RowConnection, error: ConnectionLost) -> None:
         log.warning("cluster %d: %s", c, error)
         self.replicas.lose(c, connection)
         self.observe(c, "retry", 0.0)
@@ -171,7 +171,7 @@ class Fleet:
 @dataclass(frozen=True)
 class _Call:
     rows: Tensor
-    connection: Connection | None
+    connection: RowConnection | None
     started: float
 
 
@@ -188,7 +188,7 @@ class Replicas:
         self._greeting = digest, width, dtype, timeout, secret
         self._changed = threading.Condition()
         self._wanted: dict[Address, int] = {}
-        self._ready: dict[int, list[Connection]] = {}
+        self._ready: dict[int, list[RowConnection]] = {}
         self._known: set[Address] = set()
         """Connected, or in use."""
         self._not_before: dict[Address, float] = {}
@@ -198,14 +198,14 @@ class Replicas:
         self._thread = threading.Thread(target=self._connect, name="replicas", daemon=True)
         self._thread.start()
 
-    def take(self, c: int, n: int) -> list[Connection]:
+    def take(self, c: int, n: int) -> list[RowConnection]:
         """At most n connections to different replicas of cluster c, those first that rested longest; give them back."""
         with self._changed:
             ready = self._ready.get(c, [])
             taken, self._ready[c] = ready[:n], ready[n:]
             return taken
 
-    def give_back(self, c: int, connection: Connection, answered: bool = False) -> None:
+    def give_back(self, c: int, connection: RowConnection, answered: bool = False) -> None:
         with self._changed:
             if answered:
                 self._pauses.pop(connection.address, None)
@@ -215,7 +215,7 @@ class Replicas:
             self._known.discard(connection.address)
         connection.close()
 
-    def lose(self, c: int, connection: Connection) -> None:
+    def lose(self, c: int, connection: RowConnection) -> None:
         with self._changed:
             self._put_off(connection.address)
             self._changed.notify()
@@ -268,8 +268,8 @@ class Replicas:
                 self._known.add(address)
             digest, width, dtype, timeout, secret = self._greeting
             try:
-                connection = Connection(address, digest, c, width, dtype, timeout, secret)
-            except Lost as error:
+                connection = RowConnection(address, digest, c, width, dtype, timeout, secret)
+            except ConnectionLost as error:
                 log.warning("cluster %d: %s", c, error)
                 with self._changed:
                     self._put_off(address)

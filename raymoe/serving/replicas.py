@@ -29,18 +29,18 @@ from torch import Tensor
 
 from raymoe.metrics import ApiMetrics, ClusterMetrics, TrunkMetrics
 from raymoe.metrics import serve as serve_metrics
-from raymoe.serving.cluster_pool import Fleet
+from raymoe.serving.cluster_pool import ClusterPool
 from raymoe.serving.engine.cluster import Cluster
 from raymoe.serving.engine.engine import Engine
 from raymoe.serving.engine.request import Increment, Request
-from raymoe.serving.engine.thread import Driver
+from raymoe.serving.engine.thread import EngineThread
 from raymoe.serving.engine.trunk import Trunk
 from raymoe.serving.http.server import ApiSettings, Unavailable, create_app
 from raymoe.serving.residency import trim
 from raymoe.serving.settings import ServeSettings
-from raymoe.serving.transport.requests import SessionServer
-from raymoe.serving.transport.rows import Address, Server
-from raymoe.serving.transport.trunk_pool import NoTrunk, Trunks
+from raymoe.serving.transport.requests import RequestServer
+from raymoe.serving.transport.rows import Address, RowServer
+from raymoe.serving.transport.trunk_pool import NoTrunkAvailable, TrunkPool
 from raymoe.storage.artifact import Artifact
 from raymoe.storage.scrape_targets import write_targets
 
@@ -118,7 +118,7 @@ class ClusterReplica:
         self._lock = threading.Lock()
         self._busy_s, self._calls = 0.0, 0
         self._busy, self._per_s = _Rate(), _Rate()
-        server = Server(self._compute, artifact.digest, c, model.d_model, settings.dtype, (host, 0), secret)
+        server = RowServer(self._compute, artifact.digest, c, model.d_model, settings.dtype, (host, 0), secret)
         self._server = server
         self._endpoint = {
             "address": (host, server.port), "digest": artifact.digest.hex(), "target": _target(host, registry),
@@ -165,14 +165,14 @@ class TrunkReplica:
         registry = CollectorRegistry()
         self.metrics = TrunkMetrics(registry, clusters=model.n_clusters)
         self.digest = artifact.digest.hex()
-        self.fleet = Fleet(artifact, settings.dtype, settings.fleet(), self.metrics.observe_call, secret)
-        trunk = Trunk(artifact, self.fleet, settings.dtype, settings.length or model.context)
+        self.pool = ClusterPool(artifact, settings.dtype, settings.cluster_pool(), self.metrics.observe_call, secret)
+        trunk = Trunk(artifact, self.pool, settings.dtype, settings.length or model.context)
         self.engine = Engine(trunk, tokenizer, settings.engine())
         trim()
-        self.server = SessionServer(self.digest, secret)
-        self.driver = Driver(self.engine, self.server.deliver)
+        self.server = RequestServer(self.digest, secret)
+        self.engine_thread = EngineThread(self.engine, self.server.deliver)
         host = _host(settings)
-        await self.server.start((host, 0), self.driver)
+        await self.server.start((host, 0), self.engine_thread)
         self._rates = [_Rate() for _ in clusters]
         self._endpoint = {
             "address": (host, self.server.port), "digest": self.digest, "target": _target(host, registry),
@@ -186,30 +186,30 @@ class TrunkReplica:
             for c, endpoints in enumerate(found):
                 if endpoints is not None:
                     known[c] = _addresses(endpoints, self.digest)
-            await asyncio.to_thread(self.fleet.update, known)
+            await asyncio.to_thread(self.pool.update, known)
             self._show()
             await asyncio.sleep(DISCOVERY_S)
 
     def _show(self) -> None:
-        engine, fleet = self.engine, self.fleet
+        engine, pool = self.engine, self.pool
         self.metrics.update(
             running=engine.running, waiting=engine.waiting, kv_usage=1 - engine.cache.free / engine.cache.capacity,
-            rows=dict(fleet.rows), away=dict(fleet.away), residency=fleet.residency.stats(),
-            connected={c: fleet.replicas.count(c) for c in fleet.sizes},
+            rows=dict(pool.rows), away=dict(pool.remote_rows), residency=pool.residency.stats(),
+            connected={c: pool.replicas.count(c) for c in pool.sizes},
         )  # fmt: skip
 
     def endpoint(self) -> Endpoint:
         return self._endpoint
 
     def record_autoscaling_stats(self) -> dict[str, float]:
-        """For each cluster c: `away_c`, its rows per second that replicas are wanted for; `bytes_c` of a replica."""
-        away = {f"away_{c}": rate(self.fleet.away[c]) for c, rate in enumerate(self._rates)}
-        return away | {f"bytes_{c}": size for c, size in self.fleet.sizes.items()}
+        """For each cluster c: `remote_c`, its rows per second that replicas are wanted for; `bytes_c` of a replica."""
+        away = {f"remote_{c}": rate(self.pool.remote_rows[c]) for c, rate in enumerate(self._rates)}
+        return away | {f"bytes_{c}": size for c, size in self.pool.sizes.items()}
 
     def check_health(self) -> None:
-        if self.driver.failed is not None:
-            raise RuntimeError(f"the engine ended: {self.driver.failed}")
-        if not self.driver.idle and time.monotonic() - self.driver.stepped > STUCK_S:
+        if self.engine_thread.failed is not None:
+            raise RuntimeError(f"the engine ended: {self.engine_thread.failed}")
+        if not self.engine_thread.idle and time.monotonic() - self.engine_thread.stepped > STUCK_S:
             raise RuntimeError(f"the engine has been in one step for more than {STUCK_S:g} s")
         if self._discovery.done():
             raise RuntimeError("nobody looks for replicas any more")
@@ -217,12 +217,12 @@ class TrunkReplica:
     async def __del__(self) -> None:
         """Serve ends this replica: answers that have begun are finished first."""
         deadline = time.monotonic() + self.settings.drain_s
-        while not self.driver.idle and self.driver.failed is None and time.monotonic() < deadline:
+        while not self.engine_thread.idle and self.engine_thread.failed is None and time.monotonic() < deadline:
             await asyncio.sleep(0.05)
         self._discovery.cancel()
         await self.server.close()
-        self.driver.close()
-        self.fleet.close()
+        self.engine_thread.close()
+        self.pool.close()
 
 
 class Api:
@@ -246,8 +246,8 @@ class Api:
         self.chat_template = template.read_text() if template.is_file() else None
         registry = CollectorRegistry()
         self.metrics = ApiMetrics(registry, model=self.name)
-        self.trunks = Trunks(
-            self.digest, patience_s=settings.patience_s, resumed=self.metrics.resumes.inc, secret=secret
+        self.trunks = TrunkPool(
+            self.digest, wait_timeout_s=settings.wait_timeout_s, resumed=self.metrics.resumes.inc, secret=secret
         )
         self._endpoint = {"target": _target(_host(settings), registry)}
         context = serve.get_replica_context()
@@ -300,5 +300,5 @@ class Api:
             async with aclosing(self.trunks.generate(request)) as answer:
                 async for increment in answer:
                     yield increment
-        except NoTrunk as error:
+        except NoTrunkAvailable as error:
             raise Unavailable(str(error)) from None

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from typing import Any
 
-from raymoe.serving.autoscaling import ClusterState, Load, Policy, decide
+from raymoe.serving.autoscaling import ClusterDemand, ClusterState, Policy, decide
 
 PREFIX = "cluster-"
 """Names of the clusters' deployments: with the cluster's number behind."""
@@ -61,20 +61,22 @@ class Scaler:
         def of_trunks(name: str) -> list[float]:
             return [value for report in reports for value in report.get(name, {}).values()]
 
-        loads: list[Load | None] = []
+        loads: list[ClusterDemand | None] = []
         sizes: list[int] = []
         states: list[ClusterState] = []
         config = None
         for c, key in clusters.items():
             context = contexts[key]
             config = context.config
-            asked, size = of_trunks(f"away_{c}"), of_trunks(f"bytes_{c}")
+            asked, size = of_trunks(f"remote_{c}"), of_trunks(f"bytes_{c}")
             sizes.append(int(max(size, default=0)))
             states.append(self._states.get(c) or ClusterState(context.target_num_replicas, now))
             own = context.aggregated_metrics
             busy, latency = list(own.get("busy", {}).values()), list(own.get("latency_s", {}).values())
             loads.append(
-                Load(len(busy), sum(asked), statistics.fmean(busy or [0.0]), statistics.fmean(latency or [0.0]))
+                ClusterDemand(
+                    len(busy), sum(asked), statistics.fmean(busy or [0.0]), statistics.fmean(latency or [0.0])
+                )
                 if asked
                 else None  # no trunk has said anything yet
             )

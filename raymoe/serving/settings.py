@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from raymoe.config import check_field, default_root, hint
-from raymoe.serving.cluster_pool import FleetSettings
+from raymoe.serving.cluster_pool import ClusterPoolSettings
 from raymoe.serving.engine.engine import EngineSettings
 from raymoe.storage.run_folder import NEWEST, find_artifact
 
@@ -44,14 +44,14 @@ class ServeSettings:
     """Replicas of each cluster, at least and at most."""
     resident_bytes: int | str = ALL
     """Weights of clusters that each trunk keeps in its own process: `all`, 0, or bytes."""
-    split_rows: int = FleetSettings.split_rows
-    call_timeout_s: float = FleetSettings.call_timeout_s
+    split_rows: int = ClusterPoolSettings.split_rows
+    call_timeout_s: float = ClusterPoolSettings.call_timeout_s
     kv_bytes: int = EngineSettings.kv_bytes
     max_running: int = EngineSettings.max_running
     max_queued: int = EngineSettings.max_queued
     step_tokens: int = EngineSettings.step_tokens
-    """See `FleetSettings` and `EngineSettings`; of each trunk."""
-    patience_s: float = 60.0
+    """See `ClusterPoolSettings` and `EngineSettings`; of each trunk."""
+    wait_timeout_s: float = 60.0
     """A request waits so long for a trunk, should all have died."""
     drain_s: float = 60.0
     """A trunk or an api that is to end has so long to finish its answers."""
@@ -68,12 +68,12 @@ class ServeSettings:
         require("precision", " or ".join(PRECISIONS), self.precision in PRECISIONS)
         for name in ("threads", "apis", "trunks", "max_replicas"):
             require(name, "at least 1", getattr(self, name) >= 1)
-        for name in ("length", "min_replicas", "patience_s", "drain_s", "cpus"):
+        for name in ("length", "min_replicas", "wait_timeout_s", "drain_s", "cpus"):
             require(name, "0 or more", getattr(self, name) >= 0)
         require("max_replicas", f"at least min_replicas={self.min_replicas}", self.max_replicas >= self.min_replicas)
         require("resident_bytes", "all, or bytes", self.resident_bytes == ALL or type(self.resident_bytes) is int)
         self.engine()
-        self.fleet()
+        self.cluster_pool()
 
     def engine(self) -> EngineSettings:
         return EngineSettings(
@@ -83,9 +83,9 @@ class ServeSettings:
             step_tokens=self.step_tokens,
         )
 
-    def fleet(self) -> FleetSettings:
+    def cluster_pool(self) -> ClusterPoolSettings:
         resident = None if isinstance(self.resident_bytes, str) else self.resident_bytes
-        return FleetSettings(resident, self.split_rows, self.call_timeout_s)
+        return ClusterPoolSettings(resident, self.split_rows, self.call_timeout_s)
 
     @property
     def dtype(self) -> torch.dtype:

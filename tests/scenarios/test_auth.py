@@ -24,8 +24,8 @@ from raymoe.config import TrainSection
 from raymoe.metrics import serve
 from raymoe.ops.ray_head import Head, authorisation, head
 from raymoe.serving.settings import ServeSettings
-from raymoe.serving.transport.requests import SessionServer
-from raymoe.serving.transport.rows import Server
+from raymoe.serving.transport.requests import RequestServer
+from raymoe.serving.transport.rows import RowServer
 from tests.support.deployed import config
 from tests.support.paths import REPO_ROOT
 from tests.support.served import artifact
@@ -82,11 +82,11 @@ def test_what_listens_listens_on_this_machine_alone(tmp_path: Path, monkeypatch:
     loopback = {"127.0.0.1"}
     assert {host, TrainSection().metrics_host} == loopback
     assert hosts(serve(CollectorRegistry())) == loopback
-    with closing(Server(lambda layer, x: x, bytes(32), 0, 8, torch.float32, (host, 0))) as server:
+    with closing(RowServer(lambda layer, x: x, bytes(32), 0, 8, torch.float32, (host, 0))) as server:
         assert hosts(server.port) == loopback
 
     async def session() -> None:
-        server = SessionServer("d")
+        server = RequestServer("d")
         await server.start((host, 0), None)  # type: ignore[arg-type]
         assert hosts(server.port) == loopback
         await server.close()

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raymoe.serving.autoscaling import ClusterState, Load, Policy, decide, start
+from raymoe.serving.autoscaling import ClusterDemand, ClusterState, Policy, decide, start
 
 INTERVAL = 5.0
 POLICY = Policy(maximum=8, down_cooldown_s=30, idle_s=60, up_cooldown_s=INTERVAL)
@@ -18,10 +18,10 @@ ROWS_PER_S = 1000.0
 """Of one busy replica."""
 
 
-def load(offered: float, replicas: int) -> Load:
+def load(offered: float, replicas: int) -> ClusterDemand:
     """What is seen of `offered` busy replicas' worth of rows on `replicas`."""
     done = min(offered, replicas) if replicas else offered
-    return Load(replicas, done * ROWS_PER_S, done / replicas if replicas else 0.0)
+    return ClusterDemand(replicas, done * ROWS_PER_S, done / replicas if replicas else 0.0)
 
 
 def follow(
@@ -122,7 +122,7 @@ def test_a_cluster_that_never_had_work_gets_no_replica() -> None:
 def test_slow_calls_of_busy_replicas_raise_and_of_idle_ones_do_not() -> None:
     policy = Policy(latency_s=0.01, maximum=8)
     before = (ClusterState(desired=2, active_at=0.0),)
-    busy, idle = Load(2, 100, 0.5, latency_s=0.03), Load(2, 100, 0.1, latency_s=0.03)
+    busy, idle = ClusterDemand(2, 100, 0.5, latency_s=0.03), ClusterDemand(2, 100, 0.1, latency_s=0.03)
     assert decide(policy, [1], before, [busy], 100.0)[0].desired == 6
     assert decide(policy, [1], before, [idle], 100.0)[0].desired == 1
 
@@ -159,7 +159,7 @@ def test_bad_values_are_refused_by_name() -> None:
         start(Policy(minimum=1, budget_bytes=9), [5, 5], 0.0)
 
 
-LOADS = st.builds(Load, st.integers(0, 8), st.floats(0, 1e6), st.floats(0, 1), st.floats(0, 1))
+LOADS = st.builds(ClusterDemand, st.integers(0, 8), st.floats(0, 1e6), st.floats(0, 1), st.floats(0, 1))
 
 
 @settings(max_examples=150, deadline=None)

@@ -38,7 +38,7 @@ class Key:
 
 
 @dataclass
-class Fleet:
+class Contexts:
     """Contexts of an application: `asked[c]` rows/s, computed by one replica in `cost` busy seconds each."""
 
     asked: list[float]
@@ -50,7 +50,7 @@ class Fleet:
 
     def contexts(self) -> dict[Key, Any]:
         made: dict[Key, Any] = {Key("api"): SimpleNamespace(aggregated_metrics={})}
-        trunk = {f"away_{c}": {"t": rows} for c, rows in enumerate(self.asked)}
+        trunk = {f"remote_{c}": {"t": rows} for c, rows in enumerate(self.asked)}
         trunk |= {f"bytes_{c}": {"t": 100.0} for c in range(len(self.asked))}
         made[Key("trunk")] = SimpleNamespace(aggregated_metrics=trunk)
         for c, n in enumerate(self.replicas):
@@ -74,51 +74,51 @@ class Fleet:
         return history
 
 
-def scaler(fleet: Fleet, **policy: Any) -> Scaler:
-    return Scaler(interval_s=2.0, clock=lambda: fleet.now, **policy)
+def scaler(contexts: Contexts, **policy: Any) -> Scaler:
+    return Scaler(interval_s=2.0, clock=lambda: contexts.now, **policy)
 
 
 def test_hot_clusters_rise_within_two_decisions_and_return_and_cold_ones_stay() -> None:
-    fleet = Fleet([0.0] * 4, replicas=[0] * 4)
-    policy = scaler(fleet, target=0.5, down_cooldown_s=10, idle_s=30)
-    assert fleet.run(policy, 10)[-1] == [0, 0, 0, 0]
-    fleet.asked = [900.0, 10.0, 10.0, 10.0]
-    history = fleet.run(policy, 6)
+    contexts = Contexts([0.0] * 4, replicas=[0] * 4)
+    policy = scaler(contexts, target=0.5, down_cooldown_s=10, idle_s=30)
+    assert contexts.run(policy, 10)[-1] == [0, 0, 0, 0]
+    contexts.asked = [900.0, 10.0, 10.0, 10.0]
+    history = contexts.run(policy, 6)
     assert history[40][0] == 4 and history[-1] == [4, 1, 1, 1]
-    fleet.asked = [10.0] * 4
-    history = fleet.run(policy, 60)
+    contexts.asked = [10.0] * 4
+    history = contexts.run(policy, 60)
     assert history[-1] == [1, 1, 1, 1]
     changes = sum(a != b for a, b in zip(history, history[1:], strict=False))
     assert changes == 1
-    fleet.asked = [0.0] * 4
-    assert fleet.run(policy, 60)[-1] == [0, 0, 0, 0]
+    contexts.asked = [0.0] * 4
+    assert contexts.run(policy, 60)[-1] == [0, 0, 0, 0]
 
 
 def test_a_decision_stands_until_the_next() -> None:
-    fleet = Fleet([900.0], replicas=[1])
-    policy = scaler(fleet)
+    contexts = Contexts([900.0], replicas=[1])
+    policy = scaler(contexts)
     calls = []
-    policy._decide = lambda *a: calls.append(fleet.now)  # type: ignore[method-assign]
-    fleet.run(policy, 6)
+    policy._decide = lambda *a: calls.append(contexts.now)  # type: ignore[method-assign]
+    contexts.run(policy, 6)
     assert calls == pytest.approx([0.0, 2.0, 4.0], abs=0.11)
 
 
 def test_a_new_controller_goes_on_from_what_is_there() -> None:
-    fleet = Fleet([600.0, 10.0], replicas=[3, 1])
-    assert fleet.run(scaler(fleet), 3)[-1] == [3, 1]
+    contexts = Contexts([600.0, 10.0], replicas=[3, 1])
+    assert contexts.run(scaler(contexts), 3)[-1] == [3, 1]
 
 
 def test_without_a_word_from_a_trunk_nothing_changes() -> None:
-    fleet = Fleet([500.0, 10.0], replicas=[2, 1])
-    contexts = fleet.contexts()
-    contexts[Key("trunk")].aggregated_metrics = {}
-    decisions, _ = scaler(fleet)(contexts)
+    contexts = Contexts([500.0, 10.0], replicas=[2, 1])
+    made = contexts.contexts()
+    made[Key("trunk")].aggregated_metrics = {}
+    decisions, _ = scaler(contexts)(made)
     assert {key.name: n for key, n in decisions.items()} == {"cluster-0": 2, "cluster-1": 1}
 
 
 def test_the_budget_is_of_all_clusters_together() -> None:
-    fleet = Fleet([2000.0, 2000.0, 0.0], replicas=[1, 1, 0])
-    history = fleet.run(scaler(fleet, budget_bytes=500), 30)
+    contexts = Contexts([2000.0, 2000.0, 0.0], replicas=[1, 1, 0])
+    history = contexts.run(scaler(contexts, budget_bytes=500), 30)
     assert all(sum(n) <= 5 for n in history) and sum(history[-1]) == 5
 
 

@@ -111,10 +111,10 @@ class Cluster:
         )
 
     def __call__(self, x: Tensor) -> Tensor:
-        return answer([self], [x])[0]
+        return compute_clusters([self], [x])[0]
 
 
-def answer(clusters: Sequence[Cluster], rows: Sequence[Tensor]) -> list[Tensor]:
+def compute_clusters(clusters: Sequence[Cluster], rows: Sequence[Tensor]) -> list[Tensor]:
     """What clusters of one layer say to their rows [R, D] each, bit for bit what each would say alone.
 
     A few rows take less time in products than in all the small calls around them. So only products are made
@@ -122,7 +122,7 @@ def answer(clusters: Sequence[Cluster], rows: Sequence[Tensor]) -> list[Tensor]:
     another leaves columns unused.
     """
     if clusters[0].native:
-        return native.answer([c.native for c in clusters if c.native], rows)
+        return native.compute_clusters([c.native for c in clusters if c.native], rows)
     parts = [padded(part, few_sizes(part.shape[0])) for part in rows]
     if not clusters[0].w:
         hidden = [c.wide_in(part).chunk(2, 1) for c, part in zip(clusters, parts, strict=True)]
@@ -130,7 +130,7 @@ def answer(clusters: Sequence[Cluster], rows: Sequence[Tensor]) -> list[Tensor]:
         return [y[: x.shape[0]] for y, x in zip(said, rows, strict=True)]
     if not all(c.e for c in clusters):
         able = [i for i, c in enumerate(clusters) if c.e]
-        found = answer([clusters[i] for i in able], [rows[i] for i in able]) if able else []
+        found = compute_clusters([clusters[i] for i in able], [rows[i] for i in able]) if able else []
         said = {i: y for i, y in zip(able, found, strict=True)}
         return [said[i] if i in said else torch.zeros_like(x) for i, x in enumerate(rows)]
 
@@ -183,7 +183,7 @@ class LocalClusters:
                 self.held[layer, c] = Cluster(artifact.model, tensors, layer, c, dtype)
 
     def __call__(self, layer: int, rows: Mapping[int, Tensor]) -> dict[int, Tensor]:
-        said = answer([self.held[layer, c] for c in rows], list(rows.values()))
+        said = compute_clusters([self.held[layer, c] for c in rows], list(rows.values()))
         return dict(zip(rows, said, strict=True))
 
 

@@ -184,7 +184,7 @@ class Experts:
         return sum(tensor.nbytes for tensor in self.held.values())
 
 
-def answer(clusters: Sequence[Experts], rows: Sequence[Tensor]) -> list[Tensor]:
+def compute_clusters(clusters: Sequence[Experts], rows: Sequence[Tensor]) -> list[Tensor]:
     """What clusters of one layer say to their rows [R, D], in the weights' type."""
     first, n, sizes = clusters[0], len(clusters), [part.shape[0] for part in rows]
     rows = [part.contiguous() for part in rows]

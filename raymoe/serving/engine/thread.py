@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Refused:
+class Rejected:
     """A request that was not taken."""
 
     full: bool
@@ -24,12 +24,12 @@ class Refused:
     reason: str
 
 
-Given = tuple[Hashable, "Increment | Refused"]
-Deliver = Callable[[Sequence[Given]], None]
+Delivery = tuple[Hashable, "Increment | Rejected"]
+Deliver = Callable[[Sequence[Delivery]], None]
 """Called in the engine's thread with (key, what became of it) of a step."""
 
 
-class Driver:
+class EngineThread:
     """`submit` and `cancel` never wait. Requests are known by keys of the caller's.
 
     `failed`: the exception that ended the thread, if one did; nothing is computed after it.
@@ -91,17 +91,17 @@ class Driver:
         try:
             number = self.engine.submit(request)
         except QueueFull as error:
-            self.deliver([(key, Refused(True, str(error)))])
+            self.deliver([(key, Rejected(True, str(error)))])
         except ValueError as error:
-            self.deliver([(key, Refused(False, str(error)))])
+            self.deliver([(key, Rejected(False, str(error)))])
         except Exception as error:  # an odd request must not end the others', here and at the next engine
             log.exception("a request could not be begun")
-            self.deliver([(key, Refused(False, f"{type(error).__name__}: {error}"))])
+            self.deliver([(key, Rejected(False, f"{type(error).__name__}: {error}"))])
         else:
             self._numbers[key], self._keys[number] = number, key
 
     def _give(self, increments: Sequence[Increment]) -> None:
-        given: list[Given] = []
+        given: list[Delivery] = []
         for increment in increments:
             key = self._keys[increment.request]
             given.append((key, increment))

@@ -7,7 +7,7 @@
                    {"refused": 7, "full": true, "reason": "…"}       {"beat": 1} when there is nothing else to say
 
 The secret is the application's own: a trunk answers its apis alone, which ask clients for their key. A connection that
-ends takes its requests with it. A trunk that is silent for `SILENCE` seconds counts as dead.
+ends takes its requests with it. A trunk that is silent for `HEARTBEAT_TIMEOUT_S` seconds counts as dead.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from typing import Any
 from raymoe.serving.engine.engine import QueueFull
 from raymoe.serving.engine.request import Echo, Increment, Request, Usage
 from raymoe.serving.engine.sampling import LogProb, Sampling
-from raymoe.serving.engine.thread import Driver, Given, Refused
-from raymoe.serving.transport.rows import NO_SECRET, Address, Lost
+from raymoe.serving.engine.thread import Delivery, EngineThread, Rejected
+from raymoe.serving.transport.rows import NO_SECRET, Address, ConnectionLost
 
 LINE_LIMIT = 64 << 20
 GREETING_LIMIT = 4096
 """Bytes of a greeting: whoever has not shown the secret is not read further."""
 VERSION = 2
-BEAT = 1.0
+HEARTBEAT_S = 1.0
 """Seconds between signs of life."""
-SILENCE = 10.0
+HEARTBEAT_TIMEOUT_S = 10.0
 """Seconds without one after which the other side counts as dead."""
 BACKLOG = 64 << 20
 """Bytes that wait for an api at most; one that does not read them is cut off."""
@@ -90,20 +90,20 @@ async def _greeting(reader: asyncio.StreamReader) -> bytes:
 # The trunk's end
 
 
-class SessionServer:
-    """Takes requests for a driver from any number of apis. All methods belong to one event loop."""
+class RequestServer:
+    """Takes requests for a engine_thread from any number of apis. All methods belong to one event loop."""
 
     def __init__(self, digest: str, secret: bytes = NO_SECRET) -> None:
         self.digest, self._secret = digest, secret
         self.port = 0
-        self.driver: Driver | None = None
+        self.engine_thread: EngineThread | None = None
         self._loop = asyncio.get_running_loop()
         self._writers: dict[int, asyncio.StreamWriter] = {}
         self._keys: dict[int, set[int]] = {}
         self._number = 0
 
-    async def start(self, address: Address, driver: Driver) -> None:
-        self.driver = driver
+    async def start(self, address: Address, engine_thread: EngineThread) -> None:
+        self.engine_thread = engine_thread
         self._server = await asyncio.start_server(self._serve, *address, limit=LINE_LIMIT)
         self.port = self._server.sockets[0].getsockname()[1]
 
@@ -112,17 +112,17 @@ class SessionServer:
         for writer in tuple(self._writers.values()):
             writer.close()
 
-    def deliver(self, given: Sequence[Given]) -> None:
-        """The driver's `Deliver`, from its thread."""
+    def deliver(self, given: Sequence[Delivery]) -> None:
+        """The engine_thread's `Deliver`, from its thread."""
         with suppress(RuntimeError):  # the loop has ended, and all connections with it
             self._loop.call_soon_threadsafe(self._write, given)
 
-    def _write(self, given: Sequence[Given]) -> None:
+    def _write(self, given: Sequence[Delivery]) -> None:
         steps: dict[int, list[Any]] = {}
         for (session, key), what in given:  # type: ignore[misc]
             if key not in self._keys.get(session, ()):
                 continue
-            if isinstance(what, Refused):
+            if isinstance(what, Rejected):
                 self._keys[session].discard(key)
                 self._tell(session, {"refused": key, "full": what.full, "reason": what.reason})
                 continue
@@ -140,17 +140,17 @@ class SessionServer:
             writer.write(_line(value))
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        assert self.driver is not None
+        assert self.engine_thread is not None
         self._number += 1
         session = self._number
         beat = None
         try:
-            greeting = json.loads(await asyncio.wait_for(_greeting(reader), SILENCE))
+            greeting = json.loads(await asyncio.wait_for(_greeting(reader), HEARTBEAT_TIMEOUT_S))
             secret = bytes.fromhex(greeting["secret"])
             if greeting["raymoe"] != VERSION or not hmac.compare_digest(secret, self._secret):
                 writer.write(_line({"error": "this trunk is of another application"}))
                 return
-            if self.driver.failed is not None:
+            if self.engine_thread.failed is not None:
                 writer.write(_line({"error": "this trunk's engine has ended"}))
                 return
             if greeting["digest"] != self.digest:
@@ -166,10 +166,10 @@ class SessionServer:
                     if key in self._keys[session]:
                         raise ValueError(f"{key} has been submitted and has not ended")
                     self._keys[session].add(key)
-                    self.driver.submit((session, key), decode_request(message["request"]))
+                    self.engine_thread.submit((session, key), decode_request(message["request"]))
                 elif "cancel" in message and message["cancel"] in self._keys[session]:
                     self._keys[session].discard(message["cancel"])
-                    self.driver.cancel((session, message["cancel"]))
+                    self.engine_thread.cancel((session, message["cancel"]))
         except (OSError, ValueError, KeyError, TypeError, AttributeError, TimeoutError, RecursionError):
             pass  # not one of ours, or gone
         finally:
@@ -177,34 +177,34 @@ class SessionServer:
                 beat.cancel()
             self._writers.pop(session, None)
             for key in self._keys.pop(session, ()):
-                self.driver.cancel((session, key))
+                self.engine_thread.cancel((session, key))
             writer.close()
 
     async def _beat(self, session: int) -> None:
-        assert self.driver is not None
-        while self.driver.failed is None:
+        assert self.engine_thread is not None
+        while self.engine_thread.failed is None:
             self._tell(session, {"beat": 1})
-            await asyncio.sleep(BEAT)
+            await asyncio.sleep(HEARTBEAT_S)
         self._writers[session].close()  # its requests go on elsewhere
 
 
 # The api's end
 
 
-class Session:
-    """A connection to one trunk. Raises Lost once it is gone."""
+class RequestStream:
+    """A connection to one trunk. Raises ConnectionLost once it is gone."""
 
     def __init__(self, address: Address, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.address = address
         self.lost = False
         self._reader, self._writer = reader, writer
-        self._answers: dict[int, asyncio.Queue[Increment | Refused | Lost]] = {}
+        self._answers: dict[int, asyncio.Queue[Increment | Rejected | ConnectionLost]] = {}
         self._number = 0
         self._task = asyncio.create_task(self._listen())
 
     @classmethod
-    async def connect(cls, address: Address, digest: str, timeout: float, secret: bytes = NO_SECRET) -> Session:
-        """Raises Lost."""
+    async def connect(cls, address: Address, digest: str, timeout: float, secret: bytes = NO_SECRET) -> RequestStream:
+        """Raises ConnectionLost."""
         writer = None
         try:
             async with asyncio.timeout(timeout):
@@ -218,7 +218,7 @@ class Session:
             reason = f"cannot be reached: {type(error).__name__}: {error}"
         if writer is not None:
             writer.transport.abort()
-        raise Lost(f"{address[0]}:{address[1]} {reason}")
+        raise ConnectionLost(f"{address[0]}:{address[1]} {reason}")
 
     @property
     def active(self) -> int:
@@ -230,12 +230,12 @@ class Session:
         self._end("it was closed")
 
     async def ask(self, request: Request) -> AsyncGenerator[Increment, None]:
-        """The answer as it comes. Raises QueueFull or ValueError before its first part, Lost at any time.
+        """The answer as it comes. Raises QueueFull or ValueError before its first part, ConnectionLost at any time.
 
         Leaving the iteration early ends the request.
         """
         if self.lost:
-            raise Lost("it was lost")
+            raise ConnectionLost("it was lost")
         self._number += 1
         key, over = self._number, False
         answer = self._answers[key] = asyncio.Queue()
@@ -243,10 +243,10 @@ class Session:
             self._writer.write(_line({"submit": key, "request": asdict(request)}))
             while not over:
                 what = await answer.get()
-                if isinstance(what, Lost):
+                if isinstance(what, ConnectionLost):
                     over = True
                     raise what
-                if isinstance(what, Refused):
+                if isinstance(what, Rejected):
                     over = True
                     raise QueueFull(what.reason) if what.full else ValueError(what.reason)
                 over = what.finish is not None
@@ -259,10 +259,10 @@ class Session:
     async def _listen(self) -> None:
         reason = "it closed the connection"
         try:
-            while line := await asyncio.wait_for(self._reader.readline(), SILENCE):
+            while line := await asyncio.wait_for(self._reader.readline(), HEARTBEAT_TIMEOUT_S):
                 self._take(json.loads(line))
         except TimeoutError:
-            reason = f"it was silent for {SILENCE:g} s"
+            reason = f"it was silent for {HEARTBEAT_TIMEOUT_S:g} s"
         except Exception as error:  # gone, or nothing that a trunk says
             reason = f"{type(error).__name__}: {error}"
         self._end(reason)
@@ -272,10 +272,10 @@ class Session:
             if answer := self._answers.get(value[0]):
                 answer.put_nowait(decode_increment(value))
         if "refused" in message and (answer := self._answers.get(message["refused"])):
-            answer.put_nowait(Refused(message["full"], message["reason"]))
+            answer.put_nowait(Rejected(message["full"], message["reason"]))
 
     def _end(self, reason: str) -> None:
         self.lost = True
         self._writer.transport.abort()
         for answer in self._answers.values():
-            answer.put_nowait(Lost(f"{self.address[0]}:{self.address[1]} was lost: {reason}"))
+            answer.put_nowait(ConnectionLost(f"{self.address[0]}:{self.address[1]} was lost: {reason}"))

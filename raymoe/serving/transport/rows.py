@@ -42,7 +42,7 @@ Compute = Callable[[int, Tensor], Tensor]
 """(layer, rows [R, D]) -> answers [R, D] in the rows' type. Raises ValueError for a layer that is not there."""
 
 
-class Lost(ConnectionError):
+class ConnectionLost(ConnectionError):
     """The other side is gone, silent for too long, or refuses: ask another."""
 
 
@@ -54,10 +54,10 @@ def _bytes(rows: Tensor) -> memoryview:
     return rows.contiguous().view(torch.uint8).numpy().data.cast("B")
 
 
-class Connection:
+class RowConnection:
     """The client's end: `send` a call, do something else, `receive` its answer; or lose the connection.
 
-    Raises Lost, also from the constructor, and is then closed. `timeout` in seconds, of each of them.
+    Raises ConnectionLost, also from the constructor, and is then closed. `timeout` in seconds, of each of them.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class Connection:
         try:
             self._socket = socket.create_connection(address, timeout)
         except OSError as error:
-            raise Lost(f"{address[0]}:{address[1]} cannot be reached: {error}") from None
+            raise ConnectionLost(f"{address[0]}:{address[1]} cannot be reached: {error}") from None
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._socket.settimeout(None)  # the kernel's timeouts instead of Python's, which cost two more system calls
         self._set(socket.SO_SNDTIMEO, timeout)
@@ -99,9 +99,9 @@ class Connection:
         except OSError as error:
             raise self._lost(f"{type(error).__name__}: {error}") from None
 
-    def _lost(self, reason: str) -> Lost:
+    def _lost(self, reason: str) -> ConnectionLost:
         self.close()
-        return Lost(f"{self.address[0]}:{self.address[1]} was lost: {reason}")
+        return ConnectionLost(f"{self.address[0]}:{self.address[1]} was lost: {reason}")
 
     def send(self, layer: int, rows: Tensor) -> None:
         """Ask for the answers to rows [R, D]."""
@@ -137,7 +137,7 @@ class Connection:
         return answers
 
 
-class Server:
+class RowServer:
     """The clusters' end: answers every connection from a thread of its own, `compute` one call at a time.
 
     `address`: the host to bind and a port, 0 for a free one. `digest`: of the artifact whose cluster it computes.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from raymoe.serving.engine import native
-from raymoe.serving.engine.cluster import Cluster, LocalClusters, answer
+from raymoe.serving.engine.cluster import Cluster, LocalClusters, compute_clusters
 from raymoe.serving.engine.kv_cache import KVCache
 from raymoe.serving.engine.trunk import Segment, Trunk
 from raymoe.storage.artifact import Artifact
@@ -72,7 +72,7 @@ def test_a_row_does_not_feel_its_neighbours(tmp_path, dtype: torch.dtype) -> Non
     for i in range(64):
         assert torch.equal(held[0, 2](rows[i : i + 1])[0], whole[i])
     for n in range(2, 20):
-        assert torch.equal(answer([held[0, 1], held[0, 2]], [rows[:3], rows[n : 2 * n]])[1], whole[n : 2 * n])
+        assert torch.equal(compute_clusters([held[0, 1], held[0, 2]], [rows[:3], rows[n : 2 * n]])[1], whole[n : 2 * n])
 
 
 @needs_compiler
@@ -80,7 +80,7 @@ def test_a_cluster_without_experts_says_nothing(monkeypatch, tmp_path) -> None:
     monkeypatch.setattr(served, "UNEVEN", [[0, 2, 2, 0, 2, 0, 2], [1] * 7])
     held = LocalClusters(served.artifact(tmp_path), range(3), torch.float32).held
     rows = torch.randn(4, served.MODEL.d_model)
-    empty, some = answer([held[0, 1], held[0, 2]], [rows, rows])
+    empty, some = compute_clusters([held[0, 1], held[0, 2]], [rows, rows])
     assert torch.equal(empty, torch.zeros_like(rows)) and some.abs().min() > 0
 
 

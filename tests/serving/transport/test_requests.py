@@ -16,11 +16,17 @@ from raymoe.serving.engine.cluster import LocalClusters
 from raymoe.serving.engine.engine import Engine, EngineSettings, QueueFull
 from raymoe.serving.engine.request import Increment, Request
 from raymoe.serving.engine.sampling import Sampling
-from raymoe.serving.engine.thread import Driver
+from raymoe.serving.engine.thread import EngineThread
 from raymoe.serving.engine.trunk import Trunk
-from raymoe.serving.transport.requests import Session, SessionServer, decode_increment, decode_request, encode_increment
-from raymoe.serving.transport.rows import NO_SECRET, Address, Lost
-from raymoe.serving.transport.trunk_pool import NoTrunk, Trunks
+from raymoe.serving.transport.requests import (
+    RequestServer,
+    RequestStream,
+    decode_increment,
+    decode_request,
+    encode_increment,
+)
+from raymoe.serving.transport.rows import NO_SECRET, Address, ConnectionLost
+from raymoe.serving.transport.trunk_pool import NoTrunkAvailable, TrunkPool
 from raymoe.storage.artifact import Artifact
 from tests.support.served import MODEL, artifact, tokenizer
 
@@ -52,9 +58,9 @@ class OneTrunk:
         self.engine, self.after, self.given = engine(served, settings), after, 0
 
     async def start(self) -> OneTrunk:
-        self.server = SessionServer(DIGEST, self.secret)
-        self.driver = Driver(self.engine, self.deliver)
-        await self.server.start(("127.0.0.1", 0), self.driver)
+        self.server = RequestServer(DIGEST, self.secret)
+        self.engine_thread = EngineThread(self.engine, self.deliver)
+        await self.server.start(("127.0.0.1", 0), self.engine_thread)
         return self
 
     @property
@@ -76,7 +82,7 @@ class OneTrunk:
 
     async def close(self) -> None:
         await self.server.close()
-        await asyncio.to_thread(self.driver.close)
+        await asyncio.to_thread(self.engine_thread.close)
 
 
 def together(test: Callable[[], Coroutine[Any, Any, None]]) -> None:
@@ -119,7 +125,7 @@ def same(got: list[Increment], expected: list[Increment]) -> None:
     assert [i.echo for i in got] == [i.echo for i in expected]
 
 
-async def collect(trunks: Trunks, asked: Request) -> list[Increment]:
+async def collect(trunks: TrunkPool, asked: Request) -> list[Increment]:
     return [increment async for increment in trunks.generate(asked)]
 
 
@@ -138,7 +144,7 @@ def test_what_crosses_the_wire_is_what_was_sent(served: Artifact) -> None:
 def test_answers_are_the_engines(served: Artifact) -> None:
     async def test() -> None:
         trunk = await OneTrunk(served).start()
-        trunks = Trunks(DIGEST)
+        trunks = TrunkPool(DIGEST)
         await trunks.update([trunk.address])
         answers = await asyncio.gather(*(collect(trunks, request(n)) for n in range(4)))
         for n, got in enumerate(answers):
@@ -154,7 +160,7 @@ def test_a_dead_trunk_changes_no_answer(served: Artifact, after: int) -> None:
     async def test() -> None:
         dying, living = await OneTrunk(served, after).start(), await OneTrunk(served).start()
         resumed: list[int] = []
-        trunks = Trunks(DIGEST, resumed=lambda: resumed.append(1))
+        trunks = TrunkPool(DIGEST, resumed=lambda: resumed.append(1))
         await trunks.update([dying.address])
         tasks = [asyncio.create_task(collect(trunks, request(n))) for n in range(4)]
         await eventually(lambda: dying.given >= after)
@@ -171,7 +177,7 @@ def test_a_dead_trunk_changes_no_answer(served: Artifact, after: int) -> None:
 
 def test_requests_wait_for_a_trunk_to_come(served: Artifact) -> None:
     async def test() -> None:
-        trunks = Trunks(DIGEST)
+        trunks = TrunkPool(DIGEST)
         task = asyncio.create_task(collect(trunks, request(0)))
         await asyncio.sleep(0)
         assert not trunks.ready and not task.done()
@@ -186,12 +192,12 @@ def test_requests_wait_for_a_trunk_to_come(served: Artifact) -> None:
 
 def test_patience_ends(served: Artifact) -> None:
     async def test() -> None:
-        with pytest.raises(NoTrunk, match="no trunk came within 0.05 s"):
-            await collect(Trunks(DIGEST, patience_s=0.05), request(0))
-        waits = Trunks(DIGEST, patience_s=5, max_waiting=1)
+        with pytest.raises(NoTrunkAvailable, match="no trunk came within 0.05 s"):
+            await collect(TrunkPool(DIGEST, wait_timeout_s=0.05), request(0))
+        waits = TrunkPool(DIGEST, wait_timeout_s=5, max_waiting=1)
         task = asyncio.create_task(collect(waits, request(0)))
         await asyncio.sleep(0)
-        with pytest.raises(NoTrunk, match="1 requests wait"):
+        with pytest.raises(NoTrunkAvailable, match="1 requests wait"):
             await collect(waits, request(1))
         task.cancel()
 
@@ -201,7 +207,7 @@ def test_patience_ends(served: Artifact) -> None:
 def test_full_trunks_refuse_and_keep_their_promises(served: Artifact) -> None:
     async def test() -> None:
         trunk = await OneTrunk(served).start()
-        trunks = Trunks(DIGEST)
+        trunks = TrunkPool(DIGEST)
         await trunks.update([trunk.address])
         tasks = [asyncio.create_task(collect(trunks, request(0, max_tokens=60))) for _ in range(6)]
         await eventually(lambda: trunk.engine.waiting == 2)
@@ -224,7 +230,7 @@ def test_a_resumed_request_waits_where_a_new_one_is_refused(served: Artifact) ->
         small = replace(SETTINGS, max_running=1, max_queued=0)
         dying = await OneTrunk(served, after=12).start()
         busy = await OneTrunk(served, settings=small).start()
-        trunks = Trunks(DIGEST)
+        trunks = TrunkPool(DIGEST)
         await trunks.update([busy.address])
         occupied = asyncio.create_task(collect(trunks, request(0, max_tokens=80)))
         await eventually(lambda: busy.engine.running == 1)
@@ -244,13 +250,13 @@ def test_what_a_trunk_had_is_not_refused_for_want_of_room(served: Artifact) -> N
     async def test() -> None:
         one = replace(SETTINGS, max_running=1)
         dying = await OneTrunk(served, settings=one).start()
-        trunks = Trunks(DIGEST, max_waiting=0)
+        trunks = TrunkPool(DIGEST, max_waiting=0)
         await trunks.update([dying.address])
         tasks = [asyncio.create_task(collect(trunks, request(0, max_tokens=100))) for _ in range(3)]
         await eventually(lambda: dying.engine.waiting == 2 and dying.given)
         dying.die()
         await eventually(lambda: not trunks.ready)
-        with pytest.raises(NoTrunk, match="3 requests wait"):
+        with pytest.raises(NoTrunkAvailable, match="3 requests wait"):
             await collect(trunks, request(1))
         busy = await OneTrunk(served, settings=replace(one, max_queued=0)).start()
         await trunks.update([busy.address])
@@ -266,7 +272,7 @@ def test_what_a_trunk_had_is_not_refused_for_want_of_room(served: Artifact) -> N
 def test_a_trunk_that_is_about_to_end_gets_no_new_requests(served: Artifact) -> None:
     async def test() -> None:
         ending, staying = await OneTrunk(served).start(), await OneTrunk(served).start()
-        trunks = Trunks(DIGEST)
+        trunks = TrunkPool(DIGEST)
         await trunks.update([ending.address])
         first = asyncio.create_task(collect(trunks, request(0, max_tokens=60)))
         await eventually(lambda: ending.engine.running == 1)
@@ -274,7 +280,7 @@ def test_a_trunk_that_is_about_to_end_gets_no_new_requests(served: Artifact) -> 
         rest = [asyncio.create_task(collect(trunks, request(0))) for _ in range(4)]
         for task in rest:
             same(await task, alone(served, request(0)))
-        assert ending.driver._numbers.keys() <= {(1, 1)} and staying.given == 4 * 24
+        assert ending.engine_thread._numbers.keys() <= {(1, 1)} and staying.given == 4 * 24
         same(await first, alone(served, request(0, max_tokens=60)))
         await trunks.update([])  # the last one is better than none
         same(await collect(trunks, request(1)), alone(served, request(1)))
@@ -287,9 +293,9 @@ def test_a_trunk_that_is_about_to_end_gets_no_new_requests(served: Artifact) -> 
 
 def test_a_trunk_whose_engine_has_ended_lets_its_requests_go(served: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
     async def test() -> None:
-        monkeypatch.setattr("raymoe.serving.transport.requests.BEAT", 0.02)
+        monkeypatch.setattr("raymoe.serving.transport.requests.HEARTBEAT_S", 0.02)
         broken, living = await OneTrunk(served).start(), await OneTrunk(served).start()
-        trunks = Trunks(DIGEST)
+        trunks = TrunkPool(DIGEST)
         await trunks.update([broken.address])
         step, steps = broken.engine.step, iter(range(5))
 
@@ -300,11 +306,11 @@ def test_a_trunk_whose_engine_has_ended_lets_its_requests_go(served: Artifact, m
 
         broken.engine.step = fail  # type: ignore[method-assign]
         task = asyncio.create_task(collect(trunks, request(0)))
-        await eventually(lambda: broken.driver.failed)
+        await eventually(lambda: broken.engine_thread.failed)
         await trunks.update([broken.address, living.address])
         same(await task, alone(served, request(0)))
-        with pytest.raises(Lost, match="engine has ended"):
-            await Session.connect(broken.address, DIGEST, 5)
+        with pytest.raises(ConnectionLost, match="engine has ended"):
+            await RequestStream.connect(broken.address, DIGEST, 5)
         trunks.close()
         for trunk in (broken, living):
             await trunk.close()
@@ -315,9 +321,9 @@ def test_a_trunk_whose_engine_has_ended_lets_its_requests_go(served: Artifact, m
 def test_a_request_that_kills_trunks_does_not_kill_them_all(served: Artifact) -> None:
     async def test() -> None:
         made = [await OneTrunk(served, after=1).start() for _ in range(6)]
-        trunks = Trunks(DIGEST)
+        trunks = TrunkPool(DIGEST)
         await trunks.update([trunk.address for trunk in made])
-        with pytest.raises(NoTrunk, match="5 trunks died"):
+        with pytest.raises(NoTrunkAvailable, match="5 trunks died"):
             await collect(trunks, request(0))
         assert len(trunks._live()) == 1
         trunks.close()
@@ -330,12 +336,12 @@ def test_a_request_that_kills_trunks_does_not_kill_them_all(served: Artifact) ->
 def test_an_odd_request_is_refused_and_ends_nothing_else(served: Artifact) -> None:
     async def test() -> None:
         trunk = await OneTrunk(served).start()
-        trunks = Trunks(DIGEST)
+        trunks = TrunkPool(DIGEST)
         await trunks.update([trunk.address])
         for odd in (Request(("a",)), request(0, stop_token_ids=(None,))):  # type: ignore[arg-type]
             with pytest.raises(ValueError, match="TypeError"):
                 await collect(trunks, odd)
-        session = await Session.connect(trunk.address, DIGEST, 5)
+        session = await RequestStream.connect(trunk.address, DIGEST, 5)
         for _ in range(2):  # the same number twice
             session._writer.write(b'{"submit": 1, "request": {"prompt": [1], "max_tokens": 90, "sampling": {}}}\n')
         await eventually(lambda: session.lost)
@@ -358,8 +364,8 @@ def test_what_is_no_trunk_is_left(served: Artifact, line: bytes) -> None:
             left.set()
 
         server = await asyncio.start_server(stranger, "127.0.0.1", 0)
-        with pytest.raises(Lost):
-            await Session.connect(server.sockets[0].getsockname()[:2], DIGEST, 0.2)
+        with pytest.raises(ConnectionLost):
+            await RequestStream.connect(server.sockets[0].getsockname()[:2], DIGEST, 0.2)
         await asyncio.wait_for(left.wait(), 5)
         server.close()
 
@@ -375,8 +381,8 @@ def test_a_trunk_that_says_odd_things_is_lost(served: Artifact) -> None:
             writer.write(b'{"given": [[]]}\n')
 
         server = await asyncio.start_server(odd, "127.0.0.1", 0)
-        session = await Session.connect(server.sockets[0].getsockname()[:2], DIGEST, 5)
-        with pytest.raises(Lost, match="IndexError"):
+        session = await RequestStream.connect(server.sockets[0].getsockname()[:2], DIGEST, 5)
+        with pytest.raises(ConnectionLost, match="IndexError"):
             await asyncio.wait_for(anext(session.ask(request(0))), 5)
         server.close()
 
@@ -386,11 +392,11 @@ def test_a_trunk_that_says_odd_things_is_lost(served: Artifact) -> None:
 def test_a_request_that_can_never_be_served_is_refused(served: Artifact) -> None:
     async def test() -> None:
         trunk = await OneTrunk(served).start()
-        trunks = Trunks(DIGEST)
+        trunks = TrunkPool(DIGEST)
         await trunks.update([trunk.address])
         with pytest.raises(ValueError, match="at most 128"):
             await collect(trunks, request(0, max_tokens=1000))
-        assert trunk.driver.idle
+        assert trunk.engine_thread.idle
         trunks.close()
         await trunk.close()
 
@@ -400,16 +406,16 @@ def test_a_request_that_can_never_be_served_is_refused(served: Artifact) -> None
 def test_leaving_early_frees_the_engine(served: Artifact) -> None:
     async def test() -> None:
         trunk = await OneTrunk(served).start()
-        trunks = Trunks(DIGEST)
+        trunks = TrunkPool(DIGEST)
         await trunks.update([trunk.address])
         async with aclosing(trunks.generate(request(0, max_tokens=100))) as answer:
             async for _ in answer:
                 break
-        await eventually(lambda: trunk.driver.idle)
+        await eventually(lambda: trunk.engine_thread.idle)
         task = asyncio.create_task(collect(trunks, request(0, max_tokens=100)))
-        await eventually(lambda: not trunk.driver.idle)
+        await eventually(lambda: not trunk.engine_thread.idle)
         task.cancel()
-        await eventually(lambda: trunk.driver.idle)
+        await eventually(lambda: trunk.engine_thread.idle)
         assert trunk.given < 150 and trunk.engine.cache.free == trunk.engine.cache.capacity
         trunks.close()
         await trunk.close()
@@ -420,12 +426,12 @@ def test_leaving_early_frees_the_engine(served: Artifact) -> None:
 def test_a_dead_api_frees_the_engine(served: Artifact) -> None:
     async def test() -> None:
         trunk = await OneTrunk(served).start()
-        session = await Session.connect(trunk.address, DIGEST, 5)
+        session = await RequestStream.connect(trunk.address, DIGEST, 5)
         answer = session.ask(request(0, max_tokens=100))
         await anext(answer)
         session._writer.transport.abort()
-        await eventually(lambda: trunk.driver.idle)
-        with pytest.raises(Lost):
+        await eventually(lambda: trunk.engine_thread.idle)
+        with pytest.raises(ConnectionLost):
             while True:
                 await anext(answer)
         await trunk.close()
@@ -435,11 +441,11 @@ def test_a_dead_api_frees_the_engine(served: Artifact) -> None:
 
 def test_a_silent_trunk_counts_as_dead(served: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
     async def test() -> None:
-        monkeypatch.setattr("raymoe.serving.transport.requests.SILENCE", 0.2)
+        monkeypatch.setattr("raymoe.serving.transport.requests.HEARTBEAT_TIMEOUT_S", 0.2)
         silent = await asyncio.start_server(lambda reader, writer: writer.write(b'{"raymoe": 2}\n'), "127.0.0.1", 0)
         living = await OneTrunk(served).start()
-        monkeypatch.setattr("raymoe.serving.transport.requests.BEAT", 0.05)
-        trunks = Trunks(DIGEST)
+        monkeypatch.setattr("raymoe.serving.transport.requests.HEARTBEAT_S", 0.05)
+        trunks = TrunkPool(DIGEST)
         await trunks.update([silent.sockets[0].getsockname()[:2]])
         task = asyncio.create_task(collect(trunks, request(0)))
         await asyncio.sleep(0)
@@ -471,9 +477,9 @@ def test_strangers_are_refused(served: Artifact, line: bytes) -> None:
         writer.write(line)
         writer.write_eof()
         assert b'"raymoe":2' not in await reader.read()
-        with pytest.raises(Lost, match="this trunk serves artifact"):
-            await Session.connect(trunk.address, "e" * 64, 5)
-        trunks = Trunks(DIGEST)
+        with pytest.raises(ConnectionLost, match="this trunk serves artifact"):
+            await RequestStream.connect(trunk.address, "e" * 64, 5)
+        trunks = TrunkPool(DIGEST)
         await trunks.update([trunk.address])
         same(await collect(trunks, request(0)), alone(served, request(0)))
         trunks.close()
@@ -489,14 +495,14 @@ def test_who_does_not_know_the_secret_is_refused_and_told_nothing(served: Artifa
         secret = bytes(range(32))
         trunk = await OneTrunk(served, secret=secret).start()
         for wrong in (NO_SECRET, secret[::-1]):
-            with pytest.raises(Lost) as caught:
-                await Session.connect(trunk.address, DIGEST, 5, wrong)
+            with pytest.raises(ConnectionLost) as caught:
+                await RequestStream.connect(trunk.address, DIGEST, 5, wrong)
             assert str(caught.value).endswith("refused: this trunk is of another application")
         reader, writer = await asyncio.open_connection(*trunk.address)
         writer.write(b'{"raymoe": 2, "digest": "%b"}\n{"submit": 1, "request": {}}\n' % DIGEST.encode())
-        assert await reader.read() == b"" and not trunk.driver._numbers
+        assert await reader.read() == b"" and not trunk.engine_thread._numbers
         writer.close()
-        trunks = Trunks(DIGEST, secret=secret)
+        trunks = TrunkPool(DIGEST, secret=secret)
         await trunks.update([trunk.address])
         same(await collect(trunks, request(0)), alone(served, request(0)))
         trunks.close()
@@ -512,7 +518,7 @@ def test_a_driver_whose_engine_fails_says_so(served: Artifact) -> None:
         raise OSError("the artifact is gone")
 
     broken.step = fail  # type: ignore[method-assign]
-    driver = Driver(broken, lambda given: None)
-    driver.submit(1, request(0))
-    driver._thread.join(10)
-    assert isinstance(driver.failed, OSError)
+    engine_thread = EngineThread(broken, lambda given: None)
+    engine_thread.submit(1, request(0))
+    engine_thread._thread.join(10)
+    assert isinstance(engine_thread.failed, OSError)
