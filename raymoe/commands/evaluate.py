@@ -53,9 +53,9 @@ def main() -> int:
 
     torch.set_num_threads(arguments.threads)
     try:
-        stored, passed_over = open_any(arguments.root, arguments.name, arguments.step)
-        for reason in passed_over:
-            print(f"passed over: {reason}", file=sys.stderr)
+        stored, skipped = open_any(arguments.root, arguments.name, arguments.step)
+        for reason in skipped:
+            print(f"skipped: {reason}", file=sys.stderr)
         texts, end_of_text = stored.text(arguments.data, arguments.text_field)
         model = stored.model(arguments.residuals)
         hidden = None if sys.stderr.isatty() else True

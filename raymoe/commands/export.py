@@ -44,8 +44,8 @@ def main() -> int:
     except (ValueError, OSError) as error:
         print(f"export.py: {error}", file=sys.stderr)
         return 2
-    for reason in done.passed_over:
-        print(f"passed over: {reason}", file=sys.stderr)
+    for reason in done.skipped:
+        print(f"skipped: {reason}", file=sys.stderr)
     print(table(done.metrics))
     print(f"\nartifact {done.target}\nnext     python jobs/evaluate.py {done.target}")
     return 0

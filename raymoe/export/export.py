@@ -10,7 +10,7 @@ from typing import Any
 
 from raymoe.data.corpus import Corpus, Text
 from raymoe.export.judge import judge
-from raymoe.export.open import Stored, open_run
+from raymoe.export.open import StoredModel, open_run
 from raymoe.model.transformer import Transformer
 from raymoe.storage.artifact import align_clusters, as_exported, sizes, write_artifact
 from raymoe.storage.run_folder import artifact_folder
@@ -19,8 +19,8 @@ from raymoe.storage.run_folder import artifact_folder
 @dataclass(frozen=True)
 class Export:
     target: Path
-    source: Stored
-    passed_over: list[str]
+    source: StoredModel
+    skipped: list[str]
     """Checkpoints that were not valid, with reasons."""
     metrics: dict[str, Any]
 
@@ -33,7 +33,7 @@ def export(
     tokens: how much of the validation set the perplexities are measured on. Raises FileNotFoundError,
     FileExistsError, CorruptCheckpoint, ValueError or OSError; then nothing is left behind.
     """
-    stored, passed_over = open_run(root, name, step)
+    stored, skipped = open_run(root, name, step)
     target = target or artifact_folder(root, name)
     if target.exists():
         raise FileExistsError(f"{target} exists: remove it, or name another folder with --to")
@@ -62,7 +62,7 @@ def export(
         target, config=stored.config.to_dict(), tensors=tensors, assignment=stored.assignment, version=stored.version,
         tokenizer=stored.tokenizer, metrics=metrics, relabel=relabel,
     )  # fmt: skip
-    return Export(target, stored, passed_over, metrics)
+    return Export(target, stored, skipped, metrics)
 
 
 def _shortened(texts: dict[str, Text], tokens: int) -> dict[str, Text]:

@@ -18,7 +18,7 @@ from raymoe.storage.run_folder import RunFolder, artifact_folder, run_folder
 
 
 @dataclass
-class Stored:
+class StoredModel:
     """A model at rest: of a run's checkpoint or of an artifact."""
 
     name: str
@@ -59,10 +59,10 @@ class Stored:
         return read_text(section, tokenizer), tokenizer.token_to_id(END_OF_TEXT) or 0
 
 
-def open_run(root: str, name: str, step: int | None = None) -> tuple[Stored, list[str]]:
+def open_run(root: str, name: str, step: int | None = None) -> tuple[StoredModel, list[str]]:
     """The newest valid checkpoint of a run (or that of `step`), and what was passed over.
 
-    Raises FileNotFoundError where there is no such run or no checkpoint, CorruptCheckpoint for a bad `step`, Corrupt
+    Raises FileNotFoundError where there is no such run or no checkpoint, CorruptCheckpoint for a bad `step`, CorruptFile
     for a config.json that is none.
     """
     folder = run_folder(root, name)
@@ -88,19 +88,21 @@ def open_run(root: str, name: str, step: int | None = None) -> tuple[Stored, lis
     if not (corpus / "tokenizer.json").is_file():  # the cache was cleared: the same text makes the same corpus
         corpus = prepare(config)
     tokenizer = corpus / "tokenizer.json"
-    return Stored(name, folder, config, assignment, version, tokenizer, checkpoint, checkpoint.step, corpus), skipped
+    return StoredModel(
+        name, folder, config, assignment, version, tokenizer, checkpoint, checkpoint.step, corpus
+    ), skipped
 
 
-def open_artifact(folder: Path) -> Stored:
+def open_artifact(folder: Path) -> StoredModel:
     """A verified artifact. Raises CorruptArtifact."""
     artifact = Artifact.open(folder)
     config, assignment = from_dict(artifact.config), tuple(map(tuple, artifact.assignment))
-    return Stored(
+    return StoredModel(
         folder.name, folder, config, assignment, artifact.version, artifact.tokenizer_path, artifact, None, None
     )
 
 
-def open_any(root: str, name: str, step: int | None = None) -> tuple[Stored, list[str]]:
+def open_any(root: str, name: str, step: int | None = None) -> tuple[StoredModel, list[str]]:
     """`name` as a folder that is an artifact, else as a run, else as the export of a run that is gone."""
     folder = Path(name).expanduser()
     if (folder / MANIFEST).is_file():

@@ -30,15 +30,15 @@ from raymoe.config import Config, ModelSection, from_dict
 from raymoe.data.tokens import load_tokenizer
 from raymoe.model.quantize import GROUP, Int4, balance, dequantize, quantize
 from raymoe.storage.artifact_layout import ENCODING, TRUNK, Encoding, Part, Place, cluster_file, layout
-from raymoe.storage.files import Corrupt, durable, sync, write_json
-from raymoe.storage.manifest import MANIFEST, Manifest, claim, require_same, write_tensors
+from raymoe.storage.files import CorruptFile, durable_write, sync, write_json
+from raymoe.storage.manifest import MANIFEST, Manifest, describe_file, require_same, write_tensors
 
 FORMAT_VERSION = 1
 Residuals = Literal["int4", "zero"]
 TOKENIZER = "tokenizer.json"
 
 
-class CorruptArtifact(Corrupt):
+class CorruptArtifact(CorruptFile):
     """An artifact that is incomplete, damaged or not ours: `file` and `reason` say what was found."""
 
 
@@ -155,9 +155,9 @@ def write_artifact(
         files: dict[str, Any] = {}
         for file in sorted({place.file for place in places}):
             files[file] = write_tensors(partial / file, _encode([p for p in places if p.file == file], tensors))
-        with durable(partial / TOKENIZER) as copy:
+        with durable_write(partial / TOKENIZER) as copy:
             shutil.copyfile(tokenizer, copy)
-        files[TOKENIZER] = claim(partial / TOKENIZER)
+        files[TOKENIZER] = describe_file(partial / TOKENIZER)
         manifest = {
             "format_version": FORMAT_VERSION,
             "config": config,

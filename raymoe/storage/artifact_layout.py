@@ -14,7 +14,7 @@ from raymoe.config import ModelSection
 from raymoe.model.expert_math import RESIDUALS
 from raymoe.model.quantize import packed_shapes
 from raymoe.model.transformer import Transformer
-from raymoe.storage.manifest import Stored
+from raymoe.storage.manifest import StoredTensor
 
 TRUNK = "trunk.safetensors"
 Encoding = Literal["float32", "float16", "int4"]
@@ -39,15 +39,15 @@ class Place:
         """The long axis of a residual factor: its input's, or its output's."""
         return 0 if self.key.endswith("_in") else 1
 
-    def stored(self) -> dict[str, Stored]:
+    def stored(self) -> dict[str, StoredTensor]:
         """The tensors that the file holds for it."""
         if self.encoding != "int4":
-            return {self.key: Stored(self.file, _NAMES[self.encoding], self.shape)}
+            return {self.key: StoredTensor(self.file, _NAMES[self.encoding], self.shape)}
         packed, grid = packed_shapes(self.shape, self.axis)
         return {
-            f"{self.key}.packed": Stored(self.file, "U8", packed),
-            f"{self.key}.scale": Stored(self.file, "F16", grid),
-            f"{self.key}.minimum": Stored(self.file, "F16", grid),
+            f"{self.key}.packed": StoredTensor(self.file, "U8", packed),
+            f"{self.key}.scale": StoredTensor(self.file, "F16", grid),
+            f"{self.key}.minimum": StoredTensor(self.file, "F16", grid),
         }
 
     @property

@@ -20,13 +20,13 @@ from typing import Any
 
 from torch import Tensor
 
-from raymoe.storage.files import Corrupt, read_json, write_json
+from raymoe.storage.files import CorruptFile, read_json, write_json
 from raymoe.storage.manifest import MANIFEST, Manifest, header, write_tensors
 
 FORMAT_VERSION = 2
 
 
-class CorruptCheckpoint(Corrupt):
+class CorruptCheckpoint(CorruptFile):
     """A checkpoint that is incomplete, damaged or not ours: `file` and `reason` say what was found."""
 
 

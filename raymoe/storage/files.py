@@ -17,7 +17,7 @@ JSON_LIMIT = 64 << 20
 """Maximum size in bytes of a JSON file that is read or written."""
 
 
-class Corrupt(ValueError):
+class CorruptFile(ValueError):
     """`file` is not what it should be, for the `reason` given."""
 
     def __init__(self, file: Path, reason: str) -> None:
@@ -41,7 +41,7 @@ def sync(path: Path) -> None:
 
 
 @contextmanager
-def durable(path: Path) -> Iterator[Path]:
+def durable_write(path: Path) -> Iterator[Path]:
     """A temporary name to write to, which becomes `path` once it is on the disk; on failure it is removed.
 
     Raises OSError with the cause's errno, naming `path`.
@@ -84,14 +84,14 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
         raise ValueError(f"{path.name} cannot hold what it was given: {error}") from error
     if len(text) > JSON_LIMIT:
         raise ValueError(f"{path.name} would be larger than {JSON_LIMIT >> 20} MiB")
-    with durable(path) as partial:
+    with durable_write(path) as partial:
         partial.write_bytes(text)
 
 
 # Reading
 
 
-def read_json(path: Path, error: type[Corrupt] = Corrupt) -> dict[str, Any]:
+def read_json(path: Path, error: type[CorruptFile] = CorruptFile) -> dict[str, Any]:
     """The JSON object in a file of bounded size, whose objects name each key once."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -23,13 +23,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from raymoe.storage.files import Corrupt, durable, read_json
+from raymoe.storage.files import CorruptFile, durable_write, read_json
 
 MANIFEST = "manifest.json"
 T = TypeVar("T")
 
 
-class Stored(NamedTuple):
+class StoredTensor(NamedTuple):
     """A tensor as a file holds it; `dtype` as safetensors names it."""
 
     file: str
@@ -42,12 +42,12 @@ class Stored(NamedTuple):
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """Write a safetensors file durably; returns what a manifest says about it."""
-    with durable(path) as partial:
+    with durable_write(path) as partial:
         save_file({key: tensor.detach().contiguous() for key, tensor in tensors.items()}, partial)
-        return claim(partial)
+        return describe_file(partial)
 
 
-def claim(path: Path) -> dict[str, Any]:
+def describe_file(path: Path) -> dict[str, Any]:
     """What a manifest says about a file."""
     return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
 
@@ -74,11 +74,11 @@ class Manifest:
     folder: Path
     content: dict[str, Any]
     """All of the JSON."""
-    error: type[Corrupt]
-    tensors: dict[str, Stored] = field(default_factory=dict)
+    error: type[CorruptFile]
+    tensors: dict[str, StoredTensor] = field(default_factory=dict)
 
     @classmethod
-    def open(cls, folder: Path, *, version: int, error: type[Corrupt], verify: bool) -> Manifest:
+    def open(cls, folder: Path, *, version: int, error: type[CorruptFile], verify: bool) -> Manifest:
         """Check the manifest in `folder` against its files: sizes, tensors and, with `verify`, every checksum.
 
         Raises `error` for the first claim that does not hold.
@@ -132,7 +132,7 @@ class Manifest:
         if verify and _sha256(path) != sha256:
             raise self.error(path, "its sha256 is not the manifest's")
 
-    def _stored(self, key: str, entry: Any) -> Stored:
+    def _stored(self, key: str, entry: Any) -> StoredTensor:
         claims = self._typed(entry, dict, f"the entry of tensor {key!r}")
         file = self._typed(claims.get("file"), str, f"the file of tensor {key!r}")
         dtype = self._typed(claims.get("dtype"), str, f"the dtype of tensor {key!r}")
@@ -141,11 +141,11 @@ class Manifest:
             raise self.error(self.folder / MANIFEST, f"tensor {key!r} is in {file!r}, which is not among the files")
         if not all(type(size) is int and size >= 0 for size in shape):
             raise self.error(self.folder / MANIFEST, f"tensor {key!r} has a shape that is not of integers from 0 up")
-        return Stored(file, dtype, tuple(shape))
+        return StoredTensor(file, dtype, tuple(shape))
 
-    def _held(self) -> dict[str, Stored]:
+    def _held(self) -> dict[str, StoredTensor]:
         """What the files themselves say that they hold."""
-        held: dict[str, Stored] = {}
+        held: dict[str, StoredTensor] = {}
         for name in self.content["files"]:
             if name.endswith(".safetensors"):
                 with self._reading(name) as path:
@@ -153,7 +153,7 @@ class Manifest:
                 for key, (dtype, shape) in found.items():
                     if key in held:
                         raise self.error(path, f"holds {key!r}, and so does {held[key].file}")
-                    held[key] = Stored(name, dtype, shape)
+                    held[key] = StoredTensor(name, dtype, shape)
         return held
 
     @contextmanager
@@ -167,7 +167,9 @@ class Manifest:
             raise self.error(path, f"cannot be read as safetensors: {cause}") from cause
 
 
-def require_same(found: dict[str, Stored], expected: dict[str, Stored], folder: Path, error: type[Corrupt]) -> None:
+def require_same(
+    found: dict[str, StoredTensor], expected: dict[str, StoredTensor], folder: Path, error: type[CorruptFile]
+) -> None:
     """Raise `error` for the first tensor that is not as expected."""
     for key, stored in (expected | found).items():
         if found.get(key) != expected.get(key):
@@ -177,11 +179,11 @@ def require_same(found: dict[str, Stored], expected: dict[str, Stored], folder: 
             )
 
 
-def _words(stored: Stored | None) -> str:
+def _words(stored: StoredTensor | None) -> str:
     return f"{stored.dtype} {list(stored.shape)} in {stored.file}" if stored else "absent"
 
 
-def _regular(folder: Path, name: str, error: type[Corrupt]) -> Path:
+def _regular(folder: Path, name: str, error: type[CorruptFile]) -> Path:
     """The path of a regular file inside `folder`; refuses names and links that lead out of it."""
     if not all(re.fullmatch(r"\w[\w.-]*", part, re.ASCII) for part in name.split("/")):
         raise error(folder / MANIFEST, f"names the file {name!r}: only plain names inside the folder are allowed")

@@ -33,8 +33,8 @@ from raymoe.data.tokens import encode, load_tokenizer, train_tokenizer
 from raymoe.export.open import open_run
 from raymoe.storage.artifact import Artifact, CorruptArtifact
 from raymoe.storage.checkpoint import Checkpoint, CorruptCheckpoint
-from raymoe.storage.files import Corrupt
-from raymoe.storage.manifest import claim
+from raymoe.storage.files import CorruptFile
+from raymoe.storage.manifest import describe_file
 from raymoe.training.journal import Journal
 from raymoe.training.launch import resolve
 from raymoe.training.regroup.clients import Replay
@@ -143,7 +143,7 @@ def forge(folder: Path, content: bytes) -> None:
     (folder / "x.safetensors").write_bytes(content)
     entry = {"file": "x.safetensors", "dtype": "F32", "shape": [4, 4]}
     manifest = {"format_version": 2, "step": 1, "world": 1, "meta": {}, "tensors": {"x": entry}}
-    files = {"x.safetensors": claim(folder / "x.safetensors")}
+    files = {"x.safetensors": describe_file(folder / "x.safetensors")}
     (folder / "manifest.json").write_text(json.dumps(manifest | {"files": files}))
 
 
@@ -204,7 +204,7 @@ def opener(kind: str, folder: Path) -> Callable[[], Any]:
 @FEW
 @given(data=st.data())
 def test_any_manifest_is_read_or_refused(
-    kind: str, error: type[Corrupt], data: st.DataObject, request: pytest.FixtureRequest, tmp_path: Path
+    kind: str, error: type[CorruptFile], data: st.DataObject, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     folder = request.getfixturevalue(kind)
     manifest = data.draw(changed(json.loads((folder / "manifest.json").read_text())))
@@ -215,7 +215,7 @@ def test_any_manifest_is_read_or_refused(
 @KINDS
 @pytest.mark.parametrize("text", BOMBS, ids=range(len(BOMBS)))
 def test_bombs_are_no_manifests(
-    kind: str, error: type[Corrupt], text: str, request: pytest.FixtureRequest, tmp_path: Path
+    kind: str, error: type[CorruptFile], text: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     copied = with_manifest(request.getfixturevalue(kind), tmp_path / "c", text)
     assert "manifest.json" in only(error, opener(kind, copied))
@@ -224,7 +224,7 @@ def test_bombs_are_no_manifests(
 @KINDS
 @pytest.mark.parametrize("name", ["../outside", "a/../../outside", "link", "{root}/outside"])
 def test_no_manifest_leads_to_another_file(
-    kind: str, error: type[Corrupt], name: str, outside: Path, request: pytest.FixtureRequest, tmp_path: Path
+    kind: str, error: type[CorruptFile], name: str, outside: Path, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     folder = request.getfixturevalue(kind)
     manifest = json.loads((folder / "manifest.json").read_text())

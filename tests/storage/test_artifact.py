@@ -28,7 +28,7 @@ from raymoe.config import ModelSection, preset
 from raymoe.model.expert_math import RESIDUALS
 from raymoe.model.transformer import Transformer
 from raymoe.storage.artifact import Artifact, CorruptArtifact, align_clusters, sizes, write_artifact
-from raymoe.storage.manifest import claim
+from raymoe.storage.manifest import describe_file
 from tests.support.paths import GOLDEN
 
 CLUSTERED = ModelSection(
@@ -421,7 +421,7 @@ def test_consistent_lies_about_the_weights_are_refused(
     kinds = {torch.float32: "F32", torch.float16: "F16", torch.float64: "F64"}
 
     def lie(manifest: dict[str, Any]) -> None:
-        manifest["files"][file.name] = claim(file)
+        manifest["files"][file.name] = describe_file(file)
         others = {key: entry for key, entry in manifest["tensors"].items() if entry["file"] != file.name}
         manifest["tensors"] = others | {
             key: {"file": file.name, "dtype": kinds[t.dtype], "shape": list(t.shape)} for key, t in tensors.items()

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from raymoe.storage import files
 from raymoe.storage import manifest as manifest_module
 from raymoe.storage.checkpoint import (
     BackgroundWriter,
@@ -218,7 +219,7 @@ def test_unreadable_manifests_are_refused(tmp_path: Path, monkeypatch: pytest.Mo
     refused(folder, "manifest.json", "not a regular file")
     path.unlink()
     path.write_text(whole)
-    monkeypatch.setattr(manifest_module, "JSON_LIMIT", 100)
+    monkeypatch.setattr(files, "JSON_LIMIT", 100)
     refused(folder, "manifest.json", "larger than")
 
 
@@ -307,7 +308,7 @@ def test_a_key_in_two_files_is_refused(tmp_path: Path) -> None:
     tensors = load_file(other)
     tensors["layers.0.experts.0.bias"] = torch.tensor(9.0)
     save_file(tensors, other)
-    edit(folder, lambda m: m["files"][other.name].update(manifest_module.claim(other)))
+    edit(folder, lambda m: m["files"][other.name].update(manifest_module.describe_file(other)))
     with pytest.raises(CorruptCheckpoint, match="holds 'layers.0.experts.0.bias', and so does"):
         Checkpoint.open(folder)
 
@@ -316,7 +317,7 @@ def test_a_file_that_is_not_safetensors_is_refused(tmp_path: Path) -> None:
     folder = save(tmp_path / "c")
     for content in (b"", b"x" * 200, b"\xff" * 200, (folder / SHARD).read_bytes()[:-8]):
         (folder / SHARD).write_bytes(content)
-        edit(folder, lambda m: m["files"][SHARD].update(manifest_module.claim(folder / SHARD)))
+        edit(folder, lambda m: m["files"][SHARD].update(manifest_module.describe_file(folder / SHARD)))
         refused(folder, SHARD, "cannot be read as safetensors")
 
 
