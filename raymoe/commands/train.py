@@ -34,17 +34,23 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> int:
     arguments = parser().parse_args()
-    # torch and ray are imported late, so that --help and a bad key answer at once.
-    from raymoe.training.launch import GaveUp, connect, launch, resolve
+    # resolve imports neither torch nor Ray, so that a bad key fails within a second.
+    from raymoe.training.resolve import resolve
 
     try:
         config = resolve(preset(arguments.preset), arguments.overrides)
+    except (ValueError, OSError) as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        return 2
+    from raymoe.training.launch import TooManyFailures, connect, launch
+
+    try:
         connect(config)
         run, stopped_by = launch(config)
     except (ValueError, OSError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
-    except GaveUp as error:
+    except TooManyFailures as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 1
     print(f"run     {run}\nreport  {run / 'report.html'}\nmetrics {run / 'metrics.jsonl'}")

@@ -25,11 +25,11 @@ from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from tqdm import tqdm
 
 import raymoe
-from raymoe.config import Config, ModelSection, from_dict, override
+from raymoe.config import Config, ModelSection, from_dict
 from raymoe.data.corpus import Corpus, prepare
 from raymoe.metrics import TrainingMetrics, serve
 from raymoe.model.transformer import Transformer
-from raymoe.storage.files import read_json, replace_file
+from raymoe.storage.files import replace_file
 from raymoe.storage.mirror import Mirror
 from raymoe.storage.run_folder import RunFolder, run_folder
 from raymoe.storage.scrape_targets import write_targets
@@ -40,8 +40,8 @@ from raymoe.training.regroup.clients import start as start_clusterer
 from raymoe.training.run_report import write_report
 
 
-class GaveUp(RuntimeError):
-    """A run failed again and again where it stands; the message has the reason."""
+class TooManyFailures(RuntimeError):
+    """A run exceeded `train.max_failures`. The message has the last error."""
 
 
 def worker(job: dict[str, Any]) -> None:
@@ -71,42 +71,6 @@ def worker(job: dict[str, Any]) -> None:
     ray.train.report(outcome)
 
 
-def resolve(config: Config, assignments: list[str]) -> Config:
-    """The config of this launch, all decided: name, root, and what a resumed run brings along.
-
-    With `train.resume=NAME` the run's own config is the base and the overrides apply on top; the model
-    and the data cannot change. Otherwise an existing run of the same name is refused.
-    Raises FileNotFoundError, FileExistsError or ValueError.
-    """
-    config = override(config, assignments)
-    name = config.train.resume
-    if not name:
-        if not config.run.name:
-            stamp = time.strftime("%Y%m%d-%H%M%S")
-            config = override(config, [f"run.name={config.preset}-{stamp}"])
-        folder = run_folder(config.run.root, config.run.name)
-        if folder.exists():
-            raise FileExistsError(
-                f"{folder} exists: choose another run.name, or continue it with train.resume={config.run.name}"
-            )
-        return config
-    folder = run_folder(config.run.root, name)
-    saved = RunFolder(folder).config
-    if config.checkpoint.storage and not folder.exists():
-        for reason in Mirror(config.checkpoint.storage, name).pull(folder):
-            print(f"passed over: {reason}", file=sys.stderr)
-    if not saved.is_file():
-        raise FileNotFoundError(f"there is no run to resume at {folder}: it has no config.json")
-    base = from_dict(read_json(saved).get("config"))
-    resumed = override(base, [*assignments, f"run.name={name}"])
-    for section in ("model", "data"):
-        if getattr(resumed, section) != getattr(base, section):
-            raise ValueError(f"a resumed run keeps its {section}: drop the {section}.* overrides, or start a new run")
-    if resumed.run.seed != base.run.seed or resumed.train.global_batch != base.train.global_batch:
-        raise ValueError("a resumed run keeps run.seed and train.global_batch: they say which tokens each step reads")
-    return resumed
-
-
 def connect(config: Config) -> None:
     """Join the Ray that RAY_ADDRESS or this machine offers, else start a local one.
 
@@ -128,7 +92,7 @@ def launch(config: Config) -> tuple[Path, int]:
     """Train `config` to its end or to an orderly stop; returns the run's folder and the signal that stopped it, or 0.
 
     Needs Ray to be initialised. SIGINT and SIGTERM ask the workers to checkpoint at the next step and leave.
-    Raises GaveUp after more than `train.max_failures` failures in a row without a newer checkpoint between them.
+    Raises TooManyFailures after more than `train.max_failures` failures in a row without a newer checkpoint between them.
     """
     run = run_folder(config.run.root, config.run.name)
     mirror = Mirror(config.checkpoint.storage, config.run.name) if config.checkpoint.storage else None
@@ -180,7 +144,9 @@ def launch(config: Config) -> tuple[Path, int]:
     if outcome[0] is not None:
         raise outcome[0]
     if reason := dead_end(run, config.train.max_failures):
-        raise GaveUp(f"{reason}; see {run / 'metrics.jsonl'}, and continue with train.resume={config.run.name}")
+        raise TooManyFailures(
+            f"{reason}; see {run / 'metrics.jsonl'}, and continue with train.resume={config.run.name}"
+        )
     return run, received[0] if received else 0
 
 

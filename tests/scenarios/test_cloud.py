@@ -1,6 +1,6 @@
 """What is shipped for clouds: `ray up`, KubeRay and the image, checked without any of them.
 
-`jobs/fleet.yaml` by Ray's own schema and checks. The manifests by Ray's reader of RayClusters and by `FIELDS` below:
+`jobs/ray_cluster.yaml` by Ray's own schema and checks. The manifests by Ray's reader of RayClusters and by `FIELDS` below:
 the fields of KubeRay's and Kubernetes' that are used here, and no others. With KUBERAY_CRDS set to a checkout's
 `ray-operator/config/crd/bases` they are checked against the CRDs themselves.
 """
@@ -57,7 +57,7 @@ def check_fleet(fleet: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_the_fleet_is_one_that_ray_up_takes() -> None:
-    fleet = check_fleet(load("jobs/fleet.yaml"))
+    fleet = check_fleet(load("jobs/ray_cluster.yaml"))
     types = fleet["available_node_types"]
     assert types["head"]["max_workers"] == 0 and fleet["head_node_type"] == "head"
     assert types["gpu"]["resources"]["GPU"] == 1 and types["cpu"]["max_workers"] > 0
@@ -118,7 +118,7 @@ def _fleet_head(fleet: dict[str, Any]) -> None:
     "spoil", [_fleet_key, _fleet_type_key, _fleet_bounds, _fleet_total, _fleet_type, _fleet_head], ids=lambda f: f.__name__
 )  # fmt: skip
 def test_a_spoilt_fleet_is_refused(spoil: Callable[[dict[str, Any]], None]) -> None:
-    fleet = load("jobs/fleet.yaml")
+    fleet = load("jobs/ray_cluster.yaml")
     spoil(fleet)
     with pytest.raises((ValueError, jsonschema.ValidationError)):
         check_fleet(fleet)

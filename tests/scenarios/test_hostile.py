@@ -36,8 +36,8 @@ from raymoe.storage.checkpoint import Checkpoint, CorruptCheckpoint
 from raymoe.storage.files import CorruptFile
 from raymoe.storage.manifest import describe_file
 from raymoe.training.journal import Journal
-from raymoe.training.launch import resolve
 from raymoe.training.regroup.clients import Replay
+from raymoe.training.resolve import resolve
 from tests.data.test_corpus import prepared, prose
 from tests.storage.test_checkpoint import save
 from tests.support.served import artifact

@@ -17,7 +17,7 @@ from raymoe.config import override, preset
 from raymoe.ops.ray_head import answers, free_ports
 from raymoe.storage.checkpoint import newest, step_folder, write_manifest, write_shard
 from raymoe.storage.mirror import BackgroundMirror, Mirror
-from raymoe.training.launch import resolve
+from raymoe.training.resolve import resolve
 from tests.support.waiting import until
 
 
