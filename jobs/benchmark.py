@@ -150,7 +150,7 @@ def _step_times(rank: int, world: int, config: Config, rounds: int) -> dict[str,
     )
     for name, variant in variants.items():
         sharded = shard(variant, variant.default_assignment())
-        sharded.transformer.initialise(0)
+        sharded.transformer.initialize(0)
         gradients, optimizer = Gradients(sharded), Optimizer(sharded.transformer, train)
 
         def step(sharded: Any = sharded, gradients: Gradients = gradients, optimizer: Optimizer = optimizer) -> None:

@@ -59,7 +59,7 @@ def make_artifact(name: str, data: str, folder: Path) -> tuple[Any, Any, Prompts
     tokenizer = train_tokenizer(texts, config.model.vocabulary)
     tokenizer.save(str(folder / "tokenizer.json"))
     transformer = Transformer(config.model)
-    transformer.initialise(0)
+    transformer.initialize(0)
     target = write_artifact(
         folder / "artifact",
         config=config.to_dict(),

@@ -19,7 +19,7 @@ Compute = Callable[[Tensor, list[int]], Tensor]
 class Dispatch(Protocol):
     """Sends each row to its group's owner and returns the answers in the rows' order."""
 
-    held: tuple[int, ...]
+    local_groups: tuple[int, ...]
     """Groups whose weights are in this process, in the order of `Compute`'s counts."""
 
     def __call__(self, rows: Tensor, group: Tensor, compute: Compute) -> Tensor:
@@ -39,10 +39,10 @@ class LocalDispatch:
     """All groups are here."""
 
     def __init__(self, groups: int) -> None:
-        self.held = tuple(range(groups))
+        self.local_groups = tuple(range(groups))
 
     def __call__(self, rows: Tensor, group: Tensor, compute: Compute) -> Tensor:
         tokens, per_token = group.shape
-        order, inverse, counts = sort_by(group.flatten(), len(self.held))
+        order, inverse, counts = sort_by(group.flatten(), len(self.local_groups))
         answers = compute(rows.index_select(0, order // per_token), counts.tolist())
         return answers.index_select(0, inverse).view(tokens, per_token, rows.shape[1])

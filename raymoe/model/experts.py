@@ -62,7 +62,7 @@ class ClusteredExperts(nn.Module):
     """Clusters of experts with two-stage routing (paper sections 3.1 and 3.2).
 
     assignment [E]: the cluster of each expert; ghosts: the experts on the move. The clusters in
-    `dispatch.held` are in this process, with their members, router rows and biases. A cluster that has
+    `dispatch.local_groups` are in this process, with their members, router rows and biases. A cluster that has
     fewer than K members uses them all; one that has none answers with zeros and should not be chosen.
     """
 
@@ -79,10 +79,10 @@ class ClusteredExperts(nn.Module):
         self.dispatch = dispatch
         self.router = Router(d, model.n_clusters, model.clusters_per_token, over_selected=False)
         self.ghosts = dict(ghosts or {})
-        self.members = [members(assignment, self.ghosts, c) for c in dispatch.held]
+        self.members = [members(assignment, self.ghosts, c) for c in dispatch.local_groups]
         """The members of each held cluster."""
-        self.held_members = [member for cluster in self.members for member in cluster]
-        c, e = len(dispatch.held), len(self.held_members)
+        self.local_members = [member for cluster in self.members for member in cluster]
+        c, e = len(dispatch.local_groups), len(self.local_members)
         self.base_gate = nn.Parameter(torch.empty(c, d, f))
         self.base_up = nn.Parameter(torch.empty(c, d, f))
         self.base_down = nn.Parameter(torch.empty(c, f, d))
@@ -117,7 +117,7 @@ class ClusteredExperts(nn.Module):
         """
         shares = [
             1.0 - progress if member.ghost else progress if member.expert in self.ghosts else 1.0
-            for member in self.held_members
+            for member in self.local_members
         ]
         self.share = torch.tensor(shares)
         fades = [math.log(share) if share > 0 else -math.inf for share in shares]
@@ -132,10 +132,10 @@ class ClusteredExperts(nn.Module):
         self.choice_TP = choice.index
         self.auxiliary = auxiliary_loss(choice, self.model.n_clusters) if auxiliary else None
         self.cluster_load += torch.bincount(choice.index.flatten(), minlength=self.model.n_clusters)
-        answers = self.dispatch(rows, choice.index, self.answer)
+        answers = self.dispatch(rows, choice.index, self.compute)
         return torch.einsum("tp,tpd->td", choice.weight * self.model.gate_scale, answers.to(choice.weight.dtype))
 
-    def answer(self, rows: Tensor, counts: list[int]) -> Tensor:
+    def compute(self, rows: Tensor, counts: list[int]) -> Tensor:
         """Rows sorted by held cluster, `counts` each -> what those clusters say. Rows in, rows out."""
         self.served += rows.shape[0]
         parts = spans(counts)
@@ -167,10 +167,10 @@ class ClusteredExperts(nn.Module):
         return [member.expert + self.model.n_experts * member.ghost for member in cluster]
 
     @torch.no_grad()
-    def residual_answers(self, rows_ND: Tensor) -> Tensor:
+    def residual_outputs(self, rows_ND: Tensor) -> Tensor:
         """What each held member adds to its base's answer on the same rows, routed to it or not: [e, N, D] float32."""
         rows = rows_ND.float()
-        out = rows.new_empty(len(self.held_members), *rows.shape)
+        out = rows.new_empty(len(self.local_members), *rows.shape)
         for c, (start, stop) in enumerate(self.expert_parts):
             a, b = rows @ self.base_gate[c].float(), rows @ self.base_up[c].float()
             base = F.silu(a) * b
@@ -186,14 +186,14 @@ class ClusteredExperts(nn.Module):
         d, f, w = self.model.d_model, self.model.d_expert, self.model.residual_width
         yield Slice("router.weight", "router.weight", None, d)
         yield Slice("router.bias", "router.bias", None, 0)
-        for i, c in enumerate(self.dispatch.held):
+        for i, c in enumerate(self.dispatch.local_groups):
             yield Slice(f"clusters.{c}.base_gate", "base_gate", i, d)
             yield Slice(f"clusters.{c}.base_up", "base_up", i, d)
             yield Slice(f"clusters.{c}.base_down", "base_down", i, f)
         if not w:
             return
         fan_in = dict(zip(RESIDUALS, (d, w, d, w, f, w), strict=True))
-        for i, member in enumerate(self.held_members):
+        for i, member in enumerate(self.local_members):
             for name in RESIDUALS:
                 yield Slice(f"{member.key}.{name}", name, i, fan_in[name])
             yield Slice(f"{member.key}.router", "expert_router", i, d)
@@ -215,7 +215,7 @@ class FlatExperts(nn.Module):
 
     def __init__(self, model: ModelSection, dispatch: Dispatch) -> None:
         super().__init__()
-        d, f, e = model.d_model, model.d_expert, len(dispatch.held)
+        d, f, e = model.d_model, model.d_expert, len(dispatch.local_groups)
         self.model = model
         self.dispatch = dispatch
         self.router = Router(d, model.n_experts, model.experts_per_token, over_selected=True)
@@ -236,10 +236,10 @@ class FlatExperts(nn.Module):
         choice = self.router(rows)
         self.auxiliary = auxiliary_loss(choice, self.model.n_experts) if auxiliary else None
         self.expert_load += torch.bincount(choice.index.flatten(), minlength=self.model.n_experts)
-        answers = self.dispatch(rows, choice.index, self.answer)
+        answers = self.dispatch(rows, choice.index, self.compute)
         return torch.einsum("tk,tkd->td", choice.weight, answers.to(choice.weight.dtype))
 
-    def answer(self, rows: Tensor, counts: list[int]) -> Tensor:
+    def compute(self, rows: Tensor, counts: list[int]) -> Tensor:
         self.served += rows.shape[0]
         return FlatFFN.apply(rows, counts, self.gate, self.up, self.down)
 
@@ -247,7 +247,7 @@ class FlatExperts(nn.Module):
         d, f = self.model.d_model, self.model.d_expert
         yield Slice("router.weight", "router.weight", None, d)
         yield Slice("router.bias", "router.bias", None, 0)
-        for i, e in enumerate(self.dispatch.held):
+        for i, e in enumerate(self.dispatch.local_groups):
             yield Slice(f"experts.{e}.gate", "gate", i, d)
             yield Slice(f"experts.{e}.up", "up", i, d)
             yield Slice(f"experts.{e}.down", "down", i, f)

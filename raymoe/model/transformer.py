@@ -105,7 +105,7 @@ class Transformer(nn.Module):
 
     `dispatch`: one per layer, says which groups live here and how rows reach the others (all local by
     default). `assignment` [layers][E] is the clusters' membership (contiguous by default), `ghosts` by
-    layer what is on the move. Weights are uninitialised until `initialise` or `load_logical`.
+    layer what is on the move. Weights are uninitialised until `initialize` or `load_logical`.
     """
 
     def __init__(
@@ -235,7 +235,7 @@ class Transformer(nn.Module):
             view.copy_(tensors[key])
 
     @torch.no_grad()
-    def initialise(self, seed: int, *, common: bool = False) -> None:
+    def initialize(self, seed: int, *, common: bool = False) -> None:
         """Draw each logical tensor from its own stream, so that the result depends on seed and key alone.
 
         `common`: all experts of a layer start with the same matrices; their router rows differ.

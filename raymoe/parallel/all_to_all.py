@@ -61,11 +61,11 @@ class AllToAllDispatch:
     """Groups live where `placement` says; rows cross by `all_to_all_single`."""
 
     def __init__(self, placement: Placement, rank: int, meter: Meter) -> None:
-        self.held = placement.held(rank)
+        self.local_groups = placement.groups_of(rank)
         self.meter = meter
         serving = placement.serving(rank)
         # Rows are sent sorted by slot: by serving rank, then by the order in which that rank holds its groups.
-        self._held_by = [placement.held(r) for r in range(placement.world)]
+        self._held_by = [placement.groups_of(r) for r in range(placement.world)]
         slots = [(r, g) for r, groups in enumerate(self._held_by) for g in groups]
         slot_of = {pair: i for i, pair in enumerate(slots)}
         self._slot_of_group = torch.tensor([slot_of[r, g] for g, r in enumerate(serving)])
@@ -75,7 +75,7 @@ class AllToAllDispatch:
     def __call__(self, rows: Tensor, group: Tensor, compute: Compute) -> Tensor:
         tokens, per_token = group.shape
         order, inverse, counts = sort_by(self._slot_of_group.to(group.device)[group.flatten()], self._n_slots)
-        world, held = len(self._held_by), len(self.held)
+        world, held = len(self._held_by), len(self.local_groups)
         incoming = _exchange(counts, self._slots_per_rank, [held] * world, self.meter).view(world, held)
         send = [sum(part.tolist()) for part in counts.split(self._slots_per_rank)]
         receive = incoming.sum(1).tolist()

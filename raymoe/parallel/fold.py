@@ -19,7 +19,7 @@ from raymoe.clustering.similarity import cosine
 from raymoe.config import ModelSection
 from raymoe.model.experts import FlatExperts
 from raymoe.model.lowrank import factor
-from raymoe.parallel.gather_layer import collect, spoken_for
+from raymoe.parallel.gather_layer import collect, primary_groups
 from raymoe.parallel.sharded import Sharded
 
 MATRICES = ("gate", "up", "down")
@@ -52,13 +52,13 @@ def fold(
 
     def parcel(layer: int) -> list[Tensor]:
         ffn = ffns[layer]
-        at = [ffn.dispatch.held.index(e) for e in spoken_for(sharded, sharded.rank, layer)]
+        at = [ffn.dispatch.local_groups.index(e) for e in primary_groups(sharded, sharded.rank, layer)]
         stacks = {name: getattr(ffn, name).detach() for name in MATRICES}
         for kind in kinds:
             stacks |= {f"{kind}.{name}": moments[kind][f"layers.{layer}.ffn.{name}"] for name in MATRICES}
         return [stacks[name][i].float() for i in at for name in sizes]
 
-    parts = collect(sharded, parcel, lambda rank, i: per_expert * len(spoken_for(sharded, rank, i)), samples_LND)
+    parts = collect(sharded, parcel, lambda rank, i: per_expert * len(primary_groups(sharded, rank, i)), samples_LND)
     assignment: list[tuple[int, ...]] = []
     out: dict[str, Tensor] = {}
     trunk = {key for key, _, index, _ in sharded.transformer.slices() if index is None}
@@ -72,7 +72,7 @@ def fold(
         if layer in parts:
             experts: dict[int, dict[str, Tensor]] = {}
             for rank, part in enumerate(parts[layer]):
-                for e, flat in zip(spoken_for(sharded, rank, layer), part.split(per_expert), strict=True):
+                for e, flat in zip(primary_groups(sharded, rank, layer), part.split(per_expert), strict=True):
                     numbers = flat.split([torch.Size(size).numel() for size in sizes.values()])
                     experts[e] = {n: x.view(size) for (n, size), x in zip(sizes.items(), numbers, strict=True)}
             stacked = {name: torch.stack([experts[e][name] for e in range(model.n_experts)]) for name in sizes}

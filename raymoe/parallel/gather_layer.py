@@ -12,13 +12,13 @@ from raymoe.model.experts import members
 from raymoe.parallel.sharded import Sharded
 
 
-def spoken_for(sharded: Sharded, rank: int, layer: int) -> list[int]:
+def primary_groups(sharded: Sharded, rank: int, layer: int) -> list[int]:
     """The groups of a layer (clusters, or experts of a flat model) that a rank holds as the first of their owners."""
     model = sharded.transformer.model
     if not sharded.placements:
         return list(range(model.n_clusters if model.experts == "clustered" else model.n_experts))
     placement = sharded.placements[layer]
-    return [g for g in placement.held(rank) if placement.owners[g][0] == rank]
+    return [g for g in placement.groups_of(rank) if placement.owners[g][0] == rank]
 
 
 def experts_of(clusters: Sequence[int], assignment: Sequence[int]) -> list[int]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from raymoe.model.expert_math import RESIDUALS
 from raymoe.model.experts import ClusteredExperts, Member
-from raymoe.parallel.gather_layer import collect, experts_of, spoken_for
+from raymoe.parallel.gather_layer import collect, experts_of, primary_groups
 from raymoe.parallel.remap import BASES, shapes
 from raymoe.parallel.sharded import Sharded
 
@@ -34,7 +34,7 @@ def grams(
 
     def held(rank: int, layer: int) -> tuple[list[int], list[int]]:
         """The clusters of a layer that a rank speaks for, and their experts."""
-        clusters = spoken_for(sharded, rank, layer)
+        clusters = primary_groups(sharded, rank, layer)
         return clusters, experts_of(clusters, assignment[layer])
 
     def parcel(layer: int) -> list[Tensor]:
@@ -43,11 +43,11 @@ def grams(
         clusters, experts = held(sharded.rank, layer)
         if not experts:
             return []
-        at = [ffn.held_members.index(Member(e)) for e in experts]
-        answers = ffn.residual_answers(samples_LND[layer])[at]
+        at = [ffn.local_members.index(Member(e)) for e in experts]
+        answers = ffn.residual_outputs(samples_LND[layer])[at]
         tensors = [answers, *(getattr(ffn, name).detach()[at] for name in RESIDUALS)]
         if weights:
-            bases = [ffn.dispatch.held.index(c) for c in clusters]
+            bases = [ffn.dispatch.local_groups.index(c) for c in clusters]
             tensors += [getattr(ffn, name).detach()[bases] for name in BASES]
         return [t.float() for t in tensors]
 

@@ -21,7 +21,7 @@ class Placement:
     owners: tuple[tuple[int, ...], ...]
     world: int
 
-    def held(self, rank: int) -> tuple[int, ...]:
+    def groups_of(self, rank: int) -> tuple[int, ...]:
         """The groups that `rank` holds, ascending."""
         return tuple(g for g, ranks in enumerate(self.owners) if rank in ranks)
 

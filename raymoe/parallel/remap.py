@@ -73,8 +73,8 @@ class LayerChange:
 
     def missing(self, rank: int, refit: Refit) -> list[str]:
         """The units of before that a rank needs and does not hold; `bases.c` is a cluster without its moments."""
-        held = set(units(*self.before[:2], self.before[2].held(rank)))
-        mine = self.after[2].held(rank)
+        held = set(units(*self.before[:2], self.before[2].groups_of(rank)))
+        mine = self.after[2].groups_of(rank)
         wanted = [self.source(unit) for unit in units(*self.after[:2], mine)]
         if refit != "keep":
             wanted += [f"bases.{old}" for old, new in self.movers().values() if new in mine]
@@ -169,7 +169,7 @@ def remap(
         with torch.device(old.base_gate.device):
             new = ClusteredExperts(old.model, assignment, dispatch, ghosts).to(old.base_gate.dtype)
         new.router = old.router
-        kept = BASES if new.dispatch.held == old.dispatch.held else ()
+        kept = BASES if new.dispatch.local_groups == old.dispatch.local_groups else ()
         for name in kept:
             setattr(new, name, getattr(old, name))
         built = Stacks(new, f"layers.{i}.ffn.", moments)
@@ -187,7 +187,7 @@ def remap(
             if refit != "keep":
                 rows = inputs[i] if inputs is not None and refit == "weighted" else None
                 for e, (left, joined) in change.movers().items():
-                    if joined in new.dispatch.held:
+                    if joined in new.dispatch.local_groups:
                         base = source(f"bases.{left}")
                         _refit(built, e, base, joined, rows)
         sharded.transformer.layers[i].ffn = new  # type: ignore[union-attr]
@@ -249,7 +249,7 @@ def _refit(built: Stacks, e: int, left: Mapping[str, Tensor], joined: int, rows:
     if rows is not None:
         scores = rows @ ffn.router.weight.detach().t() + ffn.router.bias
         rows = rows[(scores.topk(ffn.router.k).indices == joined).any(-1)]
-    cluster = ffn.members[ffn.dispatch.held.index(joined)]
+    cluster = ffn.members[ffn.dispatch.local_groups.index(joined)]
     incumbents = [built.unit(m.key) for m in cluster if not (m.expert in ffn.ghosts and not m.ghost)]
     for name in ("gate", "up", "down"):
         first, second = f"{name}_in", f"{name}_out"

@@ -28,7 +28,7 @@ class Sharded:
     @property
     def primary(self) -> bool:
         """Whether this rank speaks for the groups it holds: one replica of each does."""
-        return all(p.owners[g][0] == self.rank for p in self.placements for g in p.held(self.rank))
+        return all(p.owners[g][0] == self.rank for p in self.placements for g in p.groups_of(self.rank))
 
     def owned(self) -> list[str]:
         """The logical keys that this rank writes: its groups if it is their primary, and its part of the trunk."""

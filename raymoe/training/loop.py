@@ -89,7 +89,7 @@ class Trainer:
             if self.regrouping:
                 self.regrouping.recorder.restore(checkpoint)
         else:
-            self.model.initialise(config.run.seed, common=not self.position.folded)
+            self.model.initialize(config.run.seed, common=not self.position.folded)
         self.journal = Journal(RunFolder(run).metrics, self.position.step) if self.rank == 0 else None
         self.plans = Journal(RunFolder(run).plans, self.position.step) if self.rank == 0 else None
         if config.checkpoint.storage and self.rank == 0:

@@ -19,7 +19,7 @@ KINDS = [MODEL, replace(MODEL, experts="flat"), replace(MODEL, experts="dense"),
 
 def build(model: ModelSection, seed: int = 0) -> Transformer:
     transformer = Transformer(model)
-    transformer.initialise(seed)
+    transformer.initialize(seed)
     return transformer
 
 
@@ -70,7 +70,7 @@ def test_every_weight_has_one_logical_name(model: ModelSection) -> None:
 def test_experts_keep_their_name_whatever_their_cluster() -> None:
     uneven = ((1, 0, 1, 1, 0, 1, 1, 1), (0, 0, 0, 1, 0, 0, 0, 1))
     model, moved = build(MODEL), Transformer(MODEL, uneven)
-    moved.initialise(0)
+    moved.initialize(0)
     a, b = model.logical(), moved.logical()
     assert set(a) == set(b)
     for key in a:

@@ -32,7 +32,7 @@ def folded(rank: int, world: int, width: int) -> dict[str, Any]:
     """A flat model whose experts are an initialisation, a family's step from it and a little of their own."""
     sharded = shard(FLAT, FLAT.default_assignment())
     optimizer = Optimizer(sharded.transformer, preset("tiny").train)
-    sharded.transformer.initialise(3, common=True)
+    sharded.transformer.initialize(3, common=True)
     with torch.no_grad():
         for key, view in (sharded.transformer.logical() | optimizer.logical()).items():
             if ".experts." not in key or "bias" in key:

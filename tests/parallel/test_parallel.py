@@ -36,7 +36,7 @@ def one_step(rank: int, world: int, name: str, grains: int) -> dict[str, Any]:
     """Loss, gradients, norm and clipped gradients of one global batch of `grains` grains, by logical key."""
     model = MODELS[name]
     sharded = shard(model, UNEVEN if model.experts == "clustered" else model.default_assignment())
-    sharded.transformer.double().initialise(seed=1)
+    sharded.transformer.double().initialize(seed=1)
     with torch.no_grad():  # routers that decide firmly, so that rounding flips no choice
         for key, view in sharded.transformer.logical().items():
             if "router" in key and view.dim():
@@ -97,7 +97,7 @@ def test_many_processes_equal_one(name: str, world: int, tmp_path: Path) -> None
 
 def initial(rank: int, world: int, name: str) -> dict[str, torch.Tensor]:
     sharded = shard(MODELS[name], MODELS[name].default_assignment())
-    sharded.transformer.initialise(seed=3)
+    sharded.transformer.initialize(seed=3)
     return {k: v.clone() for k, v in sharded.transformer.logical().items()}
 
 
@@ -113,13 +113,13 @@ def exact_bytes(rank: int, world: int) -> tuple[int, int]:
     """What the meter says of one forward and backward, beside the sum over the rows that had to cross."""
     model = MODELS["clustered"]
     sharded = shard(model, model.default_assignment())
-    sharded.transformer.initialise(seed=rank * 0 + 5)
+    sharded.transformer.initialize(seed=rank * 0 + 5)
     layer = sharded.transformer.ffns[0]
     rows = torch.randn(20, 16, generator=torch.Generator().manual_seed(rank), requires_grad=True)
     layer(rows).sum().backward()
     choice = layer.router(rows).index.flatten()
     away = sum(rank not in sharded.placements[0].owners[g] for g in choice.tolist())
-    owned_by_others = sum(len(sharded.placements[0].held(r)) for r in range(world) if r != rank)
+    owned_by_others = sum(len(sharded.placements[0].groups_of(r)) for r in range(world) if r != rank)
     # x out and dy out: our rows that go away. y back and dx back are sent by the owner: count them there.
     back = torch.zeros(world, dtype=torch.int64)
     for g in choice.tolist():
@@ -138,7 +138,7 @@ def test_bytes_that_cross_are_counted_exactly(tmp_path: Path) -> None:
 @given(st.lists(st.floats(0.1, 10), min_size=1, max_size=12), st.integers(1, 20))
 def test_placement_serves_every_group_on_every_world(loads: list[float], world: int) -> None:
     placement = place(loads, world)
-    held = [placement.held(rank) for rank in range(world)]
+    held = [placement.groups_of(rank) for rank in range(world)]
     assert set().union(*held) == set(range(len(loads)))
     assert all(held) and max(map(len, held)) - min(map(len, held)) <= 1
     for rank in range(world):
@@ -149,4 +149,4 @@ def test_placement_serves_every_group_on_every_world(loads: list[float], world: 
 
 def test_placement_balances_uneven_loads() -> None:
     placement = place([4.0, 1.0, 1.0, 4.0], 2)
-    assert sorted(sum(4.0 if g in (0, 3) else 1.0 for g in placement.held(r)) for r in (0, 1)) == [5.0, 5.0]
+    assert sorted(sum(4.0 if g in (0, 3) else 1.0 for g in placement.groups_of(r)) for r in (0, 1)) == [5.0, 5.0]

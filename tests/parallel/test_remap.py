@@ -54,7 +54,7 @@ def swapped(before: Membership, seed: int, swaps: int = 2) -> Membership:
 def fresh(sharded: Sharded) -> Optimizer:
     """Weights, biases and moments that are all different."""
     optimizer = Optimizer(sharded.transformer, preset("tiny").train)
-    sharded.transformer.initialise(3)
+    sharded.transformer.initialize(3)
     with torch.no_grad():
         for key, view in (sharded.transformer.logical() | optimizer.logical()).items():
             if key.startswith("moments.") or key.endswith("bias"):
@@ -240,7 +240,7 @@ def test_rebalance_swaps_only_what_is_worth_it() -> None:
     heavy = Placement(((0,), (0,), (1,), (1,)), 2)
     better = rebalance(heavy, [5.0, 4.0, 1.0, 2.0])
     assert better != heavy
-    carried = [sum([5.0, 4.0, 1.0, 2.0][g] for g in better.held(rank)) for rank in range(2)]
+    carried = [sum([5.0, 4.0, 1.0, 2.0][g] for g in better.groups_of(rank)) for rank in range(2)]
     assert max(carried) == 6.0  # 5 + 1 and 4 + 2: one swap is enough
     assert sum(a != b for a, b in zip(heavy.owners, better.owners, strict=True)) == 2
     replicated = place([1.0, 1.0, 1.0], 5)
@@ -253,7 +253,7 @@ def test_rebalance_swaps_only_what_is_worth_it() -> None:
 
 def gathered(rank: int, world: int) -> dict[str, np.ndarray]:
     sharded = shard(MODEL, START.assignment)
-    sharded.transformer.initialise(3)
+    sharded.transformer.initialize(3)
     samples = torch.randn(2, 7, 16, generator=torch.Generator().manual_seed(1))
     return grams(sharded, START.assignment, samples, weights=True)
 
@@ -263,7 +263,7 @@ def gathered(rank: int, world: int) -> dict[str, np.ndarray]:
 def test_grams_are_inner_products_whoever_holds_the_experts(world: int, tmp_path: Path) -> None:
     parts = processes.run(world, gathered, folder=tmp_path) if world > 1 else [gathered(0, 1)]
     whole = Transformer(MODEL, START.assignment)
-    whole.initialise(3)
+    whole.initialize(3)
     view = whole.logical()
     samples = torch.randn(2, 7, 16, generator=torch.Generator().manual_seed(1))
     for layer in range(2):

@@ -47,7 +47,7 @@ UNEVEN = [[0, 2, 2, 1, 2, 0, 1], [2, 2, 2, 1, 0, 1, 0]]
 
 def build(model: ModelSection, seed: int = 0) -> Transformer:
     transformer = Transformer(model, UNEVEN)
-    transformer.initialise(seed)
+    transformer.initialize(seed)
     generator = torch.Generator().manual_seed(seed)
     for key, tensor in transformer.logical().items():
         if key.endswith("bias"):

@@ -15,7 +15,7 @@ def clustered(
     """Section 3's definition token by token, selection given: experts[(token, cluster)] lists logical experts."""
     out = []
     p_TC = (x_TD @ layer.router.weight.t()).softmax(-1)
-    place = {member: i for i, member in enumerate(layer.held_members)}
+    place = {member: i for i, member in enumerate(layer.local_members)}
     for t in range(x_TD.shape[0]):
         total = x_TD[t] * 0
         for c in cluster_TP[t].tolist():
@@ -29,7 +29,7 @@ def clustered(
                 continue
             rows = [place[e] for e in chosen]
             if len(rows) == 1:
-                members = [place[e] for e in layer.members[layer.dispatch.held.index(c)]]
+                members = [place[e] for e in layer.members[layer.dispatch.local_groups.index(c)]]
                 every = torch.stack([layer.expert_router[i] @ x for i in members]).softmax(0)
                 weights = every[members.index(rows[0])][None]
             else:
@@ -51,10 +51,10 @@ def clustered_selection(layer: ClusteredExperts, x_TD: Tensor) -> tuple[Tensor, 
     cluster_TP = scores.argsort(dim=-1, descending=True, stable=True)[:, : layer.model.clusters_per_token]
     experts: dict[tuple[int, int], list[int]] = {}
     if layer.model.residual_width:
-        place = {member: i for i, member in enumerate(layer.held_members)}
+        place = {member: i for i, member in enumerate(layer.local_members)}
         for t, row in enumerate(cluster_TP.tolist()):
             for c in row:
-                members = layer.members[layer.dispatch.held.index(c)]
+                members = layer.members[layer.dispatch.local_groups.index(c)]
                 score = {
                     e: (layer.expert_router[place[e]] @ x_TD[t] + layer.expert_bias[place[e]]).item() for e in members
                 }

@@ -37,7 +37,7 @@ def tokenizer() -> Tokenizer:
 def artifact(folder: Path, model: ModelSection = MODEL, seed: int = 0) -> Artifact:
     """Random weights of a size that makes answers vary."""
     transformer = Transformer(model, UNEVEN)
-    transformer.initialise(seed)
+    transformer.initialize(seed)
     tensors = transformer.logical()
     generator = torch.Generator().manual_seed(seed)
     for key, tensor in tensors.items():

@@ -481,7 +481,7 @@ def test_planted_swaps_are_found_by_answers_of_a_real_model() -> None:
     for row, (a, b) in zip(planted, ((1, 6), (9, 14)), strict=True):
         row[a], row[b] = row[b], row[a]
     sharded = shard(model, planted)
-    sharded.transformer.initialise(0)
+    sharded.transformer.initialize(0)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         families: dict[tuple[int, str], torch.Tensor] = {}

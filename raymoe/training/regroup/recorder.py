@@ -95,7 +95,7 @@ class Recorder:
         self._watching = is_last or step % regroup.stats_every == 0
         if self._watching:
             for ffn in ffns:
-                held = len(ffn.held_members), self.config.model.d_model
+                held = len(ffn.local_members), self.config.model.d_model
                 ffn.input_sum = torch.zeros(held, device=ffn.base_gate.device)
 
     def aim(self, rows: range) -> None:
@@ -113,7 +113,7 @@ class Recorder:
         inputs = np.zeros((model.layers, model.n_experts, model.d_model))
         for layer, ffn in enumerate(self._ffns()):
             assert ffn.input_sum is not None
-            for member, total in zip(ffn.held_members, ffn.input_sum.double().cpu().numpy(), strict=True):
+            for member, total in zip(ffn.local_members, ffn.input_sum.double().cpu().numpy(), strict=True):
                 inputs[layer, member.expert] += total
             ffn.input_sum = None
         seen = replace(
