@@ -149,14 +149,14 @@ def _branch(rank: int, name: str, changes: list[str], run: str, corpus: str, unt
     one = trainer(config, Corpus.open(corpus), Path(run), mailbox, rank)
     started_at, times = one.position.step, []
     while one.position.step < until:
-        times.append(timed(one.advance))
+        times.append(timed(one.train_step))
         if started_at and one.position.step % PROBE_EVERY == 0:
             one.validate(whole=False)
         if rank == 0 and one.position.step % 100 == 0:
             say(f"remap  {Path(run).name}: step {one.position.step}, median {statistics.median(times):.0f} ms")
     if not started_at:
         one.checkpoint()
-        one.drain()
+        one.wait_for_checkpoint()
     return times
 
 
@@ -338,7 +338,7 @@ def _alternate(
     while (step := sides["on"].position.step) < (periods + 1) * period - 10:
         ghosts = any(sides["on"].position.membership.ghosts)
         order = list(sides.items())[:: 1 if step % 2 else -1]  # each goes first half of the time
-        rows.append({side: timed(one.advance) for side, one in order} | {"step": step})
+        rows.append({side: timed(one.train_step) for side, one in order} | {"step": step})
         now = any(sides["on"].position.membership.ghosts)
         done = step + 1
         if now != ghosts:

@@ -13,7 +13,7 @@ from raymoe.model.experts import by_expert
 
 
 @dataclass
-class Load:
+class RoutingLoad:
     """Rows by cluster [L, C], by member [L, n·E] and by worker [L, ranks] since the last reading, over all ranks."""
 
     clusters: Tensor
@@ -27,8 +27,8 @@ class Load:
         """Rows by expert [L, E], a ghost's among its expert's."""
         return by_expert(self.members, self.n_experts)
 
-    def __add__(self, other: Load) -> Load:
-        return Load(
+    def __add__(self, other: RoutingLoad) -> RoutingLoad:
+        return RoutingLoad(
             self.clusters + other.clusters, self.members + other.members, self.workers + other.workers, self.n_experts
         )
 
@@ -55,13 +55,13 @@ class Window:
         self.grains = 0
         """That this rank had."""
         self.tokens_hash = 0
-        self.load = Load(torch.zeros(0), torch.zeros(0), torch.zeros(0), 1)
+        self.load = RoutingLoad(torch.zeros(0), torch.zeros(0), torch.zeros(0), 1)
 
     def add(
         self,
         loss: float | None,
         norm: float,
-        load: Load,
+        load: RoutingLoad,
         sent_bytes: float,
         tokens: int,
         seconds: float,

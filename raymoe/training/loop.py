@@ -31,20 +31,20 @@ from raymoe.storage.mirror import BackgroundMirror, Mirror
 from raymoe.storage.run_folder import RunFolder
 from raymoe.training.grains import Grains, checksum_of
 from raymoe.training.journal import Journal, next_attempt
-from raymoe.training.load import Load, Window
+from raymoe.training.load import RoutingLoad, Window
 from raymoe.training.optimizer import Optimizer, bias_rate, learning_rate
 from raymoe.training.regroup.apply import Regrouping
 from raymoe.training.regroup.clients import Mailbox
 from raymoe.training.regroup.recorder import sample_inputs
 from raymoe.training.state import Checkpointer, Position, find, restore
-from raymoe.training.stragglers import Slow, ratios
+from raymoe.training.stragglers import Stragglers, ratios
 from raymoe.training.validation import probe, validate
 
 SKIPS_IN_A_ROW = 20
 """Steps without a finite loss after which a run gives up."""
 
 
-class Said(NamedTuple):
+class StepReport(NamedTuple):
     """What each rank says at a step, beside its loads: summed over ranks in one collective."""
 
     loss: float = 0.0
@@ -78,10 +78,10 @@ class Trainer:
         self.mailbox, self.attempt = mailbox, next_attempt(run)
         checkpoint, passed_over = find(run)
         self.position = Position.of(checkpoint) if checkpoint else Position.start(config)
-        self.window, self.slow = Window(), Slow()
+        self.window, self.stragglers = Window(), Stragglers()
         self.skipped_in_a_row = 0
         self.mirror: BackgroundMirror | None = None
-        self.hold()
+        self.build()
         self.rank, self.world = self.sharded.rank, self.sharded.world
         if checkpoint:
             restore(checkpoint, self.sharded, self.optimizer)
@@ -111,7 +111,7 @@ class Trainer:
         if not checkpoint:
             self.log("assignment", version=self.position.version, assignment=self.position.membership.assignment)
 
-    def hold(self) -> None:
+    def build(self) -> None:
         """Make room for what this rank holds of the model as it stands, uninitialised. A collective."""
         config, membership = self.position.config_now(self.config), self.position.membership
         self.sharded = shard(config.model, membership.assignment, membership.ghosts)
@@ -149,7 +149,7 @@ class Trainer:
         train, position = self.config.train, self.position
         stopped = False
         while position.step < train.steps and not stopped:
-            said = self.advance()
+            said = self.train_step()
             last = position.step == train.steps
             stopped = said.stop > 0
             if position.step % train.log_every == 0 or last or stopped:
@@ -168,7 +168,7 @@ class Trainer:
             self.log("event", name="stopped")
         return {"step": position.step, "stopped": stopped, "skipped": position.skipped}
 
-    def advance(self) -> Said:
+    def train_step(self) -> StepReport:
         """One step, with the regrouping before and after it. Raises FloatingPointError once too many were skipped."""
         train, position = self.config.train, self.position
         started = time.perf_counter()
@@ -176,7 +176,7 @@ class Trainer:
             self.fold()
         if self.regrouping:
             self.regrouping.before(position.step)
-        loss, norm, load, said = self.step(position.step)
+        loss, norm, load, said = self.forward_backward(position.step)
         position.step += 1
         finite = math.isfinite(loss) and math.isfinite(norm)
         if finite:
@@ -204,7 +204,7 @@ class Trainer:
 
     # One step.
 
-    def step(self, step: int) -> tuple[float, float, Load, Said]:
+    def forward_backward(self, step: int) -> tuple[float, float, RoutingLoad, StepReport]:
         """Gradients of step `step` over the global batch, reduced and clipped: (loss, norm, load, what ranks said)."""
         train = self.config.train
         tokens = train.global_batch * self.config.model.context
@@ -235,12 +235,12 @@ class Trainer:
         total = loss.item()
         self.window.compute_s += time.perf_counter() - started - self.sharded.meter.waited_s
         sent = self.sharded.meter.take()
-        load, said = self.agree(Said(total, stop, sent, pending, failed, due, asked, checksum, plan))
+        load, said = self.sync_stats(StepReport(total, stop, sent, pending, failed, due, asked, checksum, plan))
         self.gradients.reduce()
         norm = self.gradients.clip(train.clip)
         return said.loss, norm, load, said
 
-    def agree(self, says: Said) -> tuple[Load, Said]:
+    def sync_stats(self, says: StepReport) -> tuple[RoutingLoad, StepReport]:
         """Sum what ranks say and their loads (integers below 2^53 are exact in float64). A collective."""
         clusters, members, rows = self.model.take_load()
         workers = torch.zeros(len(rows), self.world, dtype=torch.float64)
@@ -252,11 +252,11 @@ class Trainer:
             dist.all_reduce(vector)
         summed = vector.cpu().split([p.numel() for p in parts])
         said, clusters, members, workers = (s.view(p.shape) for s, p in zip(summed, parts, strict=True))
-        load = Load(clusters, members, workers, self.config.model.n_experts)
+        load = RoutingLoad(clusters, members, workers, self.config.model.n_experts)
         values = said.tolist()
-        return load, Said(*values[: len(flags)], plan=values[len(flags) :])
+        return load, StepReport(*values[: len(flags)], plan=values[len(flags) :])
 
-    def balance(self, load: Load, rate: float) -> None:
+    def balance(self, load: RoutingLoad, rate: float) -> None:
         for i, ffn in enumerate(self.model.ffns):
             clusters, members = (counts[i] if counts.numel() else counts for counts in (load.clusters, load.members))
             ffn.balance(clusters, members, rate)
@@ -290,18 +290,18 @@ class Trainer:
             compute_ms=[round(1000 * s / window.steps, 3) for s in compute],
             slowness=slowness,
             skipped_steps=self.position.skipped,
-            load_experts=Load.shares(load.experts),
-            load_clusters=Load.shares(load.clusters),
+            load_experts=RoutingLoad.shares(load.experts),
+            load_clusters=RoutingLoad.shares(load.clusters),
         )
         self.log("train", **record)
-        for worker in self.slow.named(slowness):
+        for worker in self.stragglers.named(slowness):
             self.log("event", name="straggler", worker=worker, factor=slowness[worker])
 
     def validate(self, *, whole: bool) -> None:
         """One validation record: loss over held-out windows, per domain, and which cluster serves which domain."""
         self.model.take_load()
         found = validate(self.model, self.grains, None if whole else self.config.train.validate_windows)
-        load, _ = self.agree(Said())
+        load, _ = self.sync_stats(StepReport())
         self.sharded.meter.take()  # a train record counts the bytes of its steps alone
         self.position.validation[self.position.step] = found.loss
         record = dict(
@@ -321,7 +321,7 @@ class Trainer:
     def fold(self) -> None:
         """The burn-in of a dense start is over: independent experts become clusters. A collective."""
         config, position = self.config, self.position
-        self.drain()  # the checkpoint being written is of the model that was
+        self.wait_for_checkpoint()  # the checkpoint being written is of the model that was
         before = self.probe()
         started = time.perf_counter()
         assignment, tensors = fold(
@@ -331,7 +331,7 @@ class Trainer:
         position.membership, position.folded = replace(position.membership, assignment=assignment), True
         sealed = self.checkpoints.last_sealed
         self.checkpoints.writer.close()
-        self.hold()
+        self.build()
         self.checkpoints.last_sealed = sealed
         if self.mirror:
             self.checkpoints.in_use = self.mirror.steps
@@ -344,13 +344,13 @@ class Trainer:
 
     def checkpoint(self) -> None:
         """Begin one. One that is not complete yet is waited for: where they are so close, training is faster than the disk."""
-        self.drain()
+        self.wait_for_checkpoint()
         extra = self.regrouping.recorder.tensors() if self.regrouping else {}
         self.checkpoints.begin(self.position, extra)
 
     def answer(self) -> None:
         """Complete the checkpoint that the driver asked for before the next step: the workers are about to be ended."""
-        self.drain()
+        self.wait_for_checkpoint()
         if self.rank == 0:
             RunFolder(self.run).checkpoint_request.unlink(missing_ok=True)
 
@@ -375,16 +375,16 @@ class Trainer:
         for step, reason in failures:
             self.log("event", name="copy_failed", checkpoint=step, reason=reason)
 
-    def drain(self) -> None:
+    def wait_for_checkpoint(self) -> None:
         """Wait for the checkpoint being written and seal it. A collective."""
         while self.checkpoints.unsealed:
             self.checkpoints.finish()
-            _, said = self.agree(Said(failed=bool(self.checkpoints.failure)))
+            _, said = self.sync_stats(StepReport(failed=bool(self.checkpoints.failure)))
             self.settle(said.failed > 0)
 
     def finish(self) -> None:
         """The last checkpoint must be there: a run that cannot save it has failed."""
-        self.drain()
+        self.wait_for_checkpoint()
         if self.checkpoints.last_sealed != self.position.step:
             raise OSError(
                 f"the checkpoint of step {self.position.step} could not be written under {self.checkpoints.folder}: "

@@ -25,7 +25,7 @@ def ratios(compute: Sequence[float], grains: Sequence[float]) -> list[float | No
     return found
 
 
-class Slow:
+class Stragglers:
     """Remembers who was slow, so that each is named once."""
 
     def __init__(self) -> None:

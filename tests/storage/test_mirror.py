@@ -161,7 +161,7 @@ def test_a_checkpoint_stays_until_a_slow_store_has_it(tmp_path: Path, monkeypatc
     from raymoe.training.loop import Trainer
     from tests.training.test_elastic import trainer
 
-    gate, real_push, real_step = threading.Event(), Mirror.push, Trainer.step
+    gate, real_push, real_step = threading.Event(), Mirror.push, Trainer.forward_backward
 
     def push(self: Mirror, run: Path, step: int | None, keep: int) -> None:
         assert gate.wait(60)
@@ -174,7 +174,7 @@ def test_a_checkpoint_stays_until_a_slow_store_has_it(tmp_path: Path, monkeypatc
         return real_step(self, number)
 
     monkeypatch.setattr(Mirror, "push", push)
-    monkeypatch.setattr(Trainer, "step", step)
+    monkeypatch.setattr(Trainer, "forward_backward", step)
     (tmp_path / "run").mkdir()
     given = ["checkpoint.every=5", "checkpoint.max_loss_s=1e-9", "checkpoint.keep=2", "run.name=first"]
     trainer(tmp_path / "run", f"checkpoint.storage=file://{tmp_path}/store", *given).train()

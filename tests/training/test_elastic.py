@@ -98,14 +98,14 @@ def trainer(folder: Path, *changes: str) -> Trainer:
 
 
 def test_the_workers_answer_a_request_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    request, real = RunFolder(tmp_path).checkpoint_request, Trainer.step
+    request, real = RunFolder(tmp_path).checkpoint_request, Trainer.forward_backward
 
     def watched(self: Trainer, step: int) -> Any:
         if step == 4:
             request.touch()
         return real(self, step)
 
-    monkeypatch.setattr(Trainer, "step", watched)
+    monkeypatch.setattr(Trainer, "forward_backward", watched)
     trainer(tmp_path).train()
     sealed = [r["checkpoint"] for r in records(tmp_path, "event") if r["name"] == "checkpoint_completed"]
     assert sealed == [5, 12] and not request.exists()
@@ -115,14 +115,14 @@ def test_checkpoints_keep_the_loss_within_its_bound(tmp_path: Path, monkeypatch:
     clock = SimpleNamespace(now=100.0)
     fake = SimpleNamespace(monotonic=lambda: clock.now, perf_counter=lambda: clock.now)
     monkeypatch.setattr("raymoe.training.state.time", fake)
-    real = Trainer.step
+    real = Trainer.forward_backward
 
     def slow(self: Trainer, step: int) -> Any:
         clock.now += 1.0
         self.checkpoints.finish()  # in these seconds the file is written
         return real(self, step)
 
-    monkeypatch.setattr(Trainer, "step", slow)
+    monkeypatch.setattr(Trainer, "forward_backward", slow)
     trainer(tmp_path, "checkpoint.max_loss_s=5").train()
     sealed = [r["checkpoint"] for r in records(tmp_path, "event") if r["name"] == "checkpoint_completed"]
     # Sealed two steps after it begins: the next begins 3 s after the last, so that at its seal 5 s would have been lost.
@@ -273,7 +273,7 @@ def continued_alone(run: Path, at: int, folder: Path) -> list[float]:
         torch.device("cpu"),
     )  # fmt: skip
     for _ in range(min(20, STEPS - at)):
-        trainer.advance()
+        trainer.train_step()
         trainer.report(trainer.window)
         trainer.window = type(trainer.window)()
     return [r["loss"] for r in records(folder, "train")]

@@ -30,7 +30,7 @@ from raymoe.training.regroup import apply as regroup
 from raymoe.training.regroup.clients import Replay
 from raymoe.training.run_report import write_report
 from raymoe.training.state import LostCheckpoints
-from raymoe.training.stragglers import REPORTS, Slow, ratios
+from raymoe.training.stragglers import REPORTS, Stragglers, ratios
 from tests.storage.test_checkpoint import small_files
 from tests.support import processes
 from tests.support.synthetic import Synthetic
@@ -87,7 +87,7 @@ NOW = {"step": -1}
 
 def at_step(owner: Any, name: str, step: int, strike: Callable[[], None]) -> None:
     """Strike when `owner.name` is called in this step."""
-    real_step, real = Trainer.step, getattr(owner, name)
+    real_step, real = Trainer.forward_backward, getattr(owner, name)
 
     def noted(self: Trainer, number: int) -> Any:
         NOW["step"] = number
@@ -98,7 +98,7 @@ def at_step(owner: Any, name: str, step: int, strike: Callable[[], None]) -> Non
             strike()
         return real(*arguments, **options)
 
-    Trainer.step = noted  # type: ignore[method-assign]
+    Trainer.forward_backward = noted  # type: ignore[method-assign]
     setattr(owner, name, struck)
 
 
@@ -219,7 +219,7 @@ def test_slowness_is_of_the_others_median(
 
 
 def test_a_worker_is_named_once_until_it_was_as_fast_as_others() -> None:
-    slow = Slow()
+    slow = Stragglers()
     seen = [slow.named([1.0, ratio]) for ratio in (3, 3, 3, 1, 3, None, 2, 2, 2)]
     assert seen == [[], [1], [], [], [], [], [], [1], []]
 
@@ -251,7 +251,7 @@ def test_a_checkpoint_that_cannot_be_written_is_told_and_the_next_one_is(
 def test_a_disk_that_is_slow_to_seal_a_checkpoint_holds_up_no_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real_step, real_manifest, later = Trainer.step, checkpoint_module.write_manifest, threading.Event()
+    real_step, real_manifest, later = Trainer.forward_backward, checkpoint_module.write_manifest, threading.Event()
 
     def step(self: Trainer, number: int) -> Any:
         if number == 16:
@@ -262,7 +262,7 @@ def test_a_disk_that_is_slow_to_seal_a_checkpoint_holds_up_no_step(
         assert later.wait(60), "training waits"
         return real_manifest(*arguments, **named)
 
-    monkeypatch.setattr(Trainer, "step", step)
+    monkeypatch.setattr(Trainer, "forward_backward", step)
     monkeypatch.setattr("raymoe.training.state.write_manifest", manifest)
     train(0, 1, str(tmp_path), ("train.steps=20",))
     assert [r["checkpoint"] for r in records(tmp_path, "event") if r["name"] == "checkpoint_completed"] == [10, 20]
@@ -306,14 +306,14 @@ def test_a_run_whose_checkpoints_are_lost_does_not_begin_anew(harm: str, tmp_pat
 
 def test_what_a_run_resumed_from_is_missed_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its record that it is complete is of a later step, and so was cut when the run went on from it."""
-    real = Trainer.step
+    real = Trainer.forward_backward
 
     def dies(self: Trainer, step: int) -> Any:
         if step == 15:
             raise RuntimeError("here it dies")
         return real(self, step)
 
-    monkeypatch.setattr(Trainer, "step", dies)
+    monkeypatch.setattr(Trainer, "forward_backward", dies)
     for _ in range(2):
         with pytest.raises(RuntimeError, match="here it dies"):
             train(0, 1, str(tmp_path), ("train.steps=20",))

@@ -182,7 +182,7 @@ def test_a_run_killed_before_its_first_checkpoint_begins_anew_and_says_so(
     train(0, 1, str(tmp_path / "whole"), ())
     run = tmp_path / "killed"
     run.mkdir()
-    real = Trainer.step
+    real = Trainer.forward_backward
 
     def killed(self: Trainer, step: int) -> Any:
         if self.position.step == 5:
@@ -190,14 +190,14 @@ def test_a_run_killed_before_its_first_checkpoint_begins_anew_and_says_so(
         return real(self, step)
 
     with monkeypatch.context() as patched:
-        patched.setattr(Trainer, "step", killed)
+        patched.setattr(Trainer, "forward_backward", killed)
         with pytest.raises(KeyboardInterrupt):
             train(0, 1, str(run), ())
     train(0, 1, str(run), ())
     first = records(run, "event")[0]
     assert (first["name"], first["step"], first["attempt"]) == ("restarted", 0, 2)
     assert first["redone_steps"] == 5
-    assert describe(first) == "began anew attempt 2, workers 1, redone steps 5, skipped steps 0"
+    assert describe(first) == "restarted attempt 2, workers 1, redone steps 5, skipped steps 0"
     assert losses(run) == losses(tmp_path / "whole")
 
 
@@ -215,7 +215,7 @@ def test_a_stop_checkpoints_at_the_next_step_and_resumes(tmp_path: Path) -> None
 
 
 def test_a_step_without_a_finite_loss_is_skipped_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, calls = Trainer.step, []
+    real, calls = Trainer.forward_backward, []
 
     def poisoned(self: Trainer, step: int) -> Any:
         calls.append(step)
@@ -228,13 +228,13 @@ def test_a_step_without_a_finite_loss_is_skipped_and_counted(tmp_path: Path, mon
                 self.model.final_norm.fill_(1.0)
         return result
 
-    monkeypatch.setattr(Trainer, "step", poisoned)
+    monkeypatch.setattr(Trainer, "forward_backward", poisoned)
     outcome = train(0, 1, str(tmp_path), ("train.steps=8",))
     assert outcome["skipped"] == 2
     assert [r["step"] for r in records(tmp_path, "event") if r["name"] == "step_skipped"] == [4, 5]
     assert records(tmp_path, "train")[-1]["skipped_steps"] == 2
     assert all(v.isfinite().all() for v in outcome["held"].values())
-    monkeypatch.setattr(Trainer, "step", lambda self, step: (float("nan"), *real(self, step)[1:]))
+    monkeypatch.setattr(Trainer, "forward_backward", lambda self, step: (float("nan"), *real(self, step)[1:]))
     with pytest.raises(FloatingPointError, match=f"{SKIPS_IN_A_ROW} steps in a row"):
         (tmp_path / "lost").mkdir()
         train(0, 1, str(tmp_path / "lost"), ())
@@ -254,13 +254,13 @@ def test_a_full_disk_at_a_checkpoint_is_reported_and_earlier_ones_stay(
         real(descriptor)
 
     monkeypatch.setattr(os, "fsync", full)
-    step = Trainer.step
+    step = Trainer.forward_backward
 
     def watched(self: Trainer, number: int) -> Any:
         fail["on"] = 15 <= number < 25
         return step(self, number)
 
-    monkeypatch.setattr(Trainer, "step", watched)
+    monkeypatch.setattr(Trainer, "forward_backward", watched)
     train(0, 1, str(tmp_path), ("train.steps=30", *KEEP))
     names = sorted(p.name for p in (tmp_path / "checkpoints").iterdir() if (p / "manifest.json").exists())
     assert names == ["step_00000010", "step_00000030"]

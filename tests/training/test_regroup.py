@@ -80,13 +80,13 @@ def train(rank: int, world: int, run: str, changes: tuple[str, ...], decide: Any
     metrics = TrainingMetrics(CollectorRegistry(), run="test", worker=str(rank))
     trainer = Trainer(settings, Synthetic(31), Path(run), metrics, torch.device("cpu"), mailbox)  # type: ignore[arg-type]
     versions: list[int] = []
-    step = trainer.step
+    step = trainer.forward_backward
 
     def watched(number: int) -> Any:
         versions.append(trainer.position.version)
         return step(number)
 
-    trainer.step = watched  # type: ignore[method-assign]
+    trainer.forward_backward = watched  # type: ignore[method-assign]
     trainer.train()
     held = trainer.model.logical() | trainer.optimizer.logical()
     return {
@@ -345,7 +345,7 @@ def test_a_resume_at_the_step_of_a_plan_applies_it_once(tmp_path: Path) -> None:
 def test_a_step_that_diverges_leaves_no_trace_in_the_statistics(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = Trainer.step
+    real = Trainer.forward_backward
 
     def poisoned(self: Trainer, step: int) -> Any:
         if step not in (5, 9):  # a watched step, and a period's last
@@ -359,7 +359,7 @@ def test_a_step_that_diverges_leaves_no_trace_in_the_statistics(
             weight.copy_(saved)
         return said
 
-    monkeypatch.setattr(Trainer, "step", poisoned)
+    monkeypatch.setattr(Trainer, "forward_backward", poisoned)
     settings = config("regroup.force=0", "train.steps=20")
     metrics = TrainingMetrics(CollectorRegistry(), run="test", worker="0")
     mailbox = Direct(Clusterer(settings.to_dict()))
@@ -498,11 +498,11 @@ def test_planted_swaps_are_found_by_answers_of_a_real_model() -> None:
     recorder.aim(rows)
     batch = corpus.batch(seed=0, step=0, global_batch=len(rows), context=model.context, rows=rows)
     sharded.transformer(torch.from_numpy(batch.tokens)[:, :-1])
-    from raymoe.training.load import Load
+    from raymoe.training.load import RoutingLoad
 
     clusters, members, served = sharded.transformer.take_load()
     assignment = tuple(map(tuple, planted))
-    recorder.read(10, Load(clusters, members, served[:, None], model.n_experts), assignment)
+    recorder.read(10, RoutingLoad(clusters, members, served[:, None], model.n_experts), assignment)
     clusterer = Clusterer(settings.to_dict())
     clusterer.observe(Message(1, 0, 1, assignment, False, recorder.total))
     (decision,) = clusterer.answer(1).decisions

@@ -24,7 +24,7 @@ from raymoe.parallel.gradients import Gradients
 from raymoe.parallel.groups import rebalance
 from raymoe.parallel.remap import Membership, moved, remap
 from raymoe.parallel.sharded import Sharded
-from raymoe.training.load import Load
+from raymoe.training.load import RoutingLoad
 from raymoe.training.optimizer import Optimizer
 from raymoe.training.regroup.clients import Mailbox
 from raymoe.training.regroup.clusterer import Answer, Message
@@ -188,7 +188,7 @@ class Regrouping:
 
     # After a step.
 
-    def after(self, load: Load) -> None:
+    def after(self, load: RoutingLoad) -> None:
         """Take in what the step showed, tell the clusterer, and hear what it has decided. Waits in lockstep only."""
         step, mode = self.position.step, self.config.regroup.mode
         if self.mailbox is None:

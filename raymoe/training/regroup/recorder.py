@@ -22,7 +22,7 @@ from raymoe.parallel.gram import grams
 from raymoe.parallel.sharded import Sharded
 from raymoe.storage.checkpoint import Checkpoint
 from raymoe.training.grains import Grains
-from raymoe.training.load import Load
+from raymoe.training.load import RoutingLoad
 
 
 class Sample:
@@ -103,7 +103,7 @@ class Recorder:
         if self._sample:
             self._sample.aim(rows)
 
-    def read(self, step: int, load: Load, assignment: tuple[tuple[int, ...], ...]) -> None:
+    def read(self, step: int, load: RoutingLoad, assignment: tuple[tuple[int, ...], ...]) -> None:
         """After step `step`: take in what was watched. A collective where the step was a period's last."""
         if not self._watching:
             return
