@@ -31,8 +31,8 @@ from raymoe.parallel.remap import Membership, moved
 from raymoe.parallel.remap import remap as change
 from raymoe.storage.checkpoint import newest
 from raymoe.training.loop import Trainer
-from raymoe.training.regroup.clients import Direct, Mailbox, Replay
-from raymoe.training.regroup.clusterer import Answer, Clusterer, Message
+from raymoe.training.regroup.clients import ClustererClient, DirectClient, ReplayClient
+from raymoe.training.regroup.clusterer import Clusterer, ClustererStatus, Message
 
 Records = list[dict[str, Any]]
 
@@ -46,9 +46,9 @@ def records(file: Path, *what: str, key: str = "name") -> Records:
     return [r for r in map(json.loads, file.read_text().splitlines()) if r.get(key) in what]
 
 
-def trainer(config: Config, corpus: Any, run: Path, mailbox: Mailbox | None, rank: int = 0) -> Trainer:
+def trainer(config: Config, corpus: Any, run: Path, client: ClustererClient | None, rank: int = 0) -> Trainer:
     metrics = TrainingMetrics(CollectorRegistry(), run="benchmark", worker=str(rank))
-    return Trainer(config, corpus, run, metrics, torch.device("cpu"), mailbox)
+    return Trainer(config, corpus, run, metrics, torch.device("cpu"), client)
 
 
 def corpus_for(config: Config, data: str, root: str) -> str:
@@ -143,10 +143,10 @@ def remap(name: str, data: str, seeds: int, warmup: int, steps: int = 200) -> di
 def _branch(rank: int, name: str, changes: list[str], run: str, corpus: str, until: int) -> list[float]:
     """Train from what is in `run` to step `until`, probe on the way, leave a checkpoint: milliseconds of each step."""
     config = override(preset(name), changes)
-    mailbox = Replay(Path(config.regroup.replay)) if config.regroup.replay else None
+    client = ReplayClient(Path(config.regroup.replay)) if config.regroup.replay else None
     Path(run).mkdir(exist_ok=True)
     total(0.0)
-    one = trainer(config, Corpus.open(corpus), Path(run), mailbox, rank)
+    one = trainer(config, Corpus.open(corpus), Path(run), client, rank)
     started_at, times = one.position.step, []
     while one.position.step < until:
         times.append(timed(one.train_step))
@@ -230,7 +230,7 @@ def _exact(config: Config, corpus: str, run: Path, plan: RemapPlan) -> dict[str,
 
 
 class Piped:
-    """A mailbox of the benchmark's own: the clusterer in a process beside the workers, reached through queues."""
+    """A client of the benchmark's own: the clusterer in a process beside the workers, reached through queues."""
 
     def __init__(self, rank: int, inbox: Any, answers: Any, taken: Any) -> None:
         self.lost, self._rank, self._inbox, self._answers, self._taken = 0, rank, inbox, answers, taken
@@ -239,11 +239,11 @@ class Piped:
     def ready(self) -> bool:
         return self._taken[self._rank] == self._posted
 
-    def post(self, message: Message) -> None:
+    def send(self, message: Message) -> None:
         self._posted += 1
         self._inbox.put(message)
 
-    def poll(self, attempt: int) -> Answer | None:
+    def poll(self, attempt: int) -> ClustererStatus | None:
         if not self._asked:
             self._inbox.put(attempt)
             self._asked = True
@@ -254,11 +254,11 @@ class Piped:
         self._asked = False
         return answer
 
-    def settle(self) -> None:
-        raise RuntimeError("this mailbox never waits: regroup.mode=async alone")
+    def flush(self) -> None:
+        raise RuntimeError("this client never waits: regroup.mode=async alone")
 
-    def ask(self, attempt: int) -> Answer | None:
-        raise RuntimeError("this mailbox never waits: regroup.mode=async alone")
+    def wait_for_status(self, attempt: int) -> ClustererStatus | None:
+        raise RuntimeError("this client never waits: regroup.mode=async alone")
 
 
 def _clusterer(config: dict[str, Any], inbox: Any, answers: Any, taken: Any) -> None:
@@ -269,7 +269,7 @@ def _clusterer(config: dict[str, Any], inbox: Any, answers: Any, taken: Any) -> 
             clusterer.observe(item)
             taken[item.rank] += 1
         else:
-            answers.put(clusterer.answer(item))
+            answers.put(clusterer.poll(item))
 
 
 LEAD = 30
@@ -328,11 +328,11 @@ def _alternate(
     config = override(preset(name), changes)
     period, regroup = config.period, config.regroup
     sides: dict[str, Trainer] = {}
-    for side, extra, mailbox in (("on", [], Piped(rank, *mail)), ("off", ["regroup.mode=off"], None)):
+    for side, extra, client in (("on", [], Piped(rank, *mail)), ("off", ["regroup.mode=off"], None)):
         run = Path(folder, side)
         run.mkdir(exist_ok=True)
         total(0.0)
-        sides[side] = trainer(override(config, extra), Corpus.open(corpus), run, mailbox, rank)
+        sides[side] = trainer(override(config, extra), Corpus.open(corpus), run, client, rank)
         sides[side].position.step = period - LEAD
     rows: list[dict[str, Any]] = []
     while (step := sides["on"].position.step) < (periods + 1) * period - 10:
@@ -409,8 +409,8 @@ def shift_run(changes: Sequence[str], corpus: str, at: int, clusterer: type[Clus
     torch.set_num_threads(1)
     config = override(preset("tiny"), [*RIG, *changes])
     with tempfile.TemporaryDirectory() as folder:
-        mailbox = Direct(clusterer(config.to_dict())) if config.regroups else None
-        trainer(config, Shift(Corpus.open(corpus), at), Path(folder), mailbox).train()
+        client = DirectClient(clusterer(config.to_dict())) if config.regroups else None
+        trainer(config, Shift(Corpus.open(corpus), at), Path(folder), client).train()
         loss = {r["step"]: r["loss"] for r in records(Path(folder, "metrics.jsonl"), "validation", key="kind")}
         plans = records(Path(folder, "plans.jsonl"), "made", "applied", "refused", "no_plan", "gain_measured")
     return {"plans": plans, "validation": loss, "final": loss[config.train.steps]}

@@ -237,7 +237,7 @@ def _best_cycle(gain_EE: np.ndarray, among: np.ndarray) -> tuple[float, np.ndarr
 
 
 @dataclass(frozen=True)
-class Refusal:
+class NoPlan:
     """No plan, and why."""
 
     made_at_step: int
@@ -253,7 +253,7 @@ def make(
     n_clusters: int,
     seed: int,
     force: bool = False,
-) -> RemapPlan | Refusal:
+) -> RemapPlan | NoPlan:
     """The plan that follows assignment_LE, under which `stats` were gathered; a function of its arguments.
 
     Balanced k-means proposes; swaps and cycles improve (arXiv 2510.02345, section 3.1: every T=100 steps
@@ -263,7 +263,7 @@ def make(
     try:
         S_LEE = similarity(stats, regroup.similarity, regroup.alpha)
     except NotSampled as error:
-        return Refusal(stats.step, f"not sampled: {error}", 0.0)
+        return NoPlan(stats.step, f"not sampled: {error}", 0.0)
     planned: list[tuple[int, ...]] = []
     gains: list[float] = []
     for S_EE, load_E, current in zip(S_LEE, stats.count_LE, assignment, strict=True):
@@ -286,7 +286,7 @@ def make(
     changed = sorted({move.layer for move in moved})
     if not changed:
         best = max(gains)
-        return Refusal(
+        return NoPlan(
             stats.step, f"nothing to gain: best layer gains {best:.3g} of min_gain {regroup.min_gain:g}", best
         )
     gain = float(np.mean([gains[layer] for layer in changed]))
@@ -300,7 +300,7 @@ def make(
     )
 
 
-def gain_seen(
+def measured_gain(
     stats: Statistics, before: Assignment, after: Assignment, *, regroup: RegroupSection, n_clusters: int
 ) -> float:
     """What a plan gained by statistics gathered since: mean rise of the objective over the layers it changed.

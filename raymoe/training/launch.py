@@ -35,8 +35,7 @@ from raymoe.storage.run_folder import RunFolder, run_folder
 from raymoe.storage.scrape_targets import write_targets
 from raymoe.training.elastic import ELASTIC_KNOBS, KNOBS, Elastic, dead_end, release_workers
 from raymoe.training.loop import Trainer, threads
-from raymoe.training.regroup.clients import Actor, Mailbox, Replay
-from raymoe.training.regroup.clients import start as start_clusterer
+from raymoe.training.regroup.clients import ActorClient, ClustererClient, ReplayClient, start_clusterer
 from raymoe.training.run_report import write_report
 
 
@@ -64,10 +63,10 @@ def worker(job: dict[str, Any]) -> None:
         torch.distributed.all_gather_object(targets, target)
     if rank == 0:
         write_targets(RunFolder(run).targets, targets if world > 1 else [target])
-    mailbox: Mailbox | None = Actor(job["clusterer"]) if job["clusterer"] else None
+    client: ClustererClient | None = ActorClient(job["clusterer"]) if job["clusterer"] else None
     if config.regroups and config.regroup.mode == "replay":
-        mailbox = Replay(Path(config.regroup.replay))
-    outcome = Trainer(config, Corpus.open(job["corpus"]), run, metrics, device, mailbox).train()
+        client = ReplayClient(Path(config.regroup.replay))
+    outcome = Trainer(config, Corpus.open(job["corpus"]), run, metrics, device, client).train()
     ray.train.report(outcome)
 
 
@@ -99,7 +98,7 @@ def launch(config: Config) -> tuple[Path, int]:
     gpus = wants_gpus(config)
     check_capacity(config, gpus)
     if config.regroup.replay:
-        Replay(Path(config.regroup.replay))  # refuses what it cannot read
+        ReplayClient(Path(config.regroup.replay))  # refuses what it cannot read
     if mirror:
         mirror.make()
     corpus = prepare(config)  # before the run's folder is there: a refused text leaves nothing

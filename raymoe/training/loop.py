@@ -34,7 +34,7 @@ from raymoe.training.journal import Journal, next_attempt
 from raymoe.training.load import RoutingLoad, Window
 from raymoe.training.optimizer import Optimizer, bias_rate, learning_rate
 from raymoe.training.regroup.apply import Regrouping
-from raymoe.training.regroup.clients import Mailbox
+from raymoe.training.regroup.clients import ClustererClient
 from raymoe.training.regroup.recorder import sample_inputs
 from raymoe.training.state import Checkpointer, Position, find, restore
 from raymoe.training.stragglers import Stragglers, ratios
@@ -63,7 +63,7 @@ class StepReport(NamedTuple):
 
 
 class Trainer:
-    """A worker's run. `run` is the run's folder, a file `stop` in it asks for an orderly stop; `mailbox` reaches the clusterer."""
+    """A worker's run. `run` is the run's folder, a file `stop` in it asks for an orderly stop; `client` reaches the clusterer."""
 
     def __init__(
         self,
@@ -72,10 +72,10 @@ class Trainer:
         run: Path,
         metrics: TrainingMetrics,
         device: torch.device,
-        mailbox: Mailbox | None = None,
+        client: ClustererClient | None = None,
     ) -> None:
         self.config, self.corpus, self.run, self.metrics, self.device = config, corpus, run, metrics, device
-        self.mailbox, self.attempt = mailbox, next_attempt(run)
+        self.client, self.attempt = client, next_attempt(run)
         checkpoint, passed_over = find(run)
         self.position = Position.of(checkpoint) if checkpoint else Position.start(config)
         self.window, self.stragglers = Window(), Stragglers()
@@ -123,7 +123,7 @@ class Trainer:
         self.regrouping: Regrouping | None = None
         if config.model.experts == "clustered" and config.model.residual_width:
             self.regrouping = Regrouping(
-                config, self.sharded, self.optimizer, self.gradients, self.position, self.mailbox, self.log_plan,
+                config, self.sharded, self.optimizer, self.gradients, self.position, self.client, self.log_plan,
                 self.probe, self.attempt,
             )  # fmt: skip
 
@@ -175,7 +175,7 @@ class Trainer:
         if not position.folded and position.step >= self.config.regroup.burn_in:
             self.fold()
         if self.regrouping:
-            self.regrouping.before(position.step)
+            self.regrouping.before_step(position.step)
         loss, norm, load, said = self.forward_backward(position.step)
         position.step += 1
         finite = math.isfinite(loss) and math.isfinite(norm)
@@ -194,8 +194,8 @@ class Trainer:
                     "lower train.lr, or resume from an earlier checkpoint"
                 )
         if self.regrouping:
-            self.regrouping.hear(said.plan)
-            self.regrouping.after(load)
+            self.regrouping.decode_offer(said.plan)
+            self.regrouping.after_step(load)
         tokens = train.global_batch * self.config.model.context
         position.tokens += tokens
         seconds = time.perf_counter() - started
@@ -231,7 +231,7 @@ class Trainer:
         due = self.rank == 0 and self.checkpoints.due
         asked = self.rank == 0 and RunFolder(self.run).checkpoint_request.exists()
         pending, failed = self.checkpoints.pending, bool(self.checkpoints.failure)
-        plan = self.regrouping.say() if self.regrouping else []
+        plan = self.regrouping.encode_offer() if self.regrouping else []
         total = loss.item()
         self.window.compute_s += time.perf_counter() - started - self.sharded.meter.waited_s
         sent = self.sharded.meter.take()

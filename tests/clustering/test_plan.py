@@ -16,11 +16,11 @@ from safetensors.numpy import load, save
 from raymoe.clustering.kmeans import align, balanced_kmeans, embed
 from raymoe.clustering.plan import (
     Move,
-    Refusal,
+    NoPlan,
     RemapPlan,
-    gain_seen,
     improve,
     make,
+    measured_gain,
     moves,
     objective,
     purity,
@@ -415,7 +415,7 @@ def test_planted_swaps_are_restored(layers: int, experts: int, clusters: int, se
     np.testing.assert_array_equal(plan.assignment, truth_LE)
     assert (plan.version, plan.made_at_step, plan.effective_step) == (4, 200, 220)
     assert plan.reason == f"gain {plan.expected_gain:.3g} by {2 * layers} moves in {layers} layers"
-    seen = gain_seen(stats, before_LE, plan.assignment, regroup=RegroupSection(), n_clusters=clusters)
+    seen = measured_gain(stats, before_LE, plan.assignment, regroup=RegroupSection(), n_clusters=clusters)
     assert seen == pytest.approx(plan.expected_gain, abs=1e-9)
     assert validate(
         plan, version=3, assignment=before_LE, step=220, n_clusters=clusters, max_moves=4, min_members=2
@@ -435,7 +435,7 @@ def test_only_layers_that_gain_change() -> None:
 def test_what_is_right_stays(seed: int) -> None:
     stats, truth_LE = clustered(seed, 4, 32, 4)
     refusal = make(stats, truth_LE, regroup=RegroupSection(), n_clusters=4, seed=0)
-    assert refusal == Refusal(200, "nothing to gain: best layer gains 0 of min_gain 0.01", 0.0)
+    assert refusal == NoPlan(200, "nothing to gain: best layer gains 0 of min_gain 0.01", 0.0)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -445,7 +445,7 @@ def test_noise_is_nothing_to_gain(seed: int) -> None:
     stats = tell({name: gram(generator.standard_normal((4, 32, 4000))) for name in ("residual", "answer")})
     assignment = np.tile(np.arange(32) % 4, (4, 1))
     refusal = make(stats, assignment, regroup=RegroupSection(), n_clusters=4, seed=0)
-    assert isinstance(refusal, Refusal) and refusal.reason.startswith("nothing to gain: best layer gains 0.00")
+    assert isinstance(refusal, NoPlan) and refusal.reason.startswith("nothing to gain: best layer gains 0.00")
     assert 0 < refusal.expected_gain < 0.01
 
 
@@ -469,7 +469,7 @@ def test_the_paper_s_similarity_confirms_whatever_is(seed: int) -> None:
     for assignment in (before_LE, truth_LE):
         weights_stay = np.array_equal(assignment, before_LE)
         plan = make(stats, assignment, regroup=RegroupSection(similarity="paper"), n_clusters=4, seed=0)
-        assert isinstance(plan, Refusal) == weights_stay
+        assert isinstance(plan, NoPlan) == weights_stay
 
 
 def test_a_forced_plan_moves_in_every_layer() -> None:
@@ -485,7 +485,7 @@ def test_without_samples_there_is_no_plan() -> None:
     refusal = make(
         Statistics.empty(1, 2, 4, 3, 0.05), [[0, 0, 1, 1]] * 2, regroup=RegroupSection(), n_clusters=2, seed=0
     )
-    assert refusal == Refusal(0, "not sampled: no residual gram yet", 0.0)
+    assert refusal == NoPlan(0, "not sampled: no residual gram yet", 0.0)
 
 
 @settings(deadline=None, max_examples=20)
@@ -544,7 +544,7 @@ def test_every_reason_to_refuse(change: dict[str, Any], reason: str | None) -> N
     assert found == reason or (reason is not None and found is not None and found.startswith(reason))
 
 
-@pytest.mark.parametrize("stranger", [None, 3, "plan", PLAN.to_dict(), Refusal(1, "no", 0.0)])
+@pytest.mark.parametrize("stranger", [None, 3, "plan", PLAN.to_dict(), NoPlan(1, "no", 0.0)])
 def test_a_stranger_is_malformed(stranger: Any) -> None:
     found = validate(stranger, version=4, assignment=IN_FORCE, step=120, n_clusters=2, max_moves=3, min_members=2)
     assert found is not None and found.startswith("malformed: ")
@@ -586,4 +586,4 @@ def test_purity_by_hand() -> None:
 
 def test_nothing_changed_gains_nothing() -> None:
     stats, truth_LE = clustered(0, 2, 16, 4)
-    assert gain_seen(stats, truth_LE, truth_LE, regroup=RegroupSection(), n_clusters=4) == 0
+    assert measured_gain(stats, truth_LE, truth_LE, regroup=RegroupSection(), n_clusters=4) == 0

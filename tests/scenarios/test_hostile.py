@@ -36,7 +36,7 @@ from raymoe.storage.checkpoint import Checkpoint, CorruptCheckpoint
 from raymoe.storage.files import CorruptFile
 from raymoe.storage.manifest import describe_file
 from raymoe.training.journal import Journal
-from raymoe.training.regroup.clients import Replay
+from raymoe.training.regroup.clients import ReplayClient
 from raymoe.training.resolve import resolve
 from tests.data.test_corpus import prepared, prose
 from tests.storage.test_checkpoint import save
@@ -364,13 +364,13 @@ def test_any_file_of_plans_is_replayed_or_refused(data: st.DataObject, tmp_path:
         st.lists(changed(good).map(json.dumps) | st.sampled_from(BOMBS) | st.text(max_size=9), max_size=3)
     )
     (tmp_path / "plans.jsonl").write_text("\n".join([json.dumps(good), *lines]), errors="surrogatepass")
-    refusal = only(ValueError, lambda: Replay(tmp_path / "plans.jsonl").poll(1))
+    refusal = only(ValueError, lambda: ReplayClient(tmp_path / "plans.jsonl").poll(1))
     assert not refusal or "is not a record of plans" in refusal
 
 
 def test_a_pipe_is_no_file_of_plans(outside: Path) -> None:
     with pytest.raises(FileNotFoundError):
-        Replay(outside)
+        ReplayClient(outside)
 
 
 def test_damaged_lines_cost_a_journal_themselves_alone(tmp_path: Path) -> None:

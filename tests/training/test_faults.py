@@ -27,7 +27,7 @@ from raymoe.storage.files import write_json
 from raymoe.training.journal import Journal
 from raymoe.training.loop import Trainer
 from raymoe.training.regroup import apply as regroup
-from raymoe.training.regroup.clients import Replay
+from raymoe.training.regroup.clients import ReplayClient
 from raymoe.training.run_report import write_report
 from raymoe.training.state import LostCheckpoints
 from raymoe.training.stragglers import REPORTS, Stragglers, ratios
@@ -64,7 +64,7 @@ def trainer(rank: int, run: str, *changes: str) -> Trainer:
     settings = override(preset("tiny"), [*SMALL, *often, *plan, *changes])
     metrics = TrainingMetrics(CollectorRegistry(), run="test", worker=str(rank))
     corpus: Any = Synthetic(settings.model.vocabulary)
-    return Trainer(settings, corpus, Path(run), metrics, torch.device("cpu"), Replay(plans))
+    return Trainer(settings, corpus, Path(run), metrics, torch.device("cpu"), ReplayClient(plans))
 
 
 def whole(rank: int, world: int, run: str) -> Any:

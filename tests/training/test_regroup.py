@@ -19,8 +19,8 @@ from raymoe.config import Config, override, preset
 from raymoe.metrics import TrainingMetrics
 from raymoe.parallel.sharded import shard
 from raymoe.training.loop import Trainer
-from raymoe.training.regroup.clients import Direct, Replay
-from raymoe.training.regroup.clusterer import Answer, Clusterer, Message
+from raymoe.training.regroup.clients import DirectClient, ReplayClient
+from raymoe.training.regroup.clusterer import Clusterer, ClustererStatus, Message
 from raymoe.training.regroup.recorder import Recorder
 from tests.support import processes
 from tests.support.synthetic import Synthetic
@@ -37,10 +37,10 @@ def config(*changes: str) -> Config:
     return override(preset("tiny"), [*SMALL, *REGROUP, *changes])
 
 
-class Gathering(Direct):
+class Gathering(DirectClient):
     """The clusterer in rank 0's process: what ranks post at the same step is gathered to it."""
 
-    def post(self, message: Message) -> None:
+    def send(self, message: Message) -> None:
         messages: list[Any] = [message]
         if dist.is_initialized():
             messages = [None] * dist.get_world_size()
@@ -58,27 +58,27 @@ class Scripted:
     def ready(self) -> bool:
         return True
 
-    def post(self, message: Message) -> None:
+    def send(self, message: Message) -> None:
         """Nobody listens."""
 
     def poll(self, attempt: int) -> Any:
         self.polls += 1
         return self.decide(self.polls)
 
-    def settle(self) -> None:
+    def flush(self) -> None:
         """Nothing is in flight."""
 
-    ask = poll
+    wait_for_status = poll
 
 
 def train(rank: int, world: int, run: str, changes: tuple[str, ...], decide: Any = None) -> dict[str, Any]:
     """A run to its end; what this rank holds, and the version before each step."""
     settings = config(*changes)
-    mailbox: Any = Scripted(decide) if decide else Gathering(Clusterer(settings.to_dict()))
+    client: Any = Scripted(decide) if decide else Gathering(Clusterer(settings.to_dict()))
     if settings.regroup.replay:
-        mailbox = Replay(Path(settings.regroup.replay))
+        client = ReplayClient(Path(settings.regroup.replay))
     metrics = TrainingMetrics(CollectorRegistry(), run="test", worker=str(rank))
-    trainer = Trainer(settings, Synthetic(31), Path(run), metrics, torch.device("cpu"), mailbox)  # type: ignore[arg-type]
+    trainer = Trainer(settings, Synthetic(31), Path(run), metrics, torch.device("cpu"), client)  # type: ignore[arg-type]
     versions: list[int] = []
     step = trainer.forward_backward
 
@@ -163,8 +163,8 @@ def test_statistics_outlive_a_restart(tmp_path: Path) -> None:
             copy_at(tmp_path / "whole", run, 15)
         settings = config("regroup.force=0", "regroup.min_gain=1", "train.steps=20")
         metrics = TrainingMetrics(CollectorRegistry(), run="test", worker="0")
-        mailbox = Direct(Clusterer(settings.to_dict()))
-        trainer = Trainer(settings, Synthetic(31), run, metrics, torch.device("cpu"), mailbox)  # type: ignore[arg-type]
+        client = DirectClient(Clusterer(settings.to_dict()))
+        trainer = Trainer(settings, Synthetic(31), run, metrics, torch.device("cpu"), client)  # type: ignore[arg-type]
         trainer.train()
         gathered.append(trainer.regrouping.recorder.total.arrays())  # type: ignore[union-attr]
     for key, array in gathered[0].items():
@@ -185,7 +185,9 @@ def good(version: int = 1, made: int = 5, **changes: Any) -> dict[str, Any]:
 
 def answers(at: int, *decisions: Any, **changes: Any) -> Callable[[int], Any]:
     """What the decisions are told as at poll `at`, which is after step `at`; before and after it, nothing."""
-    return lambda poll: replace(Answer(1, poll, decisions, 0), **changes) if poll == at else Answer(1, poll, (), 0)
+    return lambda poll: (
+        replace(ClustererStatus(1, poll, decisions, 0), **changes) if poll == at else ClustererStatus(1, poll, (), 0)
+    )
 
 
 ROWS = [list(row) for row in config().model.default_assignment()]
@@ -207,7 +209,7 @@ GARBAGE = {
     "no kind": (answers(5, {"plan": 3}), "malformed"),
     "unknown kind": (answers(5, {"kind": "surprise"}), "malformed"),
     "not an answer": (lambda poll: b"\x00" if poll == 5 else None, "malformed"),
-    "no decisions": (lambda poll: Answer(1, 1, None, 0) if poll == 5 else None, "malformed"),  # type: ignore[arg-type]
+    "no decisions": (lambda poll: ClustererStatus(1, 1, None, 0) if poll == 5 else None, "malformed"),  # type: ignore[arg-type]
     "endless messages": (answers(5, refused_messages=float("inf")), "malformed"),
     "an array": (answers(5, incarnation=np.zeros(2)), "malformed"),
     "a step that is none": (answers(5, step="x"), "malformed"),
@@ -233,18 +235,18 @@ def test_garbage_is_refused_with_a_reason_and_training_goes_on(
     assert losses(tmp_path) == undisturbed
 
 
-def two_plans(poll: int) -> Answer:
+def two_plans(poll: int) -> ClustererStatus:
     """A plan after step 5, and one that would change the same again while the first still waits or overlaps."""
     rows = good()["plan"]["assignment"]
     other = [[*rows[0]], [rows[1][9], *rows[1][1:9], rows[1][0]]]
-    return Answer(1, poll, {5: (good(),), 7: (good(version=2, made=7, assignment=other),)}.get(poll, ()), 0)
+    return ClustererStatus(1, poll, {5: (good(),), 7: (good(version=2, made=7, assignment=other),)}.get(poll, ()), 0)
 
 
-def one_rank_hears(poll: int) -> Answer | None:
-    """Rank 1's own mailbox would have it otherwise; and rank 0's first plan comes when its step has begun."""
+def one_rank_hears(poll: int) -> ClustererStatus | None:
+    """Rank 1's own client would have it otherwise; and rank 0's first plan comes when its step has begun."""
     if dist.get_rank():
-        return Answer(1, poll, (good(made=poll),), 0)
-    return Answer(1, poll, {12: (good(made=9),), 16: (good(made=16),)}.get(poll, ()), 0)
+        return ClustererStatus(1, poll, (good(made=poll),), 0)
+    return ClustererStatus(1, poll, {12: (good(made=9),), 16: (good(made=16),)}.get(poll, ()), 0)
 
 
 def garbage_on_rank_0(poll: int) -> Any:
@@ -279,13 +281,13 @@ def test_what_a_decision_calls_itself_does_not_change_the_record(tmp_path: Path)
     train(0, 1, str(tmp_path), ("regroup.mode=off", "train.steps=12"))  # and the run goes on
 
 
-class Queueing(Direct):
+class Queueing(DirectClient):
     """As an actor takes calls: one by one, some time later, and an answer asked for early is of what was known then."""
 
     def __init__(self, clusterer: Clusterer) -> None:
         super().__init__(clusterer)
         self.calls: list[Callable[[], Any]] = []
-        self.asked: list[Answer] = []
+        self.asked: list[ClustererStatus] = []
         self.waiting = False
 
     def run(self) -> None:
@@ -295,34 +297,34 @@ class Queueing(Direct):
     def ready(self) -> bool:
         return not self.calls
 
-    def post(self, message: Message) -> None:
+    def send(self, message: Message) -> None:
         self.calls.append(lambda: self.clusterer.observe(message))
 
-    def settle(self) -> None:
+    def flush(self) -> None:
         self.run()
 
-    def poll(self, attempt: int) -> Answer | None:
+    def poll(self, attempt: int) -> ClustererStatus | None:
         if not self.waiting:
             self.waiting = True
-            self.calls.append(lambda: self.asked.append(self.clusterer.answer(attempt)))
+            self.calls.append(lambda: self.asked.append(self.clusterer.poll(attempt)))
             return None
         self.run()
         self.waiting = False
         return self.asked.pop()
 
-    def ask(self, attempt: int) -> Answer | None:
+    def wait_for_status(self, attempt: int) -> ClustererStatus | None:
         answer = self.poll(attempt)
         return answer or self.poll(attempt)
 
 
 def test_lockstep_does_not_depend_on_the_clusterers_pace(tmp_path: Path) -> None:
     runs = []
-    for kind in (Direct, Queueing):
+    for kind in (DirectClient, Queueing):
         run = fresh(tmp_path / kind.__name__)
         settings = config("regroup.plan_lag=1")
         metrics = TrainingMetrics(CollectorRegistry(), run="test", worker="0")
-        mailbox = kind(Clusterer(settings.to_dict()))
-        Trainer(settings, Synthetic(31), run, metrics, torch.device("cpu"), mailbox).train()  # type: ignore[arg-type]
+        client = kind(Clusterer(settings.to_dict()))
+        Trainer(settings, Synthetic(31), run, metrics, torch.device("cpu"), client).train()  # type: ignore[arg-type]
         runs.append(run)
     assert plans(runs[0], "applied") and losses(runs[0]) == losses(runs[1])
     assert [r["step"] for r in plans(runs[0], "applied")] == [r["step"] for r in plans(runs[1], "applied")]
@@ -362,11 +364,11 @@ def test_a_step_that_diverges_leaves_no_trace_in_the_statistics(
     monkeypatch.setattr(Trainer, "forward_backward", poisoned)
     settings = config("regroup.force=0", "train.steps=20")
     metrics = TrainingMetrics(CollectorRegistry(), run="test", worker="0")
-    mailbox = Direct(Clusterer(settings.to_dict()))
-    trainer = Trainer(settings, Synthetic(31), tmp_path, metrics, torch.device("cpu"), mailbox)  # type: ignore[arg-type]
+    client = DirectClient(Clusterer(settings.to_dict()))
+    trainer = Trainer(settings, Synthetic(31), tmp_path, metrics, torch.device("cpu"), client)  # type: ignore[arg-type]
     trainer.train()
     assert all(np.isfinite(array).all() for array in trainer.regrouping.recorder.total.arrays().values())  # type: ignore[union-attr]
-    assert mailbox.clusterer.answer(1).refused_messages == 0
+    assert client.clusterer.poll(1).refused_messages == 0
     assert trainer.position.skipped == 2
 
 
@@ -391,35 +393,35 @@ def message(attempt: int, step: int, rank: int = 0, world: int = 1, version: int
     return Message(attempt, rank, world, model.default_assignment(), True, stats)
 
 
-def kinds(answer: Answer) -> list[str]:
+def kinds(answer: ClustererStatus) -> list[str]:
     return [decision["kind"] for decision in answer.decisions]
 
 
 def test_the_clusterer_plans_once_a_period_when_all_workers_have_told() -> None:
     clusterer = Clusterer(config().to_dict())
     clusterer.observe(message(1, 8))
-    assert kinds(clusterer.answer(1)) == []  # before the burn-in
+    assert kinds(clusterer.poll(1)) == []  # before the burn-in
     clusterer.observe(message(2, 10, rank=0, world=2))
-    assert kinds(clusterer.answer(2)) == []
+    assert kinds(clusterer.poll(2)) == []
     clusterer.observe(message(2, 10, rank=1, world=2))
-    answer = clusterer.answer(2)
+    answer = clusterer.poll(2)
     assert kinds(answer) == ["plan"] and answer.step == 10
     assert answer.decisions[0]["plan"]["effective_step"] == 13
-    assert kinds(clusterer.answer(2)) == []
+    assert kinds(clusterer.poll(2)) == []
     for rank in (0, 1):
         clusterer.observe(message(2, 16, rank=rank, world=2))
-    assert kinds(clusterer.answer(2)) == []
+    assert kinds(clusterer.poll(2)) == []
     clusterer.observe(message(1, 30))  # from a future that was rolled back
-    assert clusterer.answer(2).step == 16 and kinds(clusterer.answer(1)) == []
+    assert clusterer.poll(2).step == 16 and kinds(clusterer.poll(1)) == []
 
 
 def test_the_clusterer_tells_what_a_plan_has_gained_by_later_statistics() -> None:
     clusterer = Clusterer(config().to_dict())
     clusterer.observe(message(1, 10))
-    plan = clusterer.answer(1).decisions[0]["plan"]
+    plan = clusterer.poll(1).decisions[0]["plan"]
     after = replace(message(1, 20, version=1), assignment=tuple(map(tuple, plan["assignment"])))
     clusterer.observe(after)
-    seen = [d for d in clusterer.answer(1).decisions if d["kind"] == "seen"]
+    seen = [d for d in clusterer.poll(1).decisions if d["kind"] == "seen"]
     assert len(seen) == 1 and seen[0]["version"] == 1
     assert seen[0]["gain"] == pytest.approx(plan["expected_gain"], rel=1e-9)  # the same statistics
 
@@ -437,38 +439,38 @@ def test_the_clusterer_counts_messages_that_are_not_messages(what: str) -> None:
         "negative": replace(sound, statistics=replace(stats, rows_LE=-stats.rows_LE)),
     }[what]
     clusterer.observe(bad)
-    assert clusterer.answer(1).refused_messages == 1 and clusterer.answer(1).decisions == ()
+    assert clusterer.poll(1).refused_messages == 1 and clusterer.poll(1).decisions == ()
     clusterer.observe(sound)
-    assert kinds(clusterer.answer(1)) == ["plan"]
+    assert kinds(clusterer.poll(1)) == ["plan"]
 
 
 def test_a_clusterer_that_starts_again_is_told_all_again(tmp_path: Path) -> None:
     """Killed at every phase of a period: the next plan comes, from statistics as if nothing had happened."""
 
-    class Mortal(Direct):
+    class Mortal(DirectClient):
         """A clusterer that is another one from each given poll on."""
 
         polls = 0
 
-        def poll(self, attempt: int) -> Answer | None:
+        def poll(self, attempt: int) -> ClustererStatus | None:
             self.polls += 1
             if self.polls in deaths:
                 self.clusterer = Clusterer(settings.to_dict())
             return super().poll(attempt)
 
-        ask = poll
+        wait_for_status = poll
 
     settings = config("regroup.mode=async", "regroup.force=0", "train.steps=40", "regroup.min_gain=1e-9")
     for deaths in ((3,), (9, 10), (11,), (14, 19, 29)):
         run = fresh(tmp_path / "-".join(map(str, deaths)))
         metrics = TrainingMetrics(CollectorRegistry(), run="test", worker="0")
-        mailbox = Mortal(Clusterer(settings.to_dict()))
-        trainer = Trainer(settings, Synthetic(31), run, metrics, torch.device("cpu"), mailbox)  # type: ignore[arg-type]
+        client = Mortal(Clusterer(settings.to_dict()))
+        trainer = Trainer(settings, Synthetic(31), run, metrics, torch.device("cpu"), client)  # type: ignore[arg-type]
         trainer.train()
         assert len(plans(run, "clusterer_restarted")) == len(deaths)
         assert len(losses(run)) == 40 and len(plans(run, "applied")) >= 1
         recorder = trainer.regrouping.recorder  # type: ignore[union-attr]
-        known = mailbox.clusterer._by_rank[0]
+        known = client.clusterer._by_rank[0]
         np.testing.assert_allclose(known.count_LE, recorder.total.count_LE)
 
 
@@ -505,5 +507,5 @@ def test_planted_swaps_are_found_by_answers_of_a_real_model() -> None:
     recorder.read(10, RoutingLoad(clusters, members, served[:, None], model.n_experts), assignment)
     clusterer = Clusterer(settings.to_dict())
     clusterer.observe(Message(1, 0, 1, assignment, False, recorder.total))
-    (decision,) = clusterer.answer(1).decisions
+    (decision,) = clusterer.poll(1).decisions
     assert decision["kind"] == "plan" and decision["plan"]["assignment"] == [list(row) for row in true]

@@ -26,8 +26,8 @@ from raymoe.parallel.remap import Membership, moved, remap
 from raymoe.parallel.sharded import Sharded
 from raymoe.training.load import RoutingLoad
 from raymoe.training.optimizer import Optimizer
-from raymoe.training.regroup.clients import Mailbox
-from raymoe.training.regroup.clusterer import Answer, Message
+from raymoe.training.regroup.clients import ClustererClient
+from raymoe.training.regroup.clusterer import ClustererStatus, Message
 from raymoe.training.regroup.recorder import Recorder
 from raymoe.training.state import Position
 
@@ -38,7 +38,7 @@ HEADER = ("announced", "version", "made_at_step", "effective_step", "expected_ga
 class Regrouping:
     """Keeps a run's membership.
 
-    `mailbox` is how this rank reaches the clusterer; without one, what is on the move arrives and nothing
+    `client` is how this rank reaches the clusterer; without one, what is on the move arrives and nothing
     else happens. `log` takes a record of plans, `probe` measures the loss on a few held-out windows, `attempt` is
     the number of this worker group.
     """
@@ -50,14 +50,14 @@ class Regrouping:
         optimizer: Optimizer,
         gradients: Gradients,
         position: Position,
-        mailbox: Mailbox | None,
+        client: ClustererClient | None,
         log: Callable[..., None],
         probe: Callable[[], float],
         attempt: int,
     ) -> None:
         self.config, self.sharded, self.position = config, sharded, position
         self.optimizer, self.gradients = optimizer, gradients
-        self.mailbox, self.log, self.probe = mailbox if config.regroups else None, log, probe
+        self.client, self.log, self.probe = client if config.regroups else None, log, probe
         self.recorder = Recorder(config, sharded, position.version, position.step)
         self.pending: RemapPlan | None = None
         self._offers: deque[RemapPlan] = deque()
@@ -68,7 +68,7 @@ class Regrouping:
 
     # Before a step.
 
-    def before(self, step: int) -> None:
+    def before_step(self, step: int) -> None:
         """Change what changes between two steps: apply the plan whose step has come, fade ghosts, drop the faded."""
         position = self.position
         if self.pending and self.pending.effective_step == step:
@@ -80,7 +80,7 @@ class Regrouping:
                 self._drop()
             else:
                 self._fade(progress)
-        if self.mailbox:
+        if self.client:
             self.recorder.arm(step + 1)
 
     def _apply(self, plan: RemapPlan) -> None:
@@ -140,7 +140,7 @@ class Regrouping:
 
     # With a step's own collective.
 
-    def say(self) -> list[float]:
+    def encode_offer(self) -> list[float]:
         """What this rank adds to the step's sum: rank 0 the plan that it offers, the others nothing."""
         model = self.config.model
         blank = [0.0] * (len(HEADER) + model.layers * model.n_experts)
@@ -153,7 +153,7 @@ class Regrouping:
         assignment = [float(c) for row in plan.assignment for c in row]
         return [*map(float, header), float(plan.reason == "forced"), *assignment]
 
-    def hear(self, said: Sequence[float]) -> None:
+    def decode_offer(self, said: Sequence[float]) -> None:
         """What all ranks have heard after the step: a plan, accepted or refused by all alike."""
         header = dict(zip(HEADER, said, strict=False))
         if not header["announced"]:
@@ -188,47 +188,47 @@ class Regrouping:
 
     # After a step.
 
-    def after(self, load: RoutingLoad) -> None:
+    def after_step(self, load: RoutingLoad) -> None:
         """Take in what the step showed, tell the clusterer, and hear what it has decided. Waits in lockstep only."""
         step, mode = self.position.step, self.config.regroup.mode
-        if self.mailbox is None:
+        if self.client is None:
             return
         if load.clusters.numel():
             self._load_LC = 0.9 * self._load_LC + load.clusters.numpy()
         self.recorder.read(step, load, self.position.membership.assignment)
         due = step % self.config.regroup.stats_every == 0 or step % self.config.period == 0
         if mode == "lockstep" and due:
-            self.mailbox.settle()  # so that what is sent does not depend on the clusterer's pace
+            self.client.flush()  # so that what is sent does not depend on the clusterer's pace
         if due and mode != "replay":
-            self._tell(self.mailbox)
+            self._send_statistics(self.client)
         answer = None
         if mode != "lockstep":
-            answer = self.mailbox.poll(self._attempt) if self.sharded.rank == 0 else None
+            answer = self.client.poll(self._attempt) if self.sharded.rank == 0 else None
         elif step % self.config.period == 0:
-            self.mailbox.settle()
+            self.client.flush()
             if self.sharded.world > 1:
                 dist.barrier()
-            answer = self.mailbox.ask(self._attempt) if self.sharded.rank == 0 else None
+            answer = self.client.wait_for_status(self._attempt) if self.sharded.rank == 0 else None
         if answer is not None:
-            self._listen(answer)
+            self._receive(answer)
 
-    def _tell(self, mailbox: Mailbox) -> None:
+    def _send_statistics(self, client: ClustererClient) -> None:
         """Send the statistics that are new; while the last message waits, they wait and merge into the next."""
         position = self.position
-        if mailbox.ready():
+        if client.ready():
             message = Message(
                 self._attempt, self.sharded.rank, self.sharded.world, position.membership.assignment, position.forced,
                 self.recorder.total,
             )  # fmt: skip
-            mailbox.post(message)
+            client.send(message)
         else:
             self._merged += 1
-        self.log("messages", merged=self._merged, lost=mailbox.lost)
+        self.log("messages", merged=self._merged, lost=client.lost)
 
-    def _listen(self, answer: Any) -> None:
+    def _receive(self, answer: Any) -> None:
         """Note what the clusterer decided. It is not trusted: what is not an answer is refused, whatever it is."""
         try:
-            if not isinstance(answer, Answer) or {type(answer.step), type(answer.incarnation)} != {int}:
+            if not isinstance(answer, ClustererStatus) or {type(answer.step), type(answer.incarnation)} != {int}:
                 raise ValueError(f"{type(answer).__name__} is not an answer")
             if self._incarnation and answer.incarnation != self._incarnation:
                 self.log("clusterer_restarted")

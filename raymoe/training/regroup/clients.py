@@ -9,12 +9,12 @@ from typing import Any, Protocol
 import ray
 from ray.exceptions import PendingCallsLimitExceeded, RayError
 
-from raymoe.training.regroup.clusterer import Answer, Clusterer, Message
+from raymoe.training.regroup.clusterer import Clusterer, ClustererStatus, Message
 
 NAMESPACE = "raymoe"
 
 
-class Mailbox(Protocol):
+class ClustererClient(Protocol):
     """Nothing here raises. `attempt` is the start of the worker group that asks."""
 
     lost: int
@@ -24,24 +24,24 @@ class Mailbox(Protocol):
         """Whether the last message was taken; while it was not, statistics wait and merge."""
         ...
 
-    def post(self, message: Message) -> None:
+    def send(self, message: Message) -> None:
         """Send and forget."""
         ...
 
-    def poll(self, attempt: int) -> Answer | None:
+    def poll(self, attempt: int) -> ClustererStatus | None:
         """The clusterer's next answer, if there is one."""
         ...
 
-    def settle(self) -> None:
+    def flush(self) -> None:
         """Wait until the last message was taken."""
         ...
 
-    def ask(self, attempt: int) -> Answer | None:
+    def wait_for_status(self, attempt: int) -> ClustererStatus | None:
         """Wait for an answer; None from a clusterer that is not there."""
         ...
 
 
-class Direct:
+class DirectClient:
     """A clusterer in this process, for one worker."""
 
     def __init__(self, clusterer: Clusterer) -> None:
@@ -50,19 +50,19 @@ class Direct:
     def ready(self) -> bool:
         return True
 
-    def post(self, message: Message) -> None:
+    def send(self, message: Message) -> None:
         self.clusterer.observe(message)
 
-    def poll(self, attempt: int) -> Answer | None:
-        return self.clusterer.answer(attempt)
+    def poll(self, attempt: int) -> ClustererStatus | None:
+        return self.clusterer.poll(attempt)
 
-    def settle(self) -> None:
+    def flush(self) -> None:
         """Nothing is ever in flight."""
 
-    ask = poll
+    wait_for_status = poll
 
 
-class Replay:
+class ReplayClient:
     """The applied plans of a recorded run, one after the other."""
 
     def __init__(self, plans: Path) -> None:
@@ -81,22 +81,22 @@ class Replay:
     def ready(self) -> bool:
         return True
 
-    def post(self, message: Message) -> None:
+    def send(self, message: Message) -> None:
         """Nobody listens."""
 
-    def poll(self, attempt: int) -> Answer | None:
+    def poll(self, attempt: int) -> ClustererStatus | None:
         """All plans at once: each is applied when its step has come."""
         decisions: tuple[dict[str, Any], ...] = tuple({"kind": "plan", "plan": plan} for plan in self._plans)
         self._plans = []
-        return Answer(0, -1, decisions, 0) if decisions else None
+        return ClustererStatus(0, -1, decisions, 0) if decisions else None
 
-    def settle(self) -> None:
+    def flush(self) -> None:
         """Nothing is ever in flight."""
 
-    ask = poll
+    wait_for_status = poll
 
 
-class Actor:
+class ActorClient:
     """The clusterer as a named Ray actor. What it does or fails to do costs regrouping only."""
 
     def __init__(self, name: str) -> None:
@@ -125,14 +125,14 @@ class Actor:
             return True
         if not ray.wait([self._sent], timeout=0)[0]:
             return False
-        self.settle()
+        self.flush()
         return True
 
-    def post(self, message: Message) -> None:
+    def send(self, message: Message) -> None:
         self._sent = self._call("observe", message)
         self.lost += self._sent is None
 
-    def settle(self) -> None:
+    def flush(self) -> None:
         if self._sent is not None:
             try:
                 ray.get(self._sent)
@@ -140,21 +140,21 @@ class Actor:
                 self.lost += 1
             self._sent = None
 
-    def poll(self, attempt: int) -> Answer | None:
+    def poll(self, attempt: int) -> ClustererStatus | None:
         if self._asked is None:
-            self._asked = self._call("answer", attempt)
+            self._asked = self._call("poll", attempt)
         if self._asked is None or not ray.wait([self._asked], timeout=0)[0]:
             return None
         asked, self._asked = self._asked, None
         return self._get(asked)
 
-    def ask(self, attempt: int) -> Answer | None:
-        asked = self._asked or self._call("answer", attempt)
+    def wait_for_status(self, attempt: int) -> ClustererStatus | None:
+        asked = self._asked or self._call("poll", attempt)
         self._asked = None
         return None if asked is None else self._get(asked)
 
 
-def start(config: dict[str, Any], name: str) -> Any:
+def start_clusterer(config: dict[str, Any], name: str) -> Any:
     """Make the clusterer an actor that restarts for ever; returns its handle, with which it ends. Called by the driver."""
     options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": 0, "max_pending_calls": 64}
     return ray.remote(Clusterer).options(name=name, namespace=NAMESPACE, **options).remote(config)

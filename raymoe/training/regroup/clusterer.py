@@ -11,7 +11,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
-from raymoe.clustering.plan import Assignment, RemapPlan, gain_seen, make, moves
+from raymoe.clustering.plan import Assignment, RemapPlan, make, measured_gain, moves
 from raymoe.clustering.similarity import NotSampled, similarity
 from raymoe.clustering.statistics import Statistics, check, merge
 from raymoe.config import from_dict
@@ -40,7 +40,7 @@ class Message:
 
 
 @dataclass(frozen=True)
-class Answer:
+class ClustererStatus:
     """From the clusterer to rank 0, each time it asks."""
 
     incarnation: int
@@ -118,7 +118,7 @@ class Clusterer:
         n_clusters = self.config.model.n_clusters
         if before := self._before.pop(whole.version, None):
             try:
-                gain = gain_seen(whole, before, last.assignment, regroup=regroup, n_clusters=n_clusters)
+                gain = measured_gain(whole, before, last.assignment, regroup=regroup, n_clusters=n_clusters)
                 shown = self._picture(whole, before, last.assignment)
                 self._decide("seen", version=whole.version, gain=gain, similarity=shown)
             except NotSampled:
@@ -154,10 +154,10 @@ class Clusterer:
     def _decide(self, kind: str, **fields: Any) -> None:
         self._decisions.append({"kind": kind, **fields})
 
-    def answer(self, attempt: int) -> Answer:
+    def poll(self, attempt: int) -> ClustererStatus:
         """What was decided since the last answer."""
         decisions = tuple(self._decisions) if attempt == self._attempt else ()
         if attempt == self._attempt:
             self._decisions.clear()
         step = self._heard(self._last.world) if self._last else -1
-        return Answer(self._incarnation, step, decisions, self._refused)
+        return ClustererStatus(self._incarnation, step, decisions, self._refused)
