@@ -35,7 +35,8 @@ from raymoe.serving.engine.engine import Engine
 from raymoe.serving.engine.request import Increment, Request
 from raymoe.serving.engine.thread import EngineThread
 from raymoe.serving.engine.trunk import Trunk
-from raymoe.serving.http.server import ApiSettings, Unavailable, create_app
+from raymoe.serving.http.errors import Unavailable
+from raymoe.serving.http.server import ApiSettings, create_app
 from raymoe.serving.residency import trim
 from raymoe.serving.settings import ServeSettings
 from raymoe.serving.transport.requests import RequestServer
@@ -257,7 +258,7 @@ class Api:
         self._discovery = asyncio.create_task(self._discover())
 
     def __serve_build_asgi_app__(self) -> Any:
-        settings = ApiSettings(api_key=os.environ.get("RAYMOE_API_KEY") or None, tell_request_ids=False)
+        settings = ApiSettings(api_key=os.environ.get("RAYMOE_API_KEY") or None, send_request_ids=False)
         return create_app(self, settings, self.metrics)
 
     async def _discover(self) -> None:

@@ -27,7 +27,7 @@ class Sampling:
     top_k: int = 0
     """Keep the k most likely tokens. 0: all."""
     top_p: float = 1.0
-    """Then the most likely ones that together reach this share of what is left."""
+    """Then the most likely ones that together reach this share of what is left. 0: the most likely token."""
     min_p: float = 0.0
     """Keep tokens at least this likely as the most likely one."""
     repetition_penalty: float = 1.0
@@ -47,7 +47,7 @@ class Sampling:
         require = partial(check_field, self)
         require("temperature", "0 to 100", 0 <= self.temperature <= 100)
         require("top_k", "0 (all) or more", self.top_k >= 0)
-        require("top_p", "greater than 0, at most 1", 0 < self.top_p <= 1)
+        require("top_p", "0 to 1", 0 <= self.top_p <= 1)
         require("min_p", "0 to 1", 0 <= self.min_p <= 1)
         require("repetition_penalty", "0.01 to 100", 0.01 <= self.repetition_penalty <= 100)
         require("frequency_penalty", "-2 to 2", -2 <= self.frequency_penalty <= 2)
@@ -64,6 +64,11 @@ class Sampling:
     @property
     def penalised(self) -> bool:
         return self.repetition_penalty != 1 or self.frequency_penalty != 0 or self.presence_penalty != 0
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the most likely token is chosen."""
+        return self.temperature == 0 or self.top_p == 0
 
     @property
     def cut(self) -> bool:
@@ -99,7 +104,7 @@ def choose(logits_BV: Tensor, draws: Sequence[Draw]) -> Tensor:
         for i in changed:
             change(logits_BV[i], draws[i])
     tokens = logits_BV.argmax(-1)
-    random = [i for i, draw in enumerate(draws) if draw.sampling.temperature > 0]
+    random = [i for i, draw in enumerate(draws) if not draw.sampling.greedy]
     if random:
         chosen = [draws[i] for i in random]
         weights = eligible(logits_BV[random], [draw.sampling for draw in chosen]).numpy()

@@ -1,1 +1,1 @@
-"""The OpenAI-compatible HTTP API. No Ray."""
+"""The OpenAI-compatible HTTP API. Does not import Ray."""

@@ -80,7 +80,9 @@ def test_a_batch_chooses_what_each_row_would_alone() -> None:
 
 def test_greedy_is_the_limit_of_temperature_and_of_cuts() -> None:
     logits = random_logits(3, 400)
-    for sampling in (Sampling(temperature=0), Sampling(temperature=1e-4), Sampling(top_k=1), Sampling(top_p=1e-6)):
+    for sampling in (
+        Sampling(temperature=0), Sampling(temperature=1e-4), Sampling(top_k=1), Sampling(top_p=1e-6), Sampling(top_p=0),
+    ):  # fmt: skip
         assert choose(logits, [Draw(sampling, [0], [])] * 3).tolist() == logits.argmax(-1).tolist()
 
 
@@ -175,7 +177,7 @@ def test_log_probabilities_are_of_the_token_and_of_the_best() -> None:
 
 
 def test_bad_values_are_refused_by_name() -> None:
-    bad = dict(temperature=-1, top_k=-1, top_p=0, min_p=2, repetition_penalty=0, frequency_penalty=3, seed=-1)
+    bad = dict(temperature=-1, top_k=-1, top_p=-0.1, min_p=2, repetition_penalty=0, frequency_penalty=3, seed=-1)
     for name, value in [
         *bad.items(),
         ("stop", ("",)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import socket
@@ -21,8 +22,10 @@ from prometheus_client.parser import text_string_to_metric_families
 from raymoe.metrics import FINISHES, REJECTIONS, ApiMetrics
 from raymoe.serving.engine.request import Echo, Increment, Request, Usage
 from raymoe.serving.engine.sampling import LogProb
-from raymoe.serving.http import protocol
-from raymoe.serving.http import server as api
+from raymoe.serving.http.bodies import CompletionBody, Message
+from raymoe.serving.http.errors import ClientError, Unavailable
+from raymoe.serving.http.prompts import DEFAULT_TEMPLATE, ChatTemplate, Codec
+from raymoe.serving.http.replies import CompletionReply, to_json
 from raymoe.serving.http.server import ApiSettings, create_app
 from raymoe.storage.artifact import Artifact
 from tests.support import malformed, served
@@ -127,7 +130,7 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
 
 @pytest.fixture(scope="module")
 def shared(artifact: Artifact) -> Iterator[Site]:
-    site = Site(served.LocalService(artifact), ApiSettings(max_answers=6, max_body_bytes=1 << 16))
+    site = Site(served.LocalService(artifact), ApiSettings(max_choices=6, max_body_bytes=1 << 16))
     yield site
     site.close()
 
@@ -155,6 +158,27 @@ def test_health_readiness_and_version(site: Site) -> None:
     assert site.ask("GET", "/version").json["version"]
 
 
+@pytest.mark.parametrize(
+    "path",
+    ["/health", "/ready", "/version", "/metrics", "/tokenizer_info", "/v1/models", "/v1/models/test", "/v1/models/x"],
+)
+def test_head_is_get_without_a_body(site: Site, path: str) -> None:
+    get, head = site.ask("GET", path), site.ask("HEAD", path)
+    assert head.status == get.status and head.content == b""
+    assert head.headers["Content-Type"] == get.headers["Content-Type"]
+    if path != "/metrics":  # its counters change between the requests
+        assert head.headers["Content-Length"] == get.headers["Content-Length"]
+
+
+def test_head_needs_the_key_as_get_does(artifact: Artifact) -> None:
+    site = Site(served.LocalService(artifact), ApiSettings(api_key="secret"))
+    try:
+        assert site.ask("HEAD", "/v1/models").status == 401
+        assert site.ask("HEAD", "/v1/models", headers={"Authorization": "Bearer secret"}).status == 200
+    finally:
+        site.close()
+
+
 def test_models(site: Site) -> None:
     listed = site.ask("GET", "/v1/models").json
     (card,) = listed["data"]
@@ -174,7 +198,7 @@ def test_tokens_there_and_back(site: Site) -> None:
         "user: Hello\nassistant:"
     )
     info = site.ask("GET", "/tokenizer_info").json
-    assert info["eos_token"] == "<|endoftext|>" and info["chat_template"] == protocol.DEFAULT_TEMPLATE
+    assert info["eos_token"] == "<|endoftext|>" and info["chat_template"] == DEFAULT_TEMPLATE
 
 
 def test_a_completion(site: Site) -> None:
@@ -274,6 +298,17 @@ def test_seeds(site: Site) -> None:
     assert ask() != ask() and ask(seed=-1) == ask(seed=2**64 - 1)
 
 
+def test_top_p_0_gives_the_most_likely_tokens(site: Site) -> None:
+    assert site.complete(temperature=2, top_p=0).text() == site.complete().text()
+    assert site.chat(temperature=2, top_p=0, seed=5).text() == site.chat().text()
+
+
+def test_the_model_may_be_left_out(site: Site) -> None:
+    body = {"prompt": PROMPT, **GREEDY}
+    assert site.ask("POST", "/v1/completions", body).text() == site.complete().text()
+    assert site.ask("POST", "/v1/chat/completions", CHAT | GREEDY).json["model"] == "test"
+
+
 def test_stop_strings_end_an_answer(site: Site) -> None:
     text = site.complete(max_tokens=30, ignore_eos=True).text()
     stop = text[10:12]
@@ -325,7 +360,7 @@ def test_bytes_of_tokens_join_to_the_text(site: Site) -> None:
     content = answer.json["choices"][0]["logprobs"]["content"]
     joined = bytes(byte for entry in content for byte in entry["bytes"])
     assert joined.decode(errors="replace") == answer.text() and any("\ufffd" in entry["token"] for entry in content)
-    tokens = protocol.Codec(site.service.tokenizer)
+    tokens = Codec(site.service.tokenizer)
     for text in (served.TEXT, "<|endoftext|>", "\x00\xff\u0100"):
         ids = site.encode(text)
         assert bytes(byte for token in ids for byte in tokens.bytes(token)) == text.encode()
@@ -334,12 +369,10 @@ def test_bytes_of_tokens_join_to_the_text(site: Site) -> None:
 
 def test_no_number_is_beyond_json() -> None:
     request = Request((1, 2), 1, logprobs=1, echo=True)
-    reply = protocol.CompletionReply(
-        "x", "test", protocol.CompletionBody(), [request], protocol.Codec(served.tokenizer())
-    )
+    reply = CompletionReply("x", "test", CompletionBody(), [request], Codec(served.tokenizer()))
     bad = LogProb(2, float("-inf"), ((1, float("nan")),))
     reply.add(0, Increment(1, 2, "b", Usage(2, 1), bad, Echo("ab", (None, bad)), "length"))
-    (choice,) = json.loads(protocol.to_json(reply.whole()))["choices"]
+    (choice,) = json.loads(to_json(reply.whole()))["choices"]
     assert choice["logprobs"]["token_logprobs"] == [None, -9999.0, -9999.0]
 
 
@@ -351,27 +384,27 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"prompt": None}, "prompt", "empty"), ({"prompt": ""}, "prompt", "empty"), ({"prompt": []}, "prompt", "empty"),
     ({"prompt": ["a", ""]}, "prompt", "empty"), ({"prompt": [[1], []]}, "prompt", "empty"),
     ({"prompt": [1, "a"]}, "prompt", "list of token ids"), ({"prompt": [True]}, "prompt", "list of token ids"),
-    ({"prompt": {"a": 1}}, "prompt", "a text"), ({"prompt": [1.0]}, "prompt", "list of token ids"),
+    ({"prompt": {"a": 1}}, "prompt", "a string"), ({"prompt": [1.0]}, "prompt", "list of token ids"),
     ({"prompt": [-1]}, "prompt", "list of token ids"), ({"prompt": [10**400]}, "prompt", "list of token ids"),
-    ({"prompt": ["a"] * 7}, "n", "7 answers: at most 6"), ({"prompt": ["a"] * 3, "n": 3}, "n", "9 answers"),
+    ({"prompt": ["a"] * 7}, "n", "7 completions: at most 6"), ({"prompt": ["a"] * 3, "n": 3}, "n", "9 completions"),
     ({"n": 0}, "n", "greater than or equal to 1"), ({"n": 10**30}, "n", "less than"), ({"n": "1"}, "n", "integer"),
     ({"n": True}, "n", "integer"), ({"best_of": 2}, "best_of", "must be n=1"),
     ({"max_tokens": -1}, "max_tokens", "greater"), ({"max_tokens": 10**100}, "max_tokens", "less than"),
     ({"max_tokens": "5"}, "max_tokens", "integer"), ({"max_tokens": 1.5}, "max_tokens", "integer"),
     ({"max_tokens": 200}, "prompt", "maximum context length is 128 tokens"),
-    ({"prompt": [5] * 129}, "prompt", "(129 in the prompt, 12 for the answer)"),
+    ({"prompt": [5] * 129}, "prompt", "(129 in the prompt, 12 for the completion)"),
     ({"prompt": [5] * 128, "max_tokens": None}, "prompt", "maximum context length"),
     ({"prompt": "a " * 20_000}, "prompt", "prompt has at least"),
     ({"temperature": -0.5}, "temperature", "0 to 100"), ({"temperature": True}, "temperature", "number"),
-    ({"temperature": float("nan")}, "temperature", "0 to 100"), ({"top_p": float("inf")}, "top_p", "at most 1"),
-    ({"top_p": 0}, "top_p", "greater than 0"), ({"top_k": -2}, "top_k", "greater"), ({"min_p": 1.5}, "min_p", "0 to 1"),
+    ({"temperature": float("nan")}, "temperature", "0 to 100"), ({"top_p": float("inf")}, "top_p", "0 to 1"),
+    ({"top_p": -0.1}, "top_p", "0 to 1"), ({"top_k": -2}, "top_k", "greater"), ({"min_p": 1.5}, "min_p", "0 to 1"),
     ({"repetition_penalty": 1e-39}, "repetition_penalty", "0.01 to 100"),
     ({"frequency_penalty": 3}, "frequency_penalty", "-2 to 2"), ({"presence_penalty": -3}, "presence_penalty", "-2"),
     ({"seed": 2**64}, "seed", "less than"), ({"seed": 1.5}, "seed", "integer"),
-    ({"stop": ["a"] * 17}, "stop", "at most 16"), ({"stop": ""}, "stop", "1 to 256"), ({"stop": 5}, "stop", "a text"),
-    ({"stop": "a" * 257}, "stop", "1 to 256"), ({"stop": [None]}, "stop", "list of texts"),
+    ({"stop": ["a"] * 17}, "stop", "at most 16"), ({"stop": ""}, "stop", "1 to 256"), ({"stop": 5}, "stop", "a string"),
+    ({"stop": "a" * 257}, "stop", "1 to 256"), ({"stop": [None]}, "stop", "list of strings"),
     ({"logprobs": 21}, "logprobs", "20"), ({"logprobs": True}, "logprobs", "integer"), ({"logprobs": -1}, "logprobs", "0"),
-    ({"stream": 1}, "stream", "boolean"), ({"stream_options": {}}, "stream_options", "needs stream=true"),
+    ({"stream": 1}, "stream", "boolean"), ({"stream_options": {}}, "stream_options", "requires stream=true"),
     ({"stream_options": {"include_usage": 1}, "stream": True}, "stream_options", "boolean"),
     ({"echo": "yes"}, "echo", "boolean"), ({"suffix": "end"}, "suffix", "not supported"),
     ({"logit_bias": {"5": 101}}, "logit_bias", "-100 to 100"), ({"logit_bias": {"a": 1}}, "logit_bias", "token ids"),
@@ -387,7 +420,7 @@ REFUSED_CHAT: list[tuple[dict[str, Any], str, str]] = [
     ({"messages": [{"role": "assistant", "tool_calls": [{}]}]}, "messages", "tool_calls"),
     ({"messages": [{"role": "user", "content": "a " * 200}]}, "messages", "maximum context length"),
     ({"messages": [{"role": "user", "content": "é" * 5000}]}, "messages", "has at least"),
-    ({"logprobs": 1}, "logprobs", "boolean"), ({"top_logprobs": 2}, "top_logprobs", "needs logprobs"),
+    ({"logprobs": 1}, "logprobs", "boolean"), ({"top_logprobs": 2}, "top_logprobs", "requires logprobs"),
     ({"top_logprobs": 21, "logprobs": True}, "top_logprobs", "20"), ({"n": 7}, "n", "at most 6"),
     ({"tools": [{"type": "function"}]}, "tools", "not supported"), ({"functions": [{}]}, "functions", "not supported"),
     ({"response_format": {"type": "json_object"}}, "response_format", "not supported"),
@@ -408,6 +441,37 @@ def test_what_cannot_be_served_is_refused(
     assert answer.status == 400 and error.keys() == {"message", "type", "param", "code"}
     assert error["param"] == param and words in error["message"]
     assert error["type"] == "invalid_request_error" and len(error["message"]) < 400
+
+
+@pytest.fixture(scope="module")
+def padded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    """A model whose vocabulary of 384 entries is padded beyond the 320 of its tokenizer."""
+    model = dataclasses.replace(served.MODEL, vocabulary=384)
+    site = Site(served.LocalService(served.artifact(tmp_path_factory.mktemp("padded"), model)))
+    yield site
+    site.close()
+
+
+@pytest.mark.parametrize("token", [320, 383, 384, 2**31 - 1])
+@pytest.mark.parametrize(
+    ("path", "body", "field"),
+    [
+        ("/v1/completions", lambda token: {"prompt": [5, token]}, "prompt"),
+        ("/v1/completions", lambda token: {"prompt": [[5], [6, token]]}, "prompt"),
+        ("/v1/completions", lambda token: {"prompt": "a", "logit_bias": {str(token): 1}}, "logit_bias"),
+        ("/v1/completions", lambda token: {"prompt": "a", "stop_token_ids": [5, token]}, "stop_token_ids"),
+        ("/v1/chat/completions", lambda token: CHAT | {"logit_bias": {str(token): 1}}, "logit_bias"),
+        ("/v1/chat/completions", lambda token: CHAT | {"stop_token_ids": [token]}, "stop_token_ids"),
+        ("/detokenize", lambda token: {"tokens": [5, token]}, "tokens"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_ids_that_the_tokenizer_lacks_are_refused(padded: Site, path: str, body: Any, field: str, token: int) -> None:
+    assert padded.ask("POST", path, GREEDY | body(319)).status == 200
+    answer = padded.ask("POST", path, GREEDY | body(token))
+    error = answer.json["error"]
+    assert answer.status == 400 and error["param"] == field
+    assert error["message"] == f"{field}: token id {token} is not in the vocabulary; use ids from 0 to 319"
 
 
 def test_biased_tokens_stop_tokens_and_least_lengths(site: Site) -> None:
@@ -462,14 +526,12 @@ def test_other_refusals(site: Site) -> None:
     for method, path, status in (("GET", "/nothing", 404), ("GET", "/v1/completions", 405), ("POST", "/health", 405)):
         answer = site.ask(method, path)
         assert answer.status == status and answer.json["error"]["type"] == "invalid_request_error"
-    assert answer.headers["Allow"] == "GET"
+    assert {word.strip() for word in answer.headers["Allow"].split(",")} == {"GET", "HEAD"}
     assert site.ask("GET", "/nothing", headers={"Host": "["}).status == 404
     for body in ({}, {"prompt": "a", "messages": CHAT["messages"]}):
         assert site.ask("POST", "/tokenize", body).status == 400
     for tokens in ([-1], [2**31], ["a"], [True], None):
         assert site.ask("POST", "/detokenize", {"tokens": tokens}).status == 400
-    beyond = site.complete([319 + 1])  # the engine's own limit: of the vocabulary
-    assert beyond.status == 400 and "vocabulary" in beyond.json["error"]["message"]
 
 
 def test_request_ids_come_back_if_they_are_sane(site: Site) -> None:
@@ -498,7 +560,7 @@ def test_a_key_guards_v1(artifact: Artifact) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"api_key": ""}, {"api_key": "é"}, {"max_body_bytes": 0}, {"max_answers": 0}, {"retry_after_s": 0.0}]
+    "change", [{"api_key": ""}, {"api_key": "é"}, {"max_body_bytes": 0}, {"max_choices": 0}, {"retry_after_s": 0.0}]
 )
 def test_settings_are_checked(change: dict[str, Any]) -> None:
     (name,) = change
@@ -513,8 +575,8 @@ def test_settings_are_checked(change: dict[str, Any]) -> None:
 def test_a_template_makes_the_prompt() -> None:
     tokenizer = served.tokenizer()
     text = "{{ bos_token }}{% for m in messages %}<{{ m['role'] }}> {{ m.content }}<|endoftext|>\n{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"  # fmt: skip
-    messages = [protocol.Message(role="user", content="Hi <|endoftext|>")]
-    tokens = protocol.ChatTemplate(text, protocol.Codec(tokenizer)).tokens(messages, 128)
+    messages = [Message(role="user", content="Hi <|endoftext|>")]
+    tokens = ChatTemplate(text, Codec(tokenizer)).tokens(messages, 128)
     end = tokenizer.token_to_id("<|endoftext|>")
     first, second = tokenizer.encode("<user> Hi <|endoftext|>").ids, tokenizer.encode("\n<a>").ids
     assert tokens == (end, *first, end, *second) and end not in first  # what a message spells is only text
@@ -529,14 +591,14 @@ def test_a_template_makes_the_prompt() -> None:
     ],
 )  # fmt: skip
 def test_a_template_that_fails_refuses_the_request(text: str) -> None:
-    template = protocol.ChatTemplate(text, protocol.Codec(served.tokenizer()))
-    with pytest.raises(protocol.BadRequest):
-        template.tokens([protocol.Message(role="user", content="Hi")], 128)
+    template = ChatTemplate(text, Codec(served.tokenizer()))
+    with pytest.raises(ClientError):
+        template.tokens([Message(role="user", content="Hi")], 128)
 
 
 def test_what_is_no_template_is_refused_at_once() -> None:
     with pytest.raises(ValueError, match="chat_template"):
-        protocol.ChatTemplate("{% for %}", protocol.Codec(served.tokenizer()))
+        ChatTemplate("{% for %}", Codec(served.tokenizer()))
 
 
 # Trouble
@@ -600,11 +662,19 @@ def test_a_full_server_says_so_at_once_and_forgets_nobody(artifact: Artifact) ->
         site.close()
 
 
-def test_one_answer_that_cannot_be_given_ends_the_others(site: Site) -> None:
+def test_one_answer_that_cannot_be_given_ends_the_others(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    submit = site.service.engine.submit
+
+    def reject_second(request: Request) -> int:
+        if request.prompt == (7,):
+            raise ValueError("7 cannot be served")
+        return submit(request)
+
+    monkeypatch.setattr(site.service.engine, "submit", reject_second)
     site.service.pause()
     for stream in (False, True):
-        answer = site.complete([[5, 6], [320]], stream=stream)
-        assert answer.status == 400 and "vocabulary" in answer.json["error"]["message"]
+        answer = site.complete([[5, 6], [7]], stream=stream)
+        assert answer.status == 400 and answer.json["error"]["message"] == "7 cannot be served"
         until(lambda: site.service.engine.idle)
 
 
@@ -622,8 +692,8 @@ class Broken(served.LocalService):
 
 @pytest.mark.parametrize(
     ("error", "good", "status"),
-    [(api.Unavailable("no trunk", 4.2), 0, 503), (ValueError("never"), 0, 400), (RuntimeError("secret"), 0, 500),
-     (api.Unavailable("no trunk", 4.2), 1, 503), (ValueError("odd"), 1, 500)],
+    [(Unavailable("no trunk", 4.2), 0, 503), (ValueError("never"), 0, 400), (RuntimeError("secret"), 0, 500),
+     (Unavailable("no trunk", 4.2), 1, 503), (ValueError("odd"), 1, 500)],
 )  # fmt: skip
 def test_what_a_service_raises(artifact: Artifact, error: Exception, good: int, status: int) -> None:
     service = Broken(artifact)
@@ -710,7 +780,7 @@ def small(artifact: Artifact) -> Iterator[Site]:
     """A context so short that what happens to be valid is soon done."""
     service = served.LocalService(artifact)
     service.length = 24
-    site = Site(service, ApiSettings(max_answers=4))
+    site = Site(service, ApiSettings(max_choices=4))
     yield site
     site.close()
 
