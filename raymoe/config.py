@@ -212,6 +212,8 @@ class TrainSection:
     """Address on which each worker answers Prometheus. `0.0.0.0` for a server on another node."""
     collective_timeout_s: float = 300.0
     """A collective that takes longer fails the worker group."""
+    tracker: Literal["", "tensorboard", "wandb", "mlflow"] = ""
+    """Where the scalars of train and validation records also go. Each value but the empty one needs `pip install raymoe[VALUE]`."""
 
     def __post_init__(self) -> None:
         _positive(
@@ -299,12 +301,15 @@ class CheckpointSection:
     """Seconds of training that a killed worker may cost: a checkpoint is also written whenever the newest complete one would become older than this. 0: only `checkpoint.every` counts."""
     keep: int = 2
     """Newest checkpoints kept, beside the best on validation."""
+    final_wait_s: float = 900.0
+    """Seconds to retry the last checkpoint of a run, for example while its disk is full. The run fails after that."""
     storage: str = ""
     """A URI (s3://bucket/folder, gs://…, file:///…) to which the checkpoints of `every`, the last one, and the run's records are copied in the background. A run that `run.root` does not have is resumed from there."""
 
     def __post_init__(self) -> None:
         _positive(self, "checkpoint", "every")
-        _require(self.max_loss_s >= 0, "checkpoint.max_loss_s", self.max_loss_s, "must be 0 or more")
+        for name in ("max_loss_s", "final_wait_s"):
+            _require(getattr(self, name) >= 0, f"checkpoint.{name}", getattr(self, name), "must be 0 or more")
         _require(self.keep >= 2, "checkpoint.keep", self.keep, "at least 2, so that a corrupt one is survivable")
 
 
