@@ -44,7 +44,7 @@ from raymoe.model.loss import linear_cross_entropy
 from raymoe.parallel.gradients import Gradients
 from raymoe.parallel.local import gloo, total
 from raymoe.parallel.sharded import shard
-from raymoe.storage.artifact import sizes
+from raymoe.storage.artifact_layout import sizes
 from raymoe.training.optimizer import Optimizer
 
 

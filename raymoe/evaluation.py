@@ -26,8 +26,8 @@ class Perplexity:
     nll: float
     """Total negative log-likelihood, in nats."""
     tokens: int
-    words: int
-    """As the data set counts them, ends of sentences included."""
+    bytes: int
+    """UTF-8 bytes of the text; 0 if unknown."""
     context: int
     """Most tokens that a prediction sees."""
     stride: int
@@ -43,9 +43,9 @@ class Perplexity:
         return _exp(self.loss)
 
     @property
-    def word_perplexity(self) -> float:
-        """exp(NLL / words): comparable between tokenizers. NaN for a text without words."""
-        return _exp(self.nll / self.words) if self.words else math.nan
+    def bits_per_byte(self) -> float:
+        """NLL in bits per UTF-8 byte of text: comparable between tokenizers. NaN if the size is unknown."""
+        return self.nll / math.log(2) / self.bytes if self.bytes else math.nan
 
     @classmethod
     def merge(cls, parts: Iterable[Perplexity]) -> Perplexity:
@@ -56,8 +56,9 @@ class Perplexity:
                 f"cannot merge {len(parts)} perplexities: give at least one, all of one context and stride"
             )
         nll = math.fsum(part.nll for part in parts)
-        tokens, words = sum(part.tokens for part in parts), sum(part.words for part in parts)
-        return cls(nll, tokens, words, parts[0].context, parts[0].stride)
+        tokens = sum(part.tokens for part in parts)
+        n_bytes = sum(part.bytes for part in parts) if all(part.bytes for part in parts) else 0
+        return cls(nll, tokens, n_bytes, parts[0].context, parts[0].stride)
 
 
 def _exp(x: float) -> float:
@@ -94,7 +95,7 @@ def perplexity(
     logits: Callable[[Tensor], Tensor],
     stream: np.ndarray,
     *,
-    words: int,
+    n_bytes: int,
     context: int,
     first: int,
     stride: int | None = None,
@@ -104,7 +105,7 @@ def perplexity(
     """Perplexity of `stream`, an array of token ids [N], under `logits`: int64 CPU tokens [B, S] -> [B, S, V].
 
     Every token of the stream is a target once; its first is predicted from `first`, the end-of-text id.
-    `stride` defaults to `context`. Log-softmax in float32, sums in float64. `progress` is called with
+    n_bytes: UTF-8 bytes of the text, 0 if unknown. `stride` defaults to `context`. Log-softmax in float32, sums in float64. `progress` is called with
     the number of tokens scored since its last call. Raises ValueError for an empty stream or a bad stride.
     """
     if not len(stream):
@@ -123,7 +124,7 @@ def perplexity(
             nll += nll_T.cpu()[torch.from_numpy(scored_BS).flatten()].double().sum().item()
             if progress:
                 progress(int(scored_BS.sum()))
-    return Perplexity(nll, len(stream), words, context, stride)
+    return Perplexity(nll, len(stream), n_bytes, context, stride)
 
 
 # Load: counts [groups] of one layer, or [layers, groups] to average over layers. A layer without load counts as 0.

@@ -61,16 +61,16 @@ def test_each_target_counts_once_with_enough_context(n: int, context: int, data:
 def test_equals_a_loop_over_tokens(n: int, context: int, batch: int, data: st.DataObject) -> None:
     stride = data.draw(st.integers(1, context))
     text = stream(n, seed=n)
-    found = perplexity(remembers, text, words=7, context=context, stride=stride, batch=batch, first=FIRST)
+    found = perplexity(remembers, text, n_bytes=7, context=context, stride=stride, batch=batch, first=FIRST)
     assert found.nll == pytest.approx(brute_force(text, context, stride), rel=1e-6)
-    assert (found.tokens, found.words, found.context, found.stride) == (n, 7, context, stride)
+    assert (found.tokens, found.bytes, found.context, found.stride) == (n, 7, context, stride)
 
 
 def test_uniform_logits_have_the_perplexity_of_the_vocabulary() -> None:
-    found = perplexity(lambda t: torch.zeros(*t.shape, 50), stream(1000), words=250, context=64, first=0)
+    found = perplexity(lambda t: torch.zeros(*t.shape, 50), stream(1000), n_bytes=250, context=64, first=0)
     assert found.loss == pytest.approx(math.log(50), rel=1e-6)
     assert found.token_perplexity == pytest.approx(50, rel=1e-6)
-    assert found.word_perplexity == pytest.approx(50**4, rel=1e-5)  # four tokens a word
+    assert found.bits_per_byte == pytest.approx(4 * math.log2(50), rel=1e-5)  # four tokens a byte
 
 
 def test_a_known_distribution_has_its_cross_entropy() -> None:
@@ -80,7 +80,7 @@ def test_a_known_distribution_has_its_cross_entropy() -> None:
     expected = -p.double().log()[torch.from_numpy(text.astype(np.int64))].mean().item()
     for stride in (3, 16):
         found = perplexity(
-            lambda t: p.log().expand(*t.shape, -1), text, words=1, context=16, stride=stride, first=FIRST
+            lambda t: p.log().expand(*t.shape, -1), text, n_bytes=1, context=16, stride=stride, first=FIRST
         )
         assert found.loss == pytest.approx(expected, rel=1e-6)
 
@@ -93,7 +93,7 @@ def test_the_model_sees_the_stream_shifted_by_one_from_end_of_text() -> None:
         seen.extend(tokens.tolist())
         return torch.zeros(*tokens.shape, VOCABULARY)
 
-    perplexity(logits, np.arange(7, dtype=np.uint16), words=1, context=3, first=FIRST)
+    perplexity(logits, np.arange(7, dtype=np.uint16), n_bytes=1, context=3, first=FIRST)
     assert seen == [[FIRST, 0, 1], [2, 3, 4], [5]]
 
 
@@ -105,7 +105,7 @@ def test_windows_of_equal_length_share_a_batch_and_the_partial_one_is_alone() ->
         shapes.append(tuple(tokens.shape))
         return torch.zeros(*tokens.shape, VOCABULARY)
 
-    perplexity(logits, stream(29), words=1, context=5, batch=3, first=FIRST, progress=scored.append)
+    perplexity(logits, stream(29), n_bytes=1, context=5, batch=3, first=FIRST, progress=scored.append)
     assert shapes == [(3, 5), (2, 5), (1, 4)]
     assert scored == [15, 10, 4]
 
@@ -114,16 +114,16 @@ def test_bfloat16_logits_are_summed_in_float64() -> None:
     """A hundred thousand equal terms: float32 would drift, bfloat16 would stop counting."""
     found = perplexity(
         lambda t: torch.zeros(*t.shape, 3, dtype=torch.bfloat16),
-        np.zeros(100_000, np.uint32), words=1, context=1000, first=0,
+        np.zeros(100_000, np.uint32), n_bytes=1, context=1000, first=0,
     )  # fmt: skip
     assert found.nll == pytest.approx(100_000 * float(np.log(np.float32(3))), rel=1e-7)
 
 
 def test_merging_streams_is_measuring_them_one_after_the_other() -> None:
     texts = [stream(n, seed=n) for n in (5, 64, 33)]
-    parts = [perplexity(remembers, text, words=len(text), context=8, first=FIRST) for text in texts]
+    parts = [perplexity(remembers, text, n_bytes=len(text), context=8, first=FIRST) for text in texts]
     merged = Perplexity.merge(parts)
-    assert (merged.tokens, merged.words, merged.context, merged.stride) == (102, 102, 8, 8)
+    assert (merged.tokens, merged.bytes, merged.context, merged.stride) == (102, 102, 8, 8)
     assert merged.nll == pytest.approx(sum(brute_force(text, 8, 8) for text in texts), rel=1e-6)
     assert merged.loss == pytest.approx(sum(p.loss * p.tokens for p in parts) / 102)
 
@@ -136,20 +136,20 @@ def test_merging_refuses_what_was_measured_differently() -> None:
 
 
 def test_hopeless_models_and_texts_without_words_have_an_answer() -> None:
-    assert Perplexity(nll=1e6, tokens=10, words=10, context=1, stride=1).token_perplexity == math.inf
-    assert math.isnan(Perplexity(nll=1.0, tokens=1, words=0, context=1, stride=1).word_perplexity)
-    assert math.isnan(Perplexity(nll=math.nan, tokens=1, words=1, context=1, stride=1).word_perplexity)
+    assert Perplexity(nll=1e6, tokens=10, bytes=10, context=1, stride=1).token_perplexity == math.inf
+    assert math.isnan(Perplexity(nll=1.0, tokens=1, bytes=0, context=1, stride=1).bits_per_byte)
+    assert math.isnan(Perplexity(nll=math.nan, tokens=1, bytes=1, context=1, stride=1).bits_per_byte)
 
 
 @pytest.mark.parametrize("stride", [0, 9, -1])
 def test_a_stride_that_would_skip_tokens_is_refused(stride: int) -> None:
     with pytest.raises(ValueError, match=rf"stride={stride} is not allowed: between 1 and context=8"):
-        perplexity(remembers, stream(20), words=1, context=8, stride=stride, first=FIRST)
+        perplexity(remembers, stream(20), n_bytes=1, context=8, stride=stride, first=FIRST)
 
 
 def test_an_empty_stream_is_refused() -> None:
     with pytest.raises(ValueError, match="empty stream"):
-        perplexity(remembers, stream(0), words=0, context=8, first=FIRST)
+        perplexity(remembers, stream(0), n_bytes=0, context=8, first=FIRST)
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,8 @@ def make_artifact(name: str, data: str, folder: Path) -> tuple[Any, Any, Prompts
     from raymoe.data.sources import documents
     from raymoe.data.tokens import train_tokenizer
     from raymoe.model.transformer import Transformer
-    from raymoe.storage.artifact import Artifact, write_artifact
+    from raymoe.storage.artifact import Artifact
+    from raymoe.storage.artifact_writing import write_artifact
 
     config = preset(name)
     texts = [document.text for document in islice(documents(DataSection(path=data)), 400)]

@@ -34,7 +34,7 @@ from raymoe.export.open import open_artifact, open_run
 from raymoe.ops.ray_head import Head, free_ports, head
 from raymoe.report.regroup_plots import decisions
 from raymoe.serving.rollout import Rollout, pinned
-from raymoe.storage.artifact import sizes
+from raymoe.storage.artifact_layout import sizes
 from raymoe.storage.run_folder import artifact_folder, read_records, run_folder
 from raymoe.training.run_report import write_report
 

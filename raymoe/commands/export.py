@@ -1,12 +1,15 @@
-"""Export a run as an artifact: FP16 bases, INT4 residuals, one folder that evaluation and serving read.
+"""Export a run as an artifact: one folder with FP16 bases and INT4 residuals, for evaluation and serving.
 
     python jobs/export.py first
     python jobs/export.py first --step 800 --to /models/first
 
-Prints and writes (metrics in manifest.json) what the compression saves and what it costs: parameters and
-bytes of flat float16, clustered float16 and clustered FP16+INT4; perplexity with residuals in full, in
-INT4 and zeroed. Cluster ids are aligned across layers by co-activation. The folder appears whole or not
-at all. Exit status: 0 done, 2 refused (no such run, corrupt checkpoint, existing target, full disk).
+Prints the seconds of each stage, then two tables: the size of the model in four forms (MB on disk), and its
+quality as trained, as exported, and with residuals set to zero (perplexity per token, bits per byte). The same
+numbers are in the `metrics` of manifest.json. The exported file itself is evaluated.
+
+Cluster ids are aligned across layers. The folder is renamed to its final name when it is complete; a failed
+export leaves no folder. Exit status: 0 done, 2 refused (unknown run, corrupt checkpoint, existing target,
+full disk).
 """
 
 from __future__ import annotations
@@ -21,14 +24,14 @@ from raymoe.config import default_root
 
 def parser() -> argparse.ArgumentParser:
     parse = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parse.add_argument("name", metavar="NAME", help="the run")
-    parse.add_argument("--root", default=default_root(), help="where runs and exports live (default: %(default)s)")
-    parse.add_argument("--step", type=int, help="export the checkpoint of this step (default: the newest valid)")
-    parse.add_argument("--to", type=Path, help="the artifact's folder (default: ROOT/exports/NAME)")
+    parse.add_argument("name", metavar="NAME", help="name of the run")
+    parse.add_argument("--root", default=default_root(), help="folder of runs and exports (default: %(default)s)")
+    parse.add_argument("--step", type=int, help="export the checkpoint of this step (default: the newest valid one)")
+    parse.add_argument("--to", type=Path, help="folder of the artifact (default: ROOT/exports/NAME)")
     parse.add_argument(
-        "--tokens", type=int, default=200_000, help="validation tokens for the perplexities (default: %(default)s)"
+        "--tokens", type=int, default=200_000, help="validation tokens to evaluate on (default: %(default)s)"
     )
-    parse.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="default: all cores")
+    parse.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="CPU threads (default: all cores)")
     return parse
 
 
@@ -36,18 +39,23 @@ def main() -> int:
     arguments = parser().parse_args()
     import torch
 
+    from raymoe.commands.stages import StageLines
     from raymoe.export.export import export, table
 
     torch.set_num_threads(arguments.threads)
     try:
-        done = export(arguments.root, arguments.name, step=arguments.step, target=arguments.to, tokens=arguments.tokens)
+        done = export(
+            arguments.root, arguments.name, step=arguments.step, target=arguments.to, tokens=arguments.tokens,
+            progress=StageLines(),
+        )  # fmt: skip
     except (ValueError, OSError) as error:
         print(f"export.py: {error}", file=sys.stderr)
         return 2
     for reason in done.skipped:
-        print(f"skipped: {reason}", file=sys.stderr)
+        print(f"skipped checkpoint: {reason}", file=sys.stderr)
     print(table(done.metrics))
-    print(f"\nartifact {done.target}\nnext     python jobs/evaluate.py {done.target}")
+    print(f"\nartifact {done.target} (run {done.source.name}, step {done.source.step})")
+    print(f"next     python jobs/evaluate.py {done.target}")
     return 0
 
 

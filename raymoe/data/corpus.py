@@ -54,12 +54,8 @@ class Text(NamedTuple):
 
     tokens: np.ndarray
     """[N] unsigned integers."""
-    words: int
-    """Whitespace-separated words and line ends, as WikiText counts them."""
-
-
-def count_words(text: str) -> int:
-    return len(text.split()) + text.count("\n")
+    bytes: int
+    """UTF-8 bytes of the text; 0 if unknown."""
 
 
 def prepare(config: Config, progress: bool = True) -> Path:
@@ -151,11 +147,15 @@ def _write(config: Config, folder: Path, fingerprint: str, own_tokenizer: bytes,
                 about["splits"][split][domain] = {
                     "file": file,
                     "tokens": len(tokens),
-                    "words": sum(count_words(d.text) for d in chosen),
-                    "bytes": sum(len(d.text.encode()) for d in chosen),
+                    "bytes": _size(chosen),
                 }
     about["files"] = {p.name: p.stat().st_size for p in sorted(folder.iterdir())}
     (folder / "corpus.json").write_text(json.dumps(about, indent=1))
+
+
+def _size(documents: Iterable[Document]) -> int:
+    """Return the UTF-8 bytes of these documents."""
+    return sum(len(document.text.encode()) for document in documents)
 
 
 def _by_domain(texts: Iterable[Document]) -> defaultdict[str, list[Document]]:
@@ -240,9 +240,7 @@ def read_text(data: DataSection, tokenizer: Tokenizer) -> dict[str, Text]:
             found = [d for d in found if d.split == split]
             break
     return {
-        domain: Text(
-            encode(tokenizer, texts)[: -1 if texts[-1].last else None], sum(count_words(d.text) for d in texts)
-        )
+        domain: Text(encode(tokenizer, texts)[: -1 if texts[-1].last else None], _size(texts))
         for domain, texts in sorted(_by_domain(found).items())
     }
 
@@ -295,12 +293,13 @@ class Corpus:
             self._streams[key] = column.chunk(0).to_numpy() if column.num_chunks else np.zeros(0, np.uint16)
         return self._streams[key]
 
-    def words(self, split: str, domain: str) -> int:
-        return self.about["splits"][split][domain]["words"]
+    def bytes(self, split: str, domain: str) -> int:
+        """UTF-8 bytes of a domain's text."""
+        return self.about["splits"][split][domain]["bytes"]
 
     def validation_text(self) -> dict[str, Text]:
         """The held-out part of each domain that has one."""
-        texts = {d: Text(self.stream("validation", d), self.words("validation", d)) for d in self.domains}
+        texts = {d: Text(self.stream("validation", d), self.bytes("validation", d)) for d in self.domains}
         return {domain: text for domain, text in texts.items() if len(text.tokens)}
 
     # Training windows: whole ones only.

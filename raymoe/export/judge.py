@@ -63,7 +63,7 @@ def judge(
     started = time.perf_counter()
     domains = {
         domain: perplexity(
-            logits, text.tokens, words=text.words, context=context or model.model.context, stride=stride,
+            logits, text.tokens, n_bytes=text.bytes, context=context or model.model.context, stride=stride,
             batch=batch, first=end_of_text, progress=progress,
         )
         for domain, text in texts.items()

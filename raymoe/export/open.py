@@ -10,7 +10,8 @@ from raymoe.config import Config, from_dict
 from raymoe.data.corpus import Corpus, Text, prepare, read_text
 from raymoe.data.tokens import END_OF_TEXT, load_tokenizer
 from raymoe.model.transformer import Transformer
-from raymoe.storage.artifact import Artifact, check_assignment
+from raymoe.storage.artifact import Artifact
+from raymoe.storage.artifact_layout import check_assignment
 from raymoe.storage.checkpoint import Checkpoint, CorruptCheckpoint, newest, step_folder
 from raymoe.storage.files import read_json
 from raymoe.storage.manifest import MANIFEST

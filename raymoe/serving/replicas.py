@@ -107,7 +107,7 @@ class ClusterReplica:
 
     def __init__(self, settings: ServeSettings, folder: str, secret: bytes, c: int) -> None:
         torch.set_num_threads(settings.threads)
-        artifact = Artifact.open(Path(folder), verify=False)
+        artifact = Artifact.open(Path(folder), verify="on_read")
         model, tensors = artifact.model, artifact.cluster(c)
         self.layers = [Cluster(model, tensors, i, c, settings.dtype) for i in range(model.layers)]
         del tensors
@@ -237,7 +237,7 @@ class Api:
         trunk: DeploymentHandle,
         clusters: Sequence[DeploymentHandle],
     ) -> None:
-        artifact = Artifact.open(Path(folder), verify=False)
+        artifact = Artifact.open(Path(folder), verify="on_read")
         self.digest = artifact.digest.hex()
         self.name = settings.name or Path(folder).name
         self.created = int(artifact.folder.stat().st_mtime)

@@ -1,18 +1,21 @@
-"""Which file of an artifact each logical tensor rests in, and in how many bits: from shapes alone."""
+"""Layout of an artifact: the file, shape and encoding of each logical tensor, and the resulting sizes.
+
+Everything here follows from shapes alone; no tensor is read.
+"""
 
 from __future__ import annotations
 
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 
 from raymoe.config import ModelSection
 from raymoe.model.expert_math import RESIDUALS
-from raymoe.model.quantize import packed_shapes
+from raymoe.model.quantize import GROUP, packed_shapes
 from raymoe.model.transformer import Transformer
 from raymoe.storage.manifest import StoredTensor
 
@@ -26,7 +29,7 @@ ENCODING: dict[Part, Encoding] = {"trunk": "float16", "bases": "float16", "resid
 
 @dataclass(frozen=True)
 class Place:
-    """Where and how a logical tensor rests."""
+    """File, part and encoding of a logical tensor."""
 
     key: str
     shape: tuple[int, ...]
@@ -36,11 +39,11 @@ class Place:
 
     @property
     def axis(self) -> int:
-        """The long axis of a residual factor: its input's, or its output's."""
+        """Long axis of a residual factor: the input's for `*_in`, the output's for `*_out`."""
         return 0 if self.key.endswith("_in") else 1
 
     def stored(self) -> dict[str, StoredTensor]:
-        """The tensors that the file holds for it."""
+        """Return the tensors of the file that encode this logical tensor."""
         if self.encoding != "int4":
             return {self.key: StoredTensor(self.file, _NAMES[self.encoding], self.shape)}
         packed, grid = packed_shapes(self.shape, self.axis)
@@ -52,17 +55,20 @@ class Place:
 
     @property
     def bytes(self) -> int:
-        """At rest, without the file's header."""
+        """Bytes on disk, without the header of the file."""
         return sum(_BYTES[stored.dtype] * math.prod(stored.shape) for stored in self.stored().values())
 
 
 def cluster_file(c: int) -> str:
-    """The file of cluster c, relative to the artifact."""
+    """Return the file name of cluster c, relative to the artifact's folder."""
     return f"clusters/cluster_{c:03d}.safetensors"
 
 
 def layout(model: ModelSection, assignment: Sequence[Sequence[int]]) -> list[Place]:
-    """Where every logical tensor of `model` rests. assignment [layers][E]: a cluster's file holds its experts."""
+    """Return the place of every logical tensor of `model`.
+
+    assignment [layers][E]: cluster of each expert. The file of a cluster holds its bases and its experts.
+    """
     with torch.device("meta"):
         shapes = {key: tuple(tensor.shape) for key, tensor in Transformer(model, assignment).logical().items()}
     places = []
@@ -81,3 +87,63 @@ def layout(model: ModelSection, assignment: Sequence[Sequence[int]]) -> list[Pla
             part = "routers"
         places.append(Place(key, shape, file, part, "float32" if leaf.endswith("norm") else ENCODING[part]))
     return places
+
+
+def int4_entries(places: Sequence[Place]) -> dict[str, Any]:
+    """Return the manifest's `int4` field: shape, quantized axis and group size of each INT4 tensor."""
+    return {
+        place.key: {"shape": list(place.shape), "axis": place.axis, "group": GROUP}
+        for place in places
+        if place.encoding == "int4"
+    }
+
+
+def check_assignment(model: ModelSection, assignment: Any) -> None:
+    """Raise ValueError unless `assignment` is [layers][E] of cluster ids."""
+    whole = isinstance(assignment, Sequence) and len(assignment) == model.layers
+    if not whole or not all(
+        isinstance(row, Sequence)
+        and len(row) == model.n_experts
+        and all(type(c) is int and 0 <= c < model.n_clusters for c in row)
+        for row in assignment
+    ):
+        raise ValueError(
+            f"the assignment is not a cluster id below {model.n_clusters} "
+            f"for each of {model.layers} layers and {model.n_experts} experts"
+        )
+
+
+def sizes(model: ModelSection) -> dict[str, dict[str, int]]:
+    """Return parameters and bytes on disk of `model` in four forms.
+
+    `flat_float16`, `flat_int4` (every expert in INT4), `clustered_float16`, `clustered_int4` (the artifact).
+    Each has `parameters`, `bytes`, and `expert_parameters`, `expert_bytes` of the experts alone: bases, residuals
+    and their router rows.
+    """
+    flat, clustered = replace(model, experts="flat"), replace(model, experts="clustered")
+    return {
+        "flat_float16": _size(flat),
+        "flat_int4": _size(flat, bases="int4"),
+        "clustered_float16": _size(clustered, residuals="float16"),
+        "clustered_int4": _size(clustered),
+    }
+
+
+def _size(model: ModelSection, **changed: Encoding) -> dict[str, int]:
+    """Return the sizes of `model` with other encodings for some parts."""
+    encodings = ENCODING | changed
+    places = [
+        replace(place, encoding=encodings[place.part]) if place.part in changed else place
+        for place in layout(model, model.default_assignment())
+    ]
+    experts = [place for place in places if place.file != TRUNK]
+    return {
+        "parameters": _parameters(places),
+        "bytes": sum(place.bytes for place in places),
+        "expert_parameters": _parameters(experts),
+        "expert_bytes": sum(place.bytes for place in experts),
+    }
+
+
+def _parameters(places: list[Place]) -> int:
+    return sum(math.prod(place.shape) for place in places if not place.key.endswith(".bias"))

@@ -99,7 +99,9 @@ class Checkpoint:
     @classmethod
     def open(cls, folder: Path, verify: bool = True) -> Checkpoint:
         """Raises CorruptCheckpoint. `verify=False` trusts the checksums, and still checks sizes, keys and shapes."""
-        manifest = Manifest.open(folder, version=FORMAT_VERSION, error=CorruptCheckpoint, verify=verify)
+        manifest = Manifest.open(
+            folder, version=FORMAT_VERSION, error=CorruptCheckpoint, verify="all" if verify else "none"
+        )
         step, world = manifest.get("step", int), manifest.get("world", int)
         if step < 0 or world < 1:
             raise CorruptCheckpoint(folder / MANIFEST, f"has step {step} and world {world}: below 0 and below 1")

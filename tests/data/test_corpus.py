@@ -226,15 +226,16 @@ def test_a_column_labels_the_domains(tmp_path: Path) -> None:
     assert set(decoded(corpus, "train", "b/c").replace(END_OF_TEXT, "")) == set("xyz \n")
 
 
-def test_words_are_counted_as_wikitext_counts_them(tmp_path: Path) -> None:
+def test_the_size_of_a_text_is_counted_in_bytes(tmp_path: Path) -> None:
+    """Bits per byte divides by it, so a character of two bytes counts twice."""
+    texts = {"train": "é two <unk> . \n" * 50, "valid": "é\n" * 30}
     folder = tmp_path / "text"
     folder.mkdir()
-    (folder / "wiki.train.tokens").write_text(" \n = Title = \n \n one two <unk> @-@ 3 . \n" * 50)
-    (folder / "wiki.valid.tokens").write_text(" \n = Title = \n" * 10)
+    for split, text in texts.items():
+        (folder / f"wiki.{split}.tokens").write_text(text)
     corpus = prepared(folder, tmp_path)
-    assert corpus.words("train", "wiki") == 50 * (1 + 4 + 1 + 7)
-    assert corpus.words("validation", "wiki") == 10 * (1 + 4)
-    assert corpus.validation_text()["wiki"].words == 50
+    assert corpus.bytes("train", "wiki") == len(texts["train"].encode())
+    assert corpus.validation_text()["wiki"].bytes == 3 * 30
 
 
 def test_an_evaluated_text_is_read_whole(tmp_path: Path) -> None:
@@ -242,7 +243,7 @@ def test_an_evaluated_text_is_read_whole(tmp_path: Path) -> None:
     section = replace(preset("tiny").data, path=str(jsonl(tmp_path / "d.jsonl", texts)))
     tokenizer = train_tokenizer(texts, 300)
     found = read_text(section, tokenizer)
-    assert list(found) == ["d"] and found["d"].words == sum(len(t.split()) + t.count("\n") for t in texts)
+    assert list(found) == ["d"] and found["d"].bytes == sum(map(len, texts))
     assert tokenizer.decode(found["d"].tokens.tolist(), skip_special_tokens=False) == END_OF_TEXT.join(texts)
 
 
@@ -608,7 +609,7 @@ def test_hub_data_brings_its_splits(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.usefixtures("no_hub")
-def test_the_hubs_wikitext_has_the_words_of_the_original(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_hubs_wikitext_is_the_original_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = ["", " = Title = \n", "", " one two <unk> . \n"] * 50
     sets = datasets.DatasetDict(
         {s: datasets.Dataset.from_dict({"text": rows}) for s in ("train", "validation", "test")}
@@ -617,7 +618,6 @@ def test_the_hubs_wikitext_has_the_words_of_the_original(tmp_path: Path, monkeyp
     monkeypatch.setattr(datasets, "load_dataset", lambda *name: asked.append(name) or sets)
     corpus = prepared("wikitext-103", tmp_path)
     assert asked[-1] == ("Salesforce/wikitext", "wikitext-103-raw-v1")
-    assert corpus.words("validation", "wikitext") == 50 * (1 + 4 + 1 + 5)
     assert decoded(corpus, "validation", "wikitext").removesuffix(END_OF_TEXT) == (
         " \n = Title = \n \n one two <unk> . \n" * 50
     )

@@ -10,24 +10,25 @@ import itertools
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from raymoe.config import ModelSection, preset
 from raymoe.model.expert_math import RESIDUALS
 from raymoe.model.transformer import Transformer
-from raymoe.storage.artifact import Artifact, CorruptArtifact, align_clusters, sizes, write_artifact
+from raymoe.storage import manifest as manifest_module
+from raymoe.storage.artifact import Artifact, CorruptArtifact
+from raymoe.storage.artifact_layout import sizes
+from raymoe.storage.artifact_writing import stage_artifact, write_artifact
 from raymoe.storage.manifest import describe_file
 from tests.support.paths import GOLDEN
 
@@ -85,9 +86,9 @@ def export(tmp_path: Path, model: ModelSection = CLUSTERED, name: str = "a", **c
     return write_artifact(tmp_path / name, **(arguments(tmp_path, model) | changes))
 
 
-def refused(folder: Path, file: str, reason: str, verify: bool = True) -> None:
+def refused(folder: Path, file: str, reason: str) -> None:
     with pytest.raises(CorruptArtifact, match=reason) as caught:
-        Artifact.open(folder, verify)
+        Artifact.open(folder)
     assert caught.value.file == folder / file
 
 
@@ -170,13 +171,14 @@ def test_a_cluster_is_read_alone(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_files_hold_the_bytes_that_are_counted(tmp_path: Path, kind: str) -> None:
     artifact = Artifact.open(export(tmp_path, KINDS[kind]))
-    parts = artifact.bytes_by_part()
+    parts: Counter[str] = Counter()
+    for place in artifact.places:
+        parts[place.part] += place.bytes
     content = 0
     for path in artifact.folder.rglob("*.safetensors"):
         header = int.from_bytes(path.read_bytes()[:8], "little")
         content += path.stat().st_size - 8 - header
     assert sum(parts.values()) == content
-    assert set(parts) == {"trunk", "bases", "residuals", "routers"}
     assert (parts["residuals"] > 0) == (kind in ("clustered", "untied"))
     assert (parts["bases"] > 0) == (kind != "dense")
     if kind == "clustered":
@@ -202,50 +204,31 @@ def test_sizes_count_what_a_model_has() -> None:
         assert table[name]["parameters"] == sum(p.numel() for p in Transformer(KINDS[kind]).parameters())
 
 
-# Names of clusters
+# Staging
 
 
-@pytest.mark.parametrize("kind", ["clustered", "bases"])
-def test_relabelled_clusters_compute_the_same(tmp_path: Path, kind: str) -> None:
-    relabel = [[2, 0, 1], [1, 0, 2]]
-    plain = Artifact.open(export(tmp_path, KINDS[kind], "plain"))
-    renamed = Artifact.open(export(tmp_path, KINDS[kind], "renamed", relabel=relabel))
-    assert renamed.assignment == [[relabel[layer][c] for c in row] for layer, row in enumerate(UNEVEN)]
-    before, after = plain.tensors(), renamed.tensors()
-    for layer in range(2):
-        for c, new in enumerate(relabel[layer]):
-            old_key, new_key = (f"layers.{layer}.clusters.{i}.base_up" for i in (c, new))
-            assert torch.equal(before[old_key], after[new_key])
-            for part in ("weight", "bias"):
-                key = f"layers.{layer}.router.{part}"
-                assert torch.equal(before[key][c], after[key][new])
-    torch.testing.assert_close(logits(loaded(renamed)), logits(loaded(plain)), rtol=1e-5, atol=1e-6)
+def test_a_staged_artifact_is_readable_before_it_is_published(tmp_path: Path) -> None:
+    """The file that is judged is the file that is published: only its metrics are added."""
+    given = arguments(tmp_path)
+    metrics = given.pop("metrics")
+    with stage_artifact(tmp_path / "a", **given) as staged:
+        before = Artifact.open(staged.folder)
+        assert before.metrics == {} and not (tmp_path / "a").exists()
+        tensors = before.tensors()
+        staged.publish(metrics)
+    after = Artifact.open(tmp_path / "a")
+    assert after.metrics == metrics
+    assert after.manifest.content["files"] == before.manifest.content["files"]
+    assert all(torch.equal(tensor, tensors[key]) for key, tensor in after.tensors().items())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "tokens.json"]
 
 
-@settings(max_examples=40, deadline=None)
-@given(layers=st.integers(1, 4), clusters=st.integers(1, 5), seed=st.integers(0, 2**31))
-def test_alignment_undoes_a_shuffle(layers: int, clusters: int, seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    true = [np.arange(clusters), *(rng.permutation(clusters) for _ in range(layers - 1))]  # id of topic t in a layer
-    coactivation = rng.random((layers - 1, clusters, clusters))
-    for layer in range(layers - 1):
-        coactivation[layer, true[layer], true[layer + 1]] += clusters + 1  # tokens keep their topic
-    relabel = align_clusters(coactivation)
-    assert len(relabel) == layers
-    for ids, topics in zip(relabel, true, strict=True):
-        assert [ids[topics[t]] for t in range(clusters)] == list(range(clusters))
-
-
-def test_alignment_is_the_best_there_is() -> None:
-    counts = np.random.default_rng(1).random((1, 4, 4))
-    _, ids = align_clusters(counts)
-
-    def kept(ids: Any) -> float:
-        return sum(counts[0, ids[b], b] for b in range(4))
-
-    assert kept(ids) == pytest.approx(max(kept(p) for p in itertools.permutations(range(4))))
-    with pytest.raises(ValueError, match="layers-1"):
-        align_clusters(np.zeros((4, 4)))
+def test_a_staged_artifact_that_is_not_published_is_removed(tmp_path: Path) -> None:
+    given = arguments(tmp_path)
+    del given["metrics"]
+    with pytest.raises(KeyboardInterrupt), stage_artifact(tmp_path / "a", **given):
+        raise KeyboardInterrupt
+    assert [path.name for path in tmp_path.iterdir()] == ["tokens.json"]
 
 
 # What is refused when writing
@@ -281,15 +264,13 @@ def test_a_target_that_appears_meanwhile_is_left_alone(tmp_path: Path, monkeypat
     ("change", "words"),
     [
         (without("layers.1.experts.3.up_out"), "lack 'layers.1.experts.3.up_out'"),
-        (swap("final_norm", torch.ones(3)), r"'final_norm' has shape \[3\]; the config asks for \[32\]"),
+        (swap("final_norm", torch.ones(3)), r"'final_norm' has shape \[3\]; the config requires \[32\]"),
         (swap("extra", torch.ones(3)), "'extra' is not a tensor of the model"),
         (swap("embedding", torch.full((64, 32), 7e4)), "'embedding' has values beyond float16"),
         (swap("embedding", torch.full((64, 32), torch.nan)), "'embedding' has values that are not finite"),
         (swap("layers.0.experts.0.gate_in", torch.full((32, 4), 1e12)), "gate_in' cannot be exported: .* beyond"),
         (lambda given: given.update(assignment=[[0] * 7]), "the assignment is not a cluster id below 3"),
         (lambda given: given.update(assignment=[[0] * 7, [3] * 7]), "the assignment is not a cluster id below 3"),
-        (lambda given: given.update(relabel=[[0, 1, 1]] * 2), "relabel is not a permutation"),
-        (lambda given: given.update(relabel=[[0, 1, 2]]), "relabel is not a permutation"),
         (lambda given: given.update(metrics={"loss": float("nan")}), "manifest.json cannot hold"),
         (lambda given: given.update(config={"model": {"layers": "2"}}), "model.layers='2'"),
     ],
@@ -300,11 +281,6 @@ def test_what_does_not_fit_is_refused(tmp_path: Path, change: Callable[[dict[str
     with pytest.raises(ValueError, match=words):
         write_artifact(tmp_path / "a", **given)
     assert [path.name for path in tmp_path.iterdir()] == ["tokens.json"]
-
-
-def test_flat_models_have_no_clusters_to_rename(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="relabel is not"):
-        export(tmp_path, KINDS["flat"], relabel=[[0, 1, 2]] * 2)
 
 
 def test_a_missing_tokenizer_is_named(tmp_path: Path) -> None:
@@ -354,11 +330,47 @@ def test_damaged_files_are_refused(tmp_path: Path, file: str) -> None:
     flip(folder / file)
     refused(folder, file, "sha256")
     (folder / file).write_bytes(whole[:-1])
-    refused(folder, file, "bytes, the manifest says")
+    refused(folder, file, "bytes; the manifest lists")
     (folder / file).unlink()
     refused(folder, file, "is missing")
     (folder / file).write_bytes(whole)
     Artifact.open(folder)
+
+
+READERS: dict[str, Callable[[Artifact], Any]] = {
+    "trunk.safetensors": lambda artifact: artifact.trunk(),
+    "clusters/cluster_000.safetensors": lambda artifact: artifact.cluster(0),
+    "clusters/cluster_002.safetensors": lambda artifact: artifact.cluster(2),
+    "tokenizer.json": lambda artifact: artifact.tokenizer_path,
+}
+
+
+@pytest.mark.parametrize("file", READERS)
+def test_a_process_verifies_the_files_that_it_reads(tmp_path: Path, file: str) -> None:
+    """`on_read`: a damaged file is refused when it is read, and the others are not hashed."""
+    folder = export(tmp_path)
+    flip(folder / file)
+    artifact = Artifact.open(folder, "on_read")
+    for other, read in READERS.items():
+        if other != file:
+            read(artifact)
+    for read in (READERS[file], lambda artifact: (artifact.tensors(), artifact.tokenizer_path)):
+        with pytest.raises(CorruptArtifact, match="sha256") as caught:
+            read(artifact)
+        assert caught.value.file == folder / file
+
+
+def test_a_process_hashes_a_file_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, hashed = export(tmp_path), Counter[str]()
+    sha256 = manifest_module._sha256
+    monkeypatch.setattr(manifest_module, "_sha256", lambda path: hashed.update([path.name]) or sha256(path))
+    artifact = Artifact.open(folder, "on_read")
+    assert not hashed
+    for _ in range(3):
+        artifact.cluster(1)
+    assert hashed == {"cluster_001.safetensors": 1}
+    Artifact.open(folder).tensors()
+    assert set(hashed.values()) == {1, 2} and hashed["cluster_001.safetensors"] == 2
 
 
 @pytest.mark.parametrize(
@@ -379,7 +391,7 @@ def test_damaged_files_are_refused(tmp_path: Path, file: str) -> None:
         (lambda m: m.update(version="1"), "'version' is missing, or not of type int"),
         (lambda m: m.update(metrics=None), "'metrics' is missing"),
         (lambda m: m.pop("int4"), "'int4' is missing"),
-        (lambda m: m["int4"]["layers.0.experts.0.up_in"].update(group=16), "describes its INT4 tensors"),
+        (lambda m: m["int4"]["layers.0.experts.0.up_in"].update(group=16), "has INT4 entries"),
         (lambda m: m["files"].pop("tokenizer.json"), "does not name tokenizer.json"),
         (lambda m: m["files"].update({"../tokens.json": m["files"]["tokenizer.json"]}), "only plain names"),
         (lambda m: m["files"].update({"clusters/../x": {"bytes": 0, "sha256": ""}}), "only plain names"),

@@ -180,8 +180,8 @@ def test_damaged_shards_are_refused(tmp_path: Path) -> None:
         path.write_bytes(data)
 
     refused(damaged("gone", Path.unlink), name, "is missing")
-    refused(damaged("short", lambda p: p.write_bytes(p.read_bytes()[:-1])), name, "bytes, the manifest says")
-    refused(damaged("long", lambda p: p.write_bytes(p.read_bytes() + b"x")), name, "bytes, the manifest says")
+    refused(damaged("short", lambda p: p.write_bytes(p.read_bytes()[:-1])), name, "bytes; the manifest lists")
+    refused(damaged("long", lambda p: p.write_bytes(p.read_bytes() + b"x")), name, "bytes; the manifest lists")
     refused(damaged("flipped", flip), name, "sha256")
     Checkpoint.open(damaged("trusted", flip), verify=False)
 
@@ -267,7 +267,7 @@ def test_malformed_manifests_are_refused(tmp_path: Path, change: Callable[[dict[
         (lambda m: first(m).update(file="rank_0001_of_0002.safetensors"), SHARD, "expected"),
         (lambda m: m["tensors"].update(ghost=first(m)), SHARD, "'ghost' is absent"),
         (lambda m: m["tensors"].pop("step_sums"), "rank_0001_of_0002.safetensors", "expected absent"),
-        (lambda m: m["files"][SHARD].update(bytes=-1), SHARD, "the manifest says -1"),
+        (lambda m: m["files"][SHARD].update(bytes=-1), SHARD, "the manifest lists -1"),
         (lambda m: m["files"][SHARD].update(sha256="0" * 64), SHARD, "sha256"),
     ],
 )

@@ -20,7 +20,8 @@ from raymoe.serving.engine.cluster import LocalClusters
 from raymoe.serving.engine.engine import Engine, EngineSettings
 from raymoe.serving.engine.request import Increment, Request
 from raymoe.serving.engine.trunk import Trunk
-from raymoe.storage.artifact import Artifact, write_artifact
+from raymoe.storage.artifact import Artifact
+from raymoe.storage.artifact_writing import write_artifact
 
 TEXT = "The cat sat on the mat; the dog, naïve as ever, ran after 42 birds. Ünïcode: 日本語, 🙂 and 🚀! "
 MODEL = ModelSection(
