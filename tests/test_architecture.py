@@ -16,12 +16,12 @@ FLOORS = (
     {"data", "model", "clustering", "evaluation"},
     {"parallel", "storage", "report"},
     {"training", "serving", "export"},
-    {"commands", "jobs"},
+    {"commands", "jobs", "__main__"},
 )
 """Rooms by floor: a room imports itself and the floors below."""
 
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-SAME_FLOOR = {("jobs", "commands")}
+SAME_FLOOR = {("jobs", "commands"), ("__main__", "commands")}
 """Imports that are allowed between two rooms of one floor."""
 
 WALLS = {

@@ -86,7 +86,7 @@ def test_help_explains_every_field() -> None:
     text = describe(Config())
     for name in ("train.clip", "model.residual_width", "data.path", "run.root", "checkpoint.keep"):
         assert name in text
-    assert "Global gradient norm" in text
+    assert "norm of the gradient" in text
 
 
 def test_a_range_of_workers() -> None:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import shlex
-import sys
+from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 from urllib.parse import urlsplit
 
 import pytest
@@ -21,15 +19,6 @@ def commands() -> list[str]:
     blocks = re.findall(r"```bash\n(.*?)```", (REPO_ROOT / "README.md").read_text(), re.DOTALL)
     lines = [line.split("  #")[0].strip() for block in blocks for line in block.splitlines()]
     return [line for line in lines if line and not line.startswith("#")]
-
-
-def job(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"job_{name}", REPO_ROOT / "jobs" / f"{name}.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses look for their module
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_there_are_commands_to_check() -> None:
@@ -47,7 +36,7 @@ def test_a_command_of_the_readme_is_one_that_works(line: str) -> None:
         targets = re.findall(r"^([a-z]+):", (REPO_ROOT / "Makefile").read_text(), re.MULTILINE)
         assert words[1] in targets
     elif words[0] in ("python", ".venv/bin/python"):
-        module = job(Path(words[1]).stem)
+        module = import_module(f"raymoe.commands.{Path(words[1]).stem}")
         if "--help" in words:
             assert "--help" in module.parser().format_help()
             return

@@ -1,6 +1,6 @@
 """The whole path on this machine: a Ray head, four trainings by real job submission, export, evaluation, serving.
 
-    python jobs/demo.py [--root FOLDER] [--steps N]
+    raymoe demo [--root FOLDER] [--steps N]
 
 Trains `tiny` on the built-in corpus with 2 workers, the same tokens in the same order for each: clustered
 experts, flat experts, the clusters' bases alone (residual_width=0), and a flat model of as many parameters
@@ -23,11 +23,13 @@ import sys
 import threading
 import time
 import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from raymoe.commands.entry import new_parser
 from raymoe.commands.load import load, pieces, summary
 from raymoe.config import default_root, preset
 from raymoe.export.open import open_artifact, open_run
@@ -204,8 +206,8 @@ def replicas(run: Path) -> str:
     return "\n".join(lines)
 
 
-def parser() -> argparse.ArgumentParser:
-    parse = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser(program: str | None = None) -> argparse.ArgumentParser:
+    parse = new_parser(__doc__, program)
     parse.add_argument("--root", default=default_root(), help="where runs and exports go (default: %(default)s)")
     parse.add_argument(
         "--steps", type=int, default=preset("tiny").train.steps, help="of each training (default: %(default)s)"
@@ -213,8 +215,9 @@ def parser() -> argparse.ArgumentParser:
     return parse
 
 
-def main() -> int:
-    arguments = parser().parse_args()
+def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
+    parse = parser(program)
+    arguments = parse.parse_args(words)
     root = str(Path(arguments.root).expanduser().resolve())
     stamp = time.strftime("demo-%Y%m%d-%H%M%S")
     names = {variant: f"{stamp}-{variant}" for variant in VARIANTS}
@@ -245,7 +248,7 @@ def main() -> int:
             )
             felt = served(ray, root, artifact, run_folder(root, names["clustered"]))
     except (subprocess.CalledProcessError, RuntimeError, OSError) as error:
-        print(f"demo.py: {error}", file=sys.stderr)
+        print(f"{parse.prog}: {error}", file=sys.stderr)
         return 1
     rows = [row(root, names[variant], variant) for variant in VARIANTS]
     judged = json.loads(evaluation.read_text())

@@ -1,7 +1,7 @@
 """Check what commonly goes wrong before a long run, and say what to do about it.
 
-    python jobs/doctor.py
-    python jobs/doctor.py --root /mnt/raymoe --json doctor.json
+    raymoe doctor
+    raymoe doctor --root /mnt/raymoe --json doctor.json
     ray job submit --working-dir . -- python jobs/doctor.py
 
 Each node of the Ray that is running is asked, one line a check: `ok|warn|fail  name  what was seen  -> what to do`.
@@ -15,28 +15,31 @@ import dataclasses
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+from raymoe.commands.entry import new_parser
 from raymoe.config import default_root, override, preset
 
 
-def parser() -> argparse.ArgumentParser:
-    parse = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser(program: str | None = None) -> argparse.ArgumentParser:
+    parse = new_parser(__doc__, program)
     parse.add_argument("--root", default=default_root(), help="run.root of the run to come (default: %(default)s)")
     parse.add_argument("--json", type=Path, help="write the checks to this file, too")
     return parse
 
 
-def main() -> int:
-    arguments = parser().parse_args()
+def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
+    parse = parser(program)
+    arguments = parse.parse_args(words)
     if arguments.json and not arguments.json.absolute().parent.is_dir():
-        print(f"doctor.py: there is no folder {arguments.json.absolute().parent} for --json", file=sys.stderr)
+        print(f"{parse.prog}: there is no folder {arguments.json.absolute().parent} for --json", file=sys.stderr)
         return 2
     wanted = os.environ.get("RAY_ADDRESS", "local")
     try:
         config = override(preset("tiny"), [f"run.root={arguments.root}"])
     except ValueError as error:
-        print(f"doctor.py: {error}", file=sys.stderr)
+        print(f"{parse.prog}: {error}", file=sys.stderr)
         return 2
     import ray
 
@@ -46,7 +49,7 @@ def main() -> int:
 
     connect(config)
     if wanted not in ("local", "auto") and ray.get_runtime_context().gcs_address != wanted:
-        print(f"doctor.py: there is no Ray at RAY_ADDRESS={wanted}", file=sys.stderr)
+        print(f"{parse.prog}: there is no Ray at RAY_ADDRESS={wanted}", file=sys.stderr)
         return 2
     found = examine(str(Path(arguments.root).expanduser().absolute()))
     for check in found:

@@ -1,8 +1,8 @@
 """Evaluate a run or an artifact on any text: perplexity, bits per byte, load balance, speed and memory.
 
-    python jobs/evaluate.py first                                 the run's own validation set
-    python jobs/evaluate.py first --data wikitext-103 --json out.json
-    python jobs/evaluate.py ~/raymoe/exports/first --residuals zero
+    raymoe evaluate first                                 the run's own validation set
+    raymoe evaluate first --data wikitext-103 --json out.json
+    raymoe evaluate ~/raymoe/exports/first --residuals zero
 
 Evaluates a run at its newest valid checkpoint, and an artifact with INT4 residuals. Every token of the text is
 predicted once, in windows of --context tokens that start every --stride tokens; the last window may be partial.
@@ -24,6 +24,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from raymoe.commands.entry import new_parser
 from raymoe.config import default_root
 
 if TYPE_CHECKING:
@@ -32,8 +33,8 @@ if TYPE_CHECKING:
     from raymoe.export.open import StoredModel
 
 
-def parser() -> argparse.ArgumentParser:
-    parse = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser(program: str | None = None) -> argparse.ArgumentParser:
+    parse = new_parser(__doc__, program)
     parse.add_argument("name", metavar="NAME_OR_ARTIFACT", help="a run, the export of a run, or an artifact's folder")
     parse.add_argument("--root", default=default_root(), help="folder of runs and exports (default: %(default)s)")
     parse.add_argument(
@@ -52,8 +53,9 @@ def parser() -> argparse.ArgumentParser:
     return parse
 
 
-def main() -> int:
-    arguments = parser().parse_args()
+def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
+    parse = parser(program)
+    arguments = parse.parse_args(words)
     import torch
 
     from raymoe.commands.stages import StageLines
@@ -83,7 +85,7 @@ def main() -> int:
             batch=arguments.batch, precision=arguments.precision, progress=advance,
         )  # fmt: skip
     except (ValueError, OSError) as error:
-        print(f"evaluate.py: {error}", file=sys.stderr)
+        print(f"{parse.prog}: {error}", file=sys.stderr)
         return 2
     parameters = sum(p.numel() for p in model.parameters())
     result = summarize(stored, judged, parameters, arguments.data or "validation", arguments.precision)

@@ -1,7 +1,7 @@
 """Export a run as an artifact: one folder with FP16 bases and INT4 residuals, for evaluation and serving.
 
-    python jobs/export.py first
-    python jobs/export.py first --step 800 --to /models/first
+    raymoe export first
+    raymoe export first --step 800 --to /models/first
 
 Prints the seconds of each stage, then two tables: the size of the model in four forms (MB on disk), and its
 quality as trained, as exported, and with residuals set to zero (perplexity per token, bits per byte). The same
@@ -17,13 +17,15 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+from raymoe.commands.entry import new_parser, sibling
 from raymoe.config import default_root
 
 
-def parser() -> argparse.ArgumentParser:
-    parse = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser(program: str | None = None) -> argparse.ArgumentParser:
+    parse = new_parser(__doc__, program)
     parse.add_argument("name", metavar="NAME", help="name of the run")
     parse.add_argument("--root", default=default_root(), help="folder of runs and exports (default: %(default)s)")
     parse.add_argument("--step", type=int, help="export the checkpoint of this step (default: the newest valid one)")
@@ -35,8 +37,9 @@ def parser() -> argparse.ArgumentParser:
     return parse
 
 
-def main() -> int:
-    arguments = parser().parse_args()
+def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
+    parse = parser(program)
+    arguments = parse.parse_args(words)
     import torch
 
     from raymoe.commands.stages import StageLines
@@ -49,13 +52,13 @@ def main() -> int:
             progress=StageLines(),
         )  # fmt: skip
     except (ValueError, OSError) as error:
-        print(f"export.py: {error}", file=sys.stderr)
+        print(f"{parse.prog}: {error}", file=sys.stderr)
         return 2
     for reason in done.skipped:
         print(f"skipped checkpoint: {reason}", file=sys.stderr)
     print(table(done.metrics))
     print(f"\nartifact {done.target} (run {done.source.name}, step {done.source.step})")
-    print(f"next     python jobs/evaluate.py {done.target}")
+    print(f"next     {sibling(parse.prog, 'evaluate')} {done.target}")
     return 0
 
 

@@ -1,7 +1,7 @@
 """Answer prompts with an exported model in this process: what serving computes, without a server.
 
-    python jobs/generate.py first "Once upon a time" --max-tokens 64
-    python jobs/generate.py first "def main" "The licence" --temperature 0
+    raymoe generate first "Once upon a time" --max-tokens 64
+    raymoe generate first "def main" "The licence" --temperature 0
 
 All prompts are answered at once, a token each a step. The text of one prompt is printed as it comes, of several
 when they are done. Exit status: 0 done, 2 refused (no such artifact, a bad value, a prompt that is too long).
@@ -12,12 +12,14 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 
+from raymoe.commands.entry import new_parser
 from raymoe.config import default_root
 
 
-def parser() -> argparse.ArgumentParser:
-    parse = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser(program: str | None = None) -> argparse.ArgumentParser:
+    parse = new_parser(__doc__, program)
     parse.add_argument("name", metavar="NAME_OR_ARTIFACT", help="the export of a run, or an artifact's folder")
     parse.add_argument("prompts", metavar="PROMPT", nargs="+")
     parse.add_argument("--root", default=default_root(), help="where exports live (default: %(default)s)")
@@ -31,8 +33,9 @@ def parser() -> argparse.ArgumentParser:
     return parse
 
 
-def main() -> int:
-    arguments = parser().parse_args()
+def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
+    parse = parser(program)
+    arguments = parse.parse_args(words)
     import torch
 
     from raymoe.serving.engine.cluster import LocalClusters
@@ -60,7 +63,7 @@ def main() -> int:
             for prompt, text in zip(prompts, arguments.prompts, strict=True)
         }
     except (ValueError, OSError) as error:
-        print(f"generate.py: {error}", file=sys.stderr)
+        print(f"{parse.prog}: {error}", file=sys.stderr)
         return 2
     alone = len(texts) == 1
     if alone:

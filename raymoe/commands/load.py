@@ -1,7 +1,7 @@
 """Drive a steady load at an OpenAI-compatible endpoint and say what its users felt.
 
-    python jobs/load.py --streams 16 --seconds 30
-    python jobs/load.py --text builtin --domain code --share 0.8 --json load.json
+    raymoe load --streams 16 --seconds 30
+    raymoe load --text builtin --domain code --share 0.8 --json load.json
 
 So many streams each send one streaming completion after another; a failed request is not tried again, and counts.
 Prompts are pieces of a text (any data.path); with --domain so large a share of them comes from that domain.
@@ -20,6 +20,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+from raymoe.commands.entry import new_parser
 
 
 @dataclass
@@ -168,8 +170,8 @@ def pieces(text: str, *, domain: str | None, share: float, words: int, count: in
     return made
 
 
-def parser() -> argparse.ArgumentParser:
-    parse = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser(program: str | None = None) -> argparse.ArgumentParser:
+    parse = new_parser(__doc__, program)
     parse.add_argument(
         "--url", default="http://127.0.0.1:8000", help="of the server, without /v1 (default: %(default)s)"
     )
@@ -193,8 +195,9 @@ def first_model(url: str) -> str:
         return json.load(answer)["data"][0]["id"]
 
 
-def main() -> int:
-    arguments = parser().parse_args()
+def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
+    parse = parser(program)
+    arguments = parse.parse_args(words)
     try:
         model = arguments.model or first_model(arguments.url)
         prompts = pieces(
@@ -202,7 +205,7 @@ def main() -> int:
             seed=arguments.seed,
         )  # fmt: skip
     except (OSError, ValueError) as error:
-        print(f"load.py: {error}", file=sys.stderr)
+        print(f"{parse.prog}: {error}", file=sys.stderr)
         return 2
     body = {"model": model, "max_tokens": arguments.max_tokens, "temperature": 0, "ignore_eos": True}
     answers = asyncio.run(load(arguments.url, prompts, streams=arguments.streams, seconds=arguments.seconds, body=body))

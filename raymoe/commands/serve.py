@@ -1,8 +1,8 @@
 """Serve an export, or update what is being served to it without a failed request.
 
-    python jobs/serve.py                       the newest export, with services/raymoe.yaml
-    python jobs/serve.py first --config my.yaml
-    python jobs/serve.py second                beside the first; once it is ready requests go to it, and the first drains
+    raymoe serve                       the newest export, with services/raymoe.yaml
+    raymoe serve first --config my.yaml
+    raymoe serve second                beside the first; once it is ready requests go to it, and the first drains
 
 Needs a running Ray with a dashboard (`make head`), or starts one that stays, with --start; what serves stays too. An
 update starts a new application beside the old one, switches the route when it is ready, waits until the old one has
@@ -16,14 +16,17 @@ import argparse
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
+
+from raymoe.commands.entry import new_parser
 
 REPO_ROOT = Path(__file__).resolve().parents[2]
 
 
-def parser() -> argparse.ArgumentParser:
-    parse = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser(program: str | None = None) -> argparse.ArgumentParser:
+    parse = new_parser(__doc__, program)
     parse.add_argument(
         "artifact", nargs="?", help="the export of a run, or an artifact's folder (default: the config's)"
     )
@@ -63,8 +66,9 @@ def start_head(dashboard: str) -> None:
     print(f"started a Ray head, which stays: its dashboard is {dashboard}; `ray stop` ends every Ray of this machine")
 
 
-def main() -> int:
-    arguments = parser().parse_args()
+def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
+    parse = parser(program)
+    arguments = parse.parse_args(words)
     import yaml
 
     from raymoe.serving.rollout import Rollout, pinned
@@ -72,7 +76,7 @@ def main() -> int:
     try:
         config = pinned(yaml.safe_load(arguments.config.read_text()), arguments.artifact, arguments.root)
     except (ValueError, OSError, yaml.YAMLError) as error:
-        print(f"serve.py: {error}", file=sys.stderr)
+        print(f"{parse.prog}: {error}", file=sys.stderr)
         return 2
     try:
         if arguments.start:
@@ -80,7 +84,7 @@ def main() -> int:
         rollout = Rollout(arguments.address, config, arguments.timeout)
         rollout.up()
     except (RuntimeError, ConnectionError) as error:
-        print(f"serve.py: {error}", file=sys.stderr)
+        print(f"{parse.prog}: {error}", file=sys.stderr)
         return 1
     args = rollout.application["args"]
     print(f"{args['artifact']} is served as {args['name']!r} at {rollout.base}/v1 (application {rollout.name})")

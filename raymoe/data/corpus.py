@@ -24,7 +24,7 @@ import pyarrow as pa
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from raymoe.config import Config, DataSection
+from raymoe.config import Config, DataSection, expand
 from raymoe.data.sources import Document, digest, documents
 from raymoe.data.tokens import END_OF_TEXT, encode, load_tokenizer, train_tokenizer, vocabulary_size
 
@@ -65,8 +65,8 @@ def prepare(config: Config, progress: bool = True) -> Path:
     Raises ValueError or FileNotFoundError with the remedy when the text cannot be used.
     """
     data, model = config.data, config.model
-    cache = Path(data.cache or Path(config.run.root) / "cache").expanduser().resolve()  # workers have other folders
-    given = Path(data.tokenizer).expanduser()
+    cache = expand(data.cache or Path(config.run.root) / "cache").resolve()  # workers have other folders
+    given = expand(data.tokenizer)
     own = given.read_bytes() if data.tokenizer and given.is_file() else b""
     if data.tokenizer and not own:
         raise FileNotFoundError(f"data.tokenizer={data.tokenizer}: there is no such file; leave it empty to train one")

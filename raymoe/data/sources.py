@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from raymoe.config import DataSection
+from raymoe.config import DataSection, expand
 from raymoe.data import builtin
 
 PIECE = 16384
@@ -53,7 +53,7 @@ def documents(data: DataSection, *, test: bool = False) -> Iterator[Document]:
         found: Iterator[Document] = (Document(domain, None, text) for domain, text in builtin.documents())
     elif _local(data.path):
         files = _files(data.path)
-        root = Path(data.path).expanduser()
+        root = expand(data.path)
         found = (document for file in files for document in _read_file(file, data, root))
     else:
         found = _hub(data)
@@ -75,7 +75,7 @@ def digest(data: DataSection) -> str:
     if not _local(data.path):
         return f"hub {data.path}"
     total = hashlib.sha256()
-    root = Path(data.path).expanduser()
+    root = expand(data.path)
     for file in _files(data.path):
         with file.open("rb") as content:
             total.update(f"{file.relative_to(root) if root.is_dir() else file.name}\n".encode())
@@ -86,14 +86,22 @@ def digest(data: DataSection) -> str:
 def _local(path: str) -> bool:
     """Whether data.path names something here: it exists, or looks like a path rather than a hub name."""
     return (
-        Path(path).expanduser().exists()
+        expand(path).exists()
         or not HUB_NAME.fullmatch(path)
         or path.lower().endswith(tuple(suffix for suffix in SUFFIXES if suffix))
     )
 
 
+def check_source(data: DataSection) -> None:
+    """Raise FileNotFoundError or ValueError if `data` names a local file that does not exist. Reads no text."""
+    if data.path != "builtin" and _local(data.path):
+        _files(data.path)
+    if data.tokenizer and not expand(data.tokenizer).is_file():
+        raise FileNotFoundError(f"data.tokenizer={data.tokenizer}: no such file; leave it empty to train a tokenizer")
+
+
 def _files(path: str) -> list[Path]:
-    root = Path(path).expanduser()
+    root = expand(path)
     if not root.exists():
         raise FileNotFoundError(
             f"data.path={path}: there is no such file or folder here ({root.resolve()}); a job reads the files of the "

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from raymoe.config import Config, from_dict
+from raymoe.config import Config, expand, from_dict
 from raymoe.data.corpus import Corpus, Text, prepare, read_text
 from raymoe.data.tokens import END_OF_TEXT, load_tokenizer
 from raymoe.model.transformer import Transformer
@@ -105,7 +105,7 @@ def open_artifact(folder: Path) -> StoredModel:
 
 def open_any(root: str, name: str, step: int | None = None) -> tuple[StoredModel, list[str]]:
     """`name` as a folder that is an artifact, else as a run, else as the export of a run that is gone."""
-    folder = Path(name).expanduser()
+    folder = expand(name)
     if (folder / MANIFEST).is_file():
         return open_artifact(folder.resolve()), []
     export = artifact_folder(root, name)

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from raymoe.config import expand
+
 MANIFEST = "manifest.json"
 
 
@@ -21,6 +23,11 @@ class RunFolder:
     def config(self) -> Path:
         """The run's configuration, versions and parameter counts, as JSON."""
         return self.path / "config.json"
+
+    @property
+    def config_yaml(self) -> Path:
+        """The configuration as YAML, for `raymoe train --config`."""
+        return self.path / "config.yaml"
 
     @property
     def metrics(self) -> Path:
@@ -113,12 +120,12 @@ def parse_record(line: str) -> dict[str, Any] | None:
 
 def run_folder(root: str, name: str) -> Path:
     """Where the run `name` lives."""
-    return Path(root).expanduser().resolve() / name
+    return expand(root).resolve() / name
 
 
 def artifact_folder(root: str, name: str) -> Path:
     """Where the export of run `name` goes."""
-    return Path(root).expanduser().resolve() / "exports" / name
+    return expand(root).resolve() / "exports" / name
 
 
 NEWEST = "newest"
@@ -135,7 +142,7 @@ def find_artifact(root: str, name: str) -> Path:
         if not found:
             raise FileNotFoundError(f"there is no export under {exports}: make one with jobs/export.py")
         return found[-1].parent
-    for folder in (Path(name).expanduser(), artifact_folder(root, name)):
+    for folder in (expand(name), artifact_folder(root, name)):
         if (folder / MANIFEST).is_file():
             return folder.resolve()
     raise FileNotFoundError(f"artifact={name!r}: neither a folder with a {MANIFEST} nor an export under {root}")

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from raymoe.config import Config, from_dict, override
+from raymoe.config import Config, expand, from_dict, override
 from raymoe.storage.files import read_json
 from raymoe.storage.run_folder import RunFolder, run_folder
 
@@ -41,7 +41,7 @@ def resolve(config: Config, assignments: Iterable[str]) -> Config:
 
 def check_root(root: str, working_dir: Path, environment: Mapping[str, str]) -> None:
     """Raise ValueError if `root` is inside the temporary package cache of a Ray job."""
-    path = Path(root).expanduser()
+    path = expand(root)
     cached = PACKAGE_CACHE in (working_dir / path).resolve().parts
     if cached or (not path.is_absolute() and "RAY_JOB_CONFIG_JSON_ENV_VAR" in environment):
         raise ValueError(

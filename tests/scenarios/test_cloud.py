@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import fnmatch
-import importlib.util
 import os
 import re
 import shlex
@@ -25,6 +24,7 @@ from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscali
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.serve.schema import ServeDeploySchema
 
+from raymoe.commands.train import parser
 from raymoe.config import override, preset
 from raymoe.serving.settings import from_dict
 from tests.support.paths import REPO_ROOT
@@ -341,11 +341,7 @@ def test_the_jobs_command_is_one_that_the_image_can_run() -> None:
     assert words[0] == "python" and path.is_relative_to(last("WORKDIR"))
     job = REPO_ROOT / path.relative_to(last("WORKDIR"))
     assert job.is_file() and in_context(str(job.relative_to(REPO_ROOT)))
-    spec = importlib.util.spec_from_file_location("job_train", job)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    arguments = module.parser().parse_args(words[2:])
+    arguments = parser().parse_args(words[2:])
     config = override(preset(arguments.preset), arguments.overrides)
     assert config.train.elastic
     most = sum(g["maxReplicas"] for g in _workers(load("jobs/rayjob.yaml", "RayJob")) if g["groupName"] == "cpu")

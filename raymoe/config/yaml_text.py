@@ -1,0 +1,107 @@
+"""Configs as YAML: the same fields as overrides, with a mapping for each section.
+
+    preset: small
+    model:
+      layers: 6
+    train:
+      workers: 2,8
+      lr: 3e-4
+
+A scalar is parsed by the type of its field, as in an override. `no`, `off` and `3e-4` need no quotes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import yaml
+
+from raymoe.config.checks import hint
+from raymoe.config.overrides import KEYS, check_key, override
+from raymoe.config.presets import preset
+from raymoe.config.sections import SECTIONS, Config
+
+LARGEST_YAML = 1 << 16
+"""Maximum size in bytes of a config in YAML."""
+
+NULL = "tag:yaml.org,2002:null"
+
+
+def to_yaml(config: Config) -> str:
+    """Return `config` as YAML text that `from_yaml` reads."""
+    return yaml.safe_dump(config.to_dict(), sort_keys=False, width=1000)
+
+
+def repeatable_yaml(config: Config) -> str:
+    """Return YAML text that starts the same run again, under a new name.
+
+    `run.name` and `train.resume` are empty: the folder of the first run exists already.
+    """
+    again = replace(config, run=replace(config.run, name=""), train=replace(config.train, resume=""))
+    return f"# Repeat the run: raymoe train --config THIS_FILE run.name=NEW_NAME\n{to_yaml(again)}"
+
+
+def from_yaml(text: str) -> Config:
+    """Return the config of YAML text: its preset (default `small`) with its fields applied. Raises ValueError."""
+    name, assignments = parse_yaml(text)
+    return override(preset(name or "small"), assignments)
+
+
+def parse_yaml(text: str) -> tuple[str, list[str]]:
+    """Return the preset's name (empty if not given) and the overrides that are equal to YAML text.
+
+    Raises ValueError for unknown or repeated keys, anchors, aliases, tags, lists where a value is expected, and
+    more than LARGEST_YAML bytes.
+    """
+    if len(text.encode(errors="surrogatepass")) > LARGEST_YAML:
+        raise ValueError(f"the YAML config is larger than {LARGEST_YAML >> 10} KiB: give only the fields of a config")
+    name, assignments = "", {}
+    for key, node in _pairs(_compose(text), "the YAML config"):
+        if key == "preset":
+            name = _scalar(node, key)
+            preset(name)
+            continue
+        if key not in SECTIONS:
+            raise ValueError(f"unknown config section {key!r}" + hint(key, ("preset", *SECTIONS)))
+        for field, value in _pairs(node, key):
+            check_key(f"{key}.{field}")
+            assignments[f"{key}.{field}"] = _scalar(value, f"{key}.{field}")
+    # In the order of the fields: train.workers resets train.max_workers, so it comes first.
+    return name, [f"{key}={assignments[key]}" for key in KEYS if key in assignments]
+
+
+def _compose(text: str) -> yaml.Node | None:
+    """Return the root node of one YAML document without anchors, aliases and tags. Raises ValueError."""
+    try:
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            line = event.start_mark.line + 1 if event.start_mark else 0
+            if isinstance(event, yaml.NodeEvent) and event.anchor is not None:
+                raise ValueError(f"line {line} of the YAML config has an anchor or alias: write the value itself")
+            if (tag := getattr(event, "tag", None)) is not None:
+                raise ValueError(f"line {line} of the YAML config has the tag {tag!r}: remove it")
+        return yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"the config is not valid YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise ValueError("the YAML config is nested too deeply: write section: {field: value}") from None
+
+
+def _pairs(node: yaml.Node | None, name: str) -> Iterator[tuple[str, yaml.Node]]:
+    """Yield the keys and value nodes of a mapping. Raises ValueError for another node or a repeated key."""
+    if not isinstance(node, yaml.MappingNode):
+        raise ValueError(f"{name} must be a mapping" + (f" (line {node.start_mark.line + 1})" if node else ""))
+    seen = set()
+    for key_node, value in node.value:
+        key = _scalar(key_node, f"a key of {name}")
+        if key in seen:
+            raise ValueError(f"{name} has the key {key!r} twice (line {key_node.start_mark.line + 1}): remove one")
+        seen.add(key)
+        yield key, value
+
+
+def _scalar(node: yaml.Node, name: str) -> str:
+    """Return the text of a scalar node, empty for null. Raises ValueError for a list or a mapping."""
+    if not isinstance(node, yaml.ScalarNode):
+        raise ValueError(f"{name} must be one value, not a list or a mapping (line {node.start_mark.line + 1})")
+    return "" if node.tag == NULL else node.value
