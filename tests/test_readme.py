@@ -7,10 +7,12 @@ import re
 import shlex
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from urllib.parse import urlsplit
 
 import pytest
 
+from raymoe.__main__ import COMMANDS
 from raymoe.config import override, preset
 from tests.support.paths import REPO_ROOT
 
@@ -19,6 +21,22 @@ def commands() -> list[str]:
     blocks = re.findall(r"```bash\n(.*?)```", (REPO_ROOT / "README.md").read_text(), re.DOTALL)
     lines = [line.split("  #")[0].strip() for block in blocks for line in block.splitlines()]
     return [line for line in lines if line and not line.startswith("#")]
+
+
+def module_of(path: str) -> ModuleType:
+    """Return the module with the parser of `jobs/X.py` or the folder `jobs/X`."""
+    assert (REPO_ROOT / path).exists()
+    name = Path(path).stem
+    if (REPO_ROOT / path).is_dir():
+        return import_module(f"jobs.{name}.__main__")
+    return import_module(f"raymoe.commands.{name}" if name in COMMANDS else f"jobs.{name}")
+
+
+def parses(module: ModuleType, words: list[str]) -> None:
+    """Assert that the module's parser takes the words, and that overrides of a run are valid."""
+    arguments = module.parser().parse_args(words)
+    if module.__name__ == "raymoe.commands.train":
+        override(preset(arguments.preset or "small"), arguments.overrides)
 
 
 def test_there_are_commands_to_check() -> None:
@@ -36,13 +54,15 @@ def test_a_command_of_the_readme_is_one_that_works(line: str) -> None:
         targets = re.findall(r"^([a-z]+):", (REPO_ROOT / "Makefile").read_text(), re.MULTILINE)
         assert words[1] in targets
     elif words[0] in ("python", ".venv/bin/python"):
-        module = import_module(f"raymoe.commands.{Path(words[1]).stem}")
+        module = module_of(words[1])
         if "--help" in words:
             assert "--help" in module.parser().format_help()
             return
-        arguments = module.parser().parse_args(words[2:])
-        if words[1] == "jobs/train.py":
-            override(preset(arguments.preset), arguments.overrides)
+        parses(module, words[2:])
+    elif words[0] in ("raymoe", ".venv/bin/raymoe"):
+        assert words[1] in ("--help", *COMMANDS)
+        if "--help" not in words:
+            parses(module_of(f"jobs/{words[1]}.py"), words[2:])
     elif words[0] == "serve":
         assert words[1:] in (["status"], ["shutdown"]) or (
             words[1] in ("deploy", "run") and (REPO_ROOT / words[2]).is_file()
