@@ -18,7 +18,7 @@ JSON_LIMIT = 64 << 20
 
 
 class CorruptFile(ValueError):
-    """`file` is not what it should be, for the `reason` given."""
+    """A file is missing, damaged or in another format; `reason` describes the difference."""
 
     def __init__(self, file: Path, reason: str) -> None:
         super().__init__(file, reason)
@@ -32,7 +32,7 @@ class CorruptFile(ValueError):
 
 
 def sync(path: Path) -> None:
-    """Wait until a file's or folder's content is on the disk."""
+    """Flush a file or folder to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -42,14 +42,14 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def durable_write(path: Path) -> Iterator[Path]:
-    """A temporary name to write to, which becomes `path` once it is on the disk; on failure it is removed.
+    """Yield a temporary path to write. It is flushed to disk and renamed to `path`; on failure it is removed.
 
-    Raises OSError with the cause's errno, naming `path`.
+    Raises OSError with the errno of the cause and the name of `path`.
     """
     partial = path.with_name(f".{path.name}.partial")
     try:
         yield partial
-        partial.chmod(0o644)  # safetensors writes for the owner alone; another user may serve
+        partial.chmod(0o644)  # safetensors grants access to the owner only; another user may serve the file
         sync(partial)
         os.replace(partial, path)
         sync(path.parent)
@@ -65,23 +65,29 @@ def durable_write(path: Path) -> Iterator[Path]:
 def _errno(error: OSError | SafetensorError) -> int:
     if isinstance(error, OSError):
         return error.errno or errno.EIO
-    code = re.search(r"os error (\d+)", str(error))  # safetensors has no errno of its own
+    code = re.search(r"os error (\d+)", str(error))  # a SafetensorError has no errno
     return int(code[1]) if code else errno.EIO
 
 
 def replace_file(path: Path, content: str) -> None:
-    """Replace a small file atomically: a reader sees the old or the new content. Not synced to disk."""
+    """Replace a small file atomically: a reader sees the old or the new content. Does not flush it to disk.
+
+    Characters that UTF-8 cannot encode become `?`. On failure the old content stays.
+    """
     temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(content)
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(content, encoding="utf-8", errors="replace")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write `value` durably. Raises ValueError when it is not JSON (NaN and infinity are not)."""
+    """Write `value` durably. Raises ValueError if it is not JSON; NaN and infinity are not."""
     try:
         text = json.dumps(value, allow_nan=False).encode()
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{path.name} cannot hold what it was given: {error}") from error
+        raise ValueError(f"the content of {path.name} is not JSON: {error}") from error
     if len(text) > JSON_LIMIT:
         raise ValueError(f"{path.name} would be larger than {JSON_LIMIT >> 20} MiB")
     with durable_write(path) as partial:
@@ -92,7 +98,7 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def read_json(path: Path, error: type[CorruptFile] = CorruptFile) -> dict[str, Any]:
-    """The JSON object in a file of bounded size, whose objects name each key once."""
+    """Return the JSON object in a file of at most JSON_LIMIT bytes. Raises `error`; a repeated key is an error."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         value = dict(pairs)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from raymoe.report.page import render
+from raymoe.storage.files import replace_file
 from raymoe.storage.run_folder import RunFolder, read_records
 
 
@@ -18,12 +18,7 @@ def write_report(run: Path) -> Path:
     """
     folder = RunFolder(run)
     page = render(_read_config(folder.config), *map(read_records, (folder.metrics, folder.plans, folder.serving)))
-    partial = folder.report.with_name(".report.html.partial")
-    try:
-        partial.write_text(page, encoding="utf-8", errors="replace")
-        os.replace(partial, folder.report)
-    finally:
-        partial.unlink(missing_ok=True)
+    replace_file(folder.report, page)
     return folder.report
 
 

@@ -271,7 +271,7 @@ def test_a_target_that_appears_meanwhile_is_left_alone(tmp_path: Path, monkeypat
         (swap("layers.0.experts.0.gate_in", torch.full((32, 4), 1e12)), "gate_in' cannot be exported: .* beyond"),
         (lambda given: given.update(assignment=[[0] * 7]), "the assignment is not a cluster id below 3"),
         (lambda given: given.update(assignment=[[0] * 7, [3] * 7]), "the assignment is not a cluster id below 3"),
-        (lambda given: given.update(metrics={"loss": float("nan")}), "manifest.json cannot hold"),
+        (lambda given: given.update(metrics={"loss": float("nan")}), "content of manifest.json is not JSON"),
         (lambda given: given.update(config={"model": {"layers": "2"}}), "model.layers='2'"),
     ],
 )

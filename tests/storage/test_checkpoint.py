@@ -158,7 +158,7 @@ def test_a_shard_being_rewritten_is_not_described_by_its_old_sidecar(
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), torch.zeros(1)])
 def test_meta_must_be_json(tmp_path: Path, value: object) -> None:
     write_shard(tmp_path, 0, 1, {"a": torch.zeros(2)})
-    with pytest.raises(ValueError, match=r"manifest\.json cannot hold"):
+    with pytest.raises(ValueError, match=r"content of manifest\.json is not JSON"):
         write_manifest(tmp_path, step=1, world=1, meta={"loss": value})
     assert not (tmp_path / "manifest.json").exists()
 
