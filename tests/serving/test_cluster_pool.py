@@ -225,7 +225,7 @@ def test_answers_do_not_depend_on_who_computes(
     served: Artifact, local: LocalClusters, sizes: list[int], seed: int, split_rows: int, resident: int | None
 ) -> None:
     replicas = [Replica(served, c) for c in range(MODEL.n_clusters) for _ in range(2)]
-    one = max(LocalClusters(served, [0], torch.float32).held[0, 0].bytes * 4, 1)
+    one = max(LocalClusters(served, [0], torch.float32).clusters[0, 0].bytes * 4, 1)
     budget = None if resident is None else resident * one
     with closing(ClusterPool(served, torch.float32, ClusterPoolSettings(budget, split_rows))) as pool:
         connected(pool, replicas)

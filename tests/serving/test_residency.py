@@ -649,7 +649,7 @@ def test_sizes_are_those_of_the_loaded(
     sizes = cluster_sizes(artifact, dtype)
     monkeypatch.undo()
     choose()
-    held = LocalClusters(artifact, range(3), dtype).held
+    held = LocalClusters(artifact, range(3), dtype).clusters
     assert sizes == {c: sum(held[layer, c].bytes for layer in range(2)) for c in range(3)}
     if kernels == "plain" and width:
         model, experts = served.MODEL, [len([e for row in served.UNEVEN for e in row if e == c]) for c in range(3)]

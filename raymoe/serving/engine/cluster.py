@@ -1,7 +1,7 @@
-"""What a cluster does for the trunk, rows in and rows out, when its weights are in this process.
+"""A cluster in this process: rows in, rows out.
 
-The trunk only knows `ClusterCompute`: one call with the rows of all active clusters of a layer. Whoever
-answers chooses the experts (stage 2), so that a call carries rows alone.
+The interface of the trunk is `ClusterCompute`: one call with the rows of all active clusters of a layer. The callee
+selects the experts (stage 2), so that a call carries rows only.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from raymoe.storage.artifact import Artifact
 from raymoe.storage.artifact_layout import cluster_file
 
 ClusterCompute = Callable[[int, Mapping[int, Tensor]], Mapping[int, Tensor]]
-"""(layer, active cluster -> rows [R, D]) -> cluster -> answers [R, D], in the rows' type. All active clusters
-of a layer come in one call, which is pure: it may be made again, elsewhere."""
+"""(layer, active cluster -> rows [R, D]) -> cluster -> outputs [R, D], in the type of the rows. One call has all active
+clusters of a layer. Calls are pure: another process may repeat them."""
 
 
 def few_sizes(rows: int) -> int:
-    """`rows` rounded up to 4, 6, 8, 12, 16, 24, …: a product has few shapes, and a row's does not depend on its neighbours."""
+    """Round `rows` up to 4, 6, 8, 12, 16, 24, ...: products have few shapes, and a row does not depend on its neighbors."""
     power = 1 << max(2, (rows - 1).bit_length())
     return power * 3 // 4 if power > 4 and rows <= power * 3 // 4 else power
 
 
 class Product:
-    """rows [n, I] -> rows @ weight [n, J], for a weight [I, J] that is laid out for it once.
+    """rows [n, I] -> rows @ weight [n, J], for a weight [I, J] whose layout is prepared once.
 
-    oneDNN's own layout takes half the time of a plain product of few rows, which lays the weight out anew each
-    time. Where there is none the plain product does.
+    oneDNN's own layout takes half the time of a plain product of few rows, which prepares the layout in each call.
+    Without oneDNN, the plain product is used.
     """
 
     def __init__(self, weight: Tensor) -> None:
@@ -47,7 +47,7 @@ class Product:
 
     @staticmethod
     def packs(dtype: torch.dtype) -> bool:
-        """Whether this machine's oneDNN has such products."""
+        """Whether oneDNN supports packed products of this type on this machine."""
         return torch.backends.mkldnn.is_available() and (
             dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
         )
@@ -63,11 +63,11 @@ class Product:
 class Cluster:
     """One cluster of one layer in the compute type: (x [R, D]) -> [R, D].
 
-    Where there are native kernels they have the weights, in `native`. Else the factors of all its experts rest side
-    by side: `wide_in` [D, 2F + 2·e·W] is both bases and every first factor, `down` [F + e·W, D] the base and every
-    last one. Between them, `wide_out` [2, e·W, F] and `down_in` [F, e·W] are for (row, expert) pairs. Narrow values of
-    experts that a row did not choose are zeroed: for the rows of a step that takes less time than going expert by
-    expert, as training does with its thousands.
+    With native kernels, `native` holds the weights. Otherwise the factors of all experts are concatenated: `wide_in`
+    [D, 2F + 2*e*W] has both bases and all first factors, `down` [F + e*W, D] the base and all last factors. Between
+    them, `wide_out` [2, e*W, F] and `down_in` [F, e*W] apply to (row, expert) pairs. Narrow values of experts that a
+    row did not select are zeroed: for the few rows of a step this is faster than a loop over experts, which training
+    uses.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class Cluster:
 
     @property
     def bytes(self) -> int:
-        """What its tensors take, padding included."""
+        """Size of the tensors in bytes, padding included."""
         if self.native:
             return self.native.bytes
         weights = [value.weight if isinstance(value, Product) else value for value in vars(self).values()]
@@ -115,31 +115,30 @@ class Cluster:
 
 
 def compute_clusters(clusters: Sequence[Cluster], rows: Sequence[Tensor]) -> list[Tensor]:
-    """What clusters of one layer say to their rows [R, D] each, bit for bit what each would say alone.
+    """Return the outputs of clusters of one layer for their rows [R, D], bit-equal to separate calls.
 
-    A few rows take less time in products than in all the small calls around them. So only products are made
-    cluster by cluster; what lies between is done once, for the rows of all. A cluster with fewer experts than
-    another leaves columns unused.
+    With few rows, small operations take more time than products. Only products run cluster by cluster; the operations
+    between them run once for the rows of all clusters. A cluster with fewer experts than another leaves columns unused.
     """
     if clusters[0].native:
         return native.compute_clusters([c.native for c in clusters if c.native], rows)
     parts = [padded(part, few_sizes(part.shape[0])) for part in rows]
     if not clusters[0].w:
         hidden = [c.wide_in(part).chunk(2, 1) for c, part in zip(clusters, parts, strict=True)]
-        said = [c.down(F.silu(gate).mul_(up)) for c, (gate, up) in zip(clusters, hidden, strict=True)]
-        return [y[: x.shape[0]] for y, x in zip(said, rows, strict=True)]
+        outputs = [c.down(F.silu(gate).mul_(up)) for c, (gate, up) in zip(clusters, hidden, strict=True)]
+        return [y[: x.shape[0]] for y, x in zip(outputs, rows, strict=True)]
     if not all(c.e for c in clusters):
         able = [i for i, c in enumerate(clusters) if c.e]
         found = compute_clusters([clusters[i] for i in able], [rows[i] for i in able]) if able else []
-        said = {i: y for i, y in zip(able, found, strict=True)}
-        return [said[i] if i in said else torch.zeros_like(x) for i, x in enumerate(rows)]
+        outputs = {i: y for i, y in zip(able, found, strict=True)}
+        return [outputs[i] if i in outputs else torch.zeros_like(x) for i, x in enumerate(rows)]
 
     sizes = [part.shape[0] for part in parts]
     n, k, e, w, f = sum(sizes), max(c.k for c in clusters), max(c.e for c in clusters), clusters[0].w, clusters[0].f
     spans = [slice(*span) for span in pairwise(accumulate(sizes, initial=0))]
     pair_spans = [slice(k * span.start, k * span.stop) for span in spans]
 
-    # Stage 2. An expert that a cluster has not has a score of minus infinity, and so no weight.
+    # Stage 2. Unused columns have a score of minus infinity, hence no weight.
     logits = _level([p.to(c.router.dtype) @ c.router for c, p in zip(clusters, parts, strict=True)], e, -torch.inf)
     bias = _level([c.bias.expand(size, c.e) for c, size in zip(clusters, sizes, strict=True)], e, -torch.inf)
     index = bias.add_(logits).topk(k).indices
@@ -147,7 +146,7 @@ def compute_clusters(clusters: Sequence[Cluster], rows: Sequence[Tensor]) -> lis
     gate_NK1 = weight.to(parts[0].dtype).unsqueeze(2)
     chosen_NKE = gate_NK1.new_zeros(n, k, e).scatter_(2, index.unsqueeze(2), 1.0)
 
-    # Gate and up: the bases' values once per row, the residuals' once per (row, expert).
+    # Gate and up: bases once per row, residuals once per (row, expert).
     first = [c.wide_in(p) for c, p in zip(clusters, parts, strict=True)]
     narrow = _level([v[:, 2 * f :].view(-1, 2, c.e * w) for c, v in zip(clusters, first, strict=True)], e * w)
     pairs = narrow.new_empty(2, n, k, e, w)
@@ -159,39 +158,39 @@ def compute_clusters(clusters: Sequence[Cluster], rows: Sequence[Tensor]) -> lis
         wide[:, span].baddbmm_(pairs[:, span, : c.e * w], c.wide_out)
     h = F.silu(wide[0]).mul_(wide[1])
 
-    # Down, being linear, once per row: after the sum over its experts.
+    # The down projection is linear: once per row, after the sum over its experts.
     back = _level([h[span] @ c.down_in for c, span in zip(clusters, pair_spans, strict=True)], e * w)
     back = back.view(n, k, e, w).mul_((chosen_NKE * gate_NK1).unsqueeze(3)).sum(1)
     hidden = torch.cat(((h.view(n, k, f) * gate_NK1).sum(1), back.view(n, e * w)), 1)
-    said = [c.down(hidden[span, : f + c.e * w]) for c, span in zip(clusters, spans, strict=True)]
-    return [y[: x.shape[0]] for y, x in zip(said, rows, strict=True)]
+    outputs = [c.down(hidden[span, : f + c.e * w]) for c, span in zip(clusters, spans, strict=True)]
+    return [y[: x.shape[0]] for y, x in zip(outputs, rows, strict=True)]
 
 
 def _level(parts: Sequence[Tensor], width: int, value: float = 0.0) -> Tensor:
-    """The rows of all parts, with `value` in the last columns up to `width`."""
+    """Concatenate the rows of all parts, padded with `value` to `width` columns."""
     return torch.cat([p if p.shape[-1] == width else F.pad(p, (0, width - p.shape[-1]), value=value) for p in parts])
 
 
 class LocalClusters:
-    """`ClusterCompute` over clusters held in this process, converted once to the compute type."""
+    """`ClusterCompute` over clusters in this process, converted once to the compute type."""
 
     def __init__(self, artifact: Artifact, clusters: Iterable[int], dtype: torch.dtype) -> None:
-        self.held: dict[tuple[int, int], Cluster] = {}
+        self.clusters: dict[tuple[int, int], Cluster] = {}
         for c in clusters:
             tensors = artifact.cluster(c)
             for layer in range(artifact.model.layers):
-                self.held[layer, c] = Cluster(artifact.model, tensors, layer, c, dtype)
+                self.clusters[layer, c] = Cluster(artifact.model, tensors, layer, c, dtype)
 
     def __call__(self, layer: int, rows: Mapping[int, Tensor]) -> dict[int, Tensor]:
-        said = compute_clusters([self.held[layer, c] for c in rows], list(rows.values()))
-        return dict(zip(rows, said, strict=True))
+        outputs = compute_clusters([self.clusters[layer, c] for c in rows], list(rows.values()))
+        return dict(zip(rows, outputs, strict=True))
 
 
 def cluster_sizes(artifact: Artifact, dtype: torch.dtype) -> dict[int, int]:
-    """Bytes of each cluster in all layers as `Cluster` holds it in the compute type, without reading a weight.
+    """Return the bytes of each cluster over all layers as `Cluster` stores it in the compute type. Reads no weight.
 
-    Layers in which it has as many experts take the same. One of each is built from whatever is in memory,
-    because only oneDNN knows how it pads.
+    Layers with equally many experts take equally many bytes. One of each is built from uninitialized memory, since
+    only oneDNN defines its padding.
     """
     numbers = {cluster_file(c): c for c in range(artifact.model.n_clusters)}
     shapes: defaultdict[tuple[int, int], dict[str, tuple[int, ...]]] = defaultdict(dict)
@@ -210,9 +209,9 @@ def cluster_sizes(artifact: Artifact, dtype: torch.dtype) -> dict[int, int]:
 def by_cluster(
     rows: Tensor, group_TP: Tensor, groups: int, compute: Callable[[Mapping[int, Tensor]], Mapping[int, Tensor]]
 ) -> Tensor:
-    """rows [T, D], group [T, P] -> [T, P, D]: for each row the answer of each of its P groups."""
+    """rows [T, D], group [T, P] -> [T, P, D]: the output of each of the P groups of each row."""
     order, inverse, counts = sort_by(group_TP.flatten(), groups)
     parts = rows.index_select(0, order // group_TP.shape[1]).split(counts.tolist())
     active = {c: part for c, part in enumerate(parts) if part.shape[0]}
-    answered = compute(active)
-    return torch.cat([answered[c] for c in active]).index_select(0, inverse).view(*group_TP.shape, -1)
+    outputs_by_group = compute(active)
+    return torch.cat([outputs_by_group[c] for c in active]).index_select(0, inverse).view(*group_TP.shape, -1)

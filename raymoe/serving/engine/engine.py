@@ -20,7 +20,8 @@ from raymoe.config import check_field
 from raymoe.data.tokens import END_OF_TEXT
 from raymoe.serving.engine.kv_cache import KVCache
 from raymoe.serving.engine.request import Echo, Finish, Increment, Request, Usage
-from raymoe.serving.engine.sampling import Detokenizer, Draw, LogProb, StopStrings, choose, logprobs
+from raymoe.serving.engine.sampling import Draw, LogProb, choose, logprobs
+from raymoe.serving.engine.text import Detokenizer, StopStrings
 from raymoe.serving.engine.trunk import Segment, Trunk
 
 

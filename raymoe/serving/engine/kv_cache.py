@@ -1,7 +1,7 @@
 """Keys and values of all requests in one preallocated pool of blocks.
 
-A request owns whole blocks, in any order: token i of it rests in its block i // block, at i % block. Blocks
-are taken for a request's whole length when it is admitted, so that none ever waits in the middle of its answer.
+A request owns whole blocks in any order: its token i is in its block i // block, at i % block. Blocks for the whole
+length of a request are allocated on admission, so that no request waits in the middle of its completion.
 """
 
 from __future__ import annotations
@@ -17,31 +17,31 @@ from raymoe.config import ModelSection
 
 
 class CacheFull(Exception):
-    """Not enough free blocks: try again when a request has ended."""
+    """Not enough free blocks: retry when a request has ended."""
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Zeros, because masked slots are multiplied by zero, which only finite numbers survive; numpy's, because the
-    system gives memory to those that are written and to no others."""
+    """Return zeros: masked slots are multiplied by zero, so they must be finite. From numpy: the operating system then
+    commits memory only to pages that are written."""
     return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)
 
 
 class KVCache:
     """keys, values: [layers, slots, kv_heads, head_dim]; a slot holds one token of one request.
 
-    `budget` in bytes, for keys and values of all layers; `block` in tokens. Raises ValueError when the
-    budget does not hold one block.
+    budget: bytes for keys and values of all layers. block: tokens. Raises ValueError if the budget is less than one
+    block.
     """
 
     def __init__(self, model: ModelSection, budget: int, dtype: torch.dtype, block: int = 16) -> None:
         if block < 1:
-            raise ValueError(f"block={block} is not allowed: at least 1 token")
+            raise ValueError(f"block={block} is invalid: at least 1 token")
         width = model.kv_heads * (model.d_model // model.heads)
         block_bytes = 2 * model.layers * block * width * dtype.itemsize
         self.blocks, self.block = budget // block_bytes, block
         if self.blocks < 1:
             raise ValueError(
-                f"a KV budget of {budget:,} bytes is not allowed: one block of {block} tokens takes {block_bytes:,}"
+                f"kv_bytes={budget:,} is too small: one block of {block} tokens takes {block_bytes:,} bytes"
             )
         shape = (model.layers, self.blocks * block, model.kv_heads, model.d_model // model.heads)
         self.keys, self.values = _zeros(shape, dtype), _zeros(shape, dtype)
@@ -50,12 +50,12 @@ class KVCache:
 
     @property
     def capacity(self) -> int:
-        """Tokens that fit in all."""
+        """Tokens that fit into all blocks."""
         return self.blocks * self.block
 
     @property
     def free(self) -> int:
-        """Tokens that fit in the blocks that nobody owns."""
+        """Tokens that fit into the free blocks."""
         return len(self._free) * self.block
 
     @property
@@ -63,13 +63,13 @@ class KVCache:
         return 2 * self.keys.numel() * self.keys.itemsize
 
     def fits(self, tokens: int) -> bool:
-        """Whether `allocate` would find the blocks."""
+        """Whether enough blocks are free for `tokens` tokens."""
         return -(-tokens // self.block) <= len(self._free)
 
     def allocate(self, owner: Hashable, tokens: int) -> None:
-        """Take the blocks for `tokens` tokens. Raises CacheFull, and takes none, when there are not enough."""
+        """Allocate blocks for `tokens` tokens to `owner`. Raises CacheFull, without any change, if too few are free."""
         if owner in self._owned:
-            raise ValueError(f"{owner!r} has its blocks already")
+            raise ValueError(f"{owner!r} already owns blocks")
         needed = -(-tokens // self.block)
         if needed > len(self._free):
             raise CacheFull(
@@ -78,11 +78,11 @@ class KVCache:
         self._owned[owner] = [self._free.pop() for _ in range(needed)]
 
     def release(self, owner: Hashable) -> None:
-        """Give an owner's blocks back. Raises KeyError when it has none."""
+        """Free the blocks of an owner. Raises KeyError if it owns none."""
         self._free += reversed(self._owned.pop(owner))
 
     def tables(self, owners: Sequence[Hashable], tokens: int) -> Tensor:
-        """The owners' blocks for their first `tokens` tokens: [B, n] int64, with block 0 where one has fewer."""
+        """Return the blocks of the first `tokens` tokens of each owner, [B, n] int64, padded with block 0."""
         n = -(-tokens // self.block)
         rows = [self._owned[owner][:n] for owner in owners]
         return torch.tensor([row + [0] * (n - len(row)) for row in rows], dtype=torch.int64)
@@ -93,7 +93,7 @@ class KVCache:
         self.values[layer].index_copy_(0, slots_T, value)
 
     def read(self, layer: int, tables: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of the blocks `tables` [B, n]: two [B, kv_heads, n·block, head_dim]."""
+        """Return keys and values of the blocks `tables` [B, n]: two tensors [B, kv_heads, n*block, head_dim]."""
         batch, n = tables.shape
         kv_heads, head_dim = self.keys.shape[2:]
 

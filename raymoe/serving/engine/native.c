@@ -1,220 +1,5 @@
-/* The engine's arithmetic for the rows of a step, one thread, sums in float32.
- *
- * A weight [I, J] rests in panels of 16 columns, [ceil(J/16)][I][16], zeros beyond J. In bfloat16 two neighbours
- * of a column share 32 bits: [ceil(J/16)][ceil(I/2)][16][2]. A panel is read once for all rows; a row's sums go
- * over I from first to last whatever rows are beside it, so that an answer never depends on them.
- */
-#include <math.h>
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
-
-#define LANES 16
-#define INLINE static inline __attribute__((always_inline))
-#ifdef __AVX512F__
-#define MOST 8 /* rows of a tile: with 2 panels they leave half of the registers */
-#else
-#define MOST 4
-#endif
-
-typedef float vec __attribute__((vector_size(64)));
-typedef int32_t ivec __attribute__((vector_size(64)));
-typedef uint32_t uvec __attribute__((vector_size(64)));
-typedef uint16_t hvec __attribute__((vector_size(32)));
-typedef float vec8 __attribute__((vector_size(32)));
-typedef float vec4 __attribute__((vector_size(16)));
-
-INLINE int up16(int n) { return (n + LANES - 1) / LANES * LANES; }
-INLINE vec load(const float *at) { vec v; memcpy(&v, at, sizeof v); return v; }
-INLINE void store(float *at, vec v) { memcpy(at, &v, sizeof v); }
-INLINE float widen(uint16_t h) { uint32_t u = (uint32_t)h << 16; float f; memcpy(&f, &u, 4); return f; }
-INLINE vec load_half(const uint16_t *at) {
-    hvec h;
-    memcpy(&h, at, sizeof h);
-    return (vec)(__builtin_convertvector(h, uvec) << 16);
-}
-INLINE uint16_t narrow(float f) { /* to the nearest, ties to even */
-    uint32_t u;
-    memcpy(&u, &f, 4);
-    return f == f ? (u + 0x7fff + ((u >> 16) & 1)) >> 16 : 0x7fc0;
-}
-INLINE vec pick(ivec yes, vec a, vec b) { return (vec)((yes & (ivec)a) | (~yes & (ivec)b)); }
-INLINE float total(vec v) {
-    vec8 a, b;
-    memcpy(&a, &v, 32);
-    memcpy(&b, (char *)&v + 32, 32);
-    a += b;
-    vec4 c, d;
-    memcpy(&c, &a, 16);
-    memcpy(&d, (char *)&a + 16, 16);
-    c += d;
-    return (c[0] + c[2]) + (c[1] + c[3]);
-}
-
-INLINE vec exponential(vec x) { /* Cephes' expf, 2 ulp; within float32's range */
-    const vec zero = {0}, low = zero - 87.0f, high = zero + 88.0f;
-    x = pick(x < low, low, pick(x > high, high, x));
-    vec t = x * 1.44269504f + 12582912.0f, n = t - 12582912.0f; /* the nearest integer, in t's last bits too */
-    vec r = x - n * 0.693359375f + n * 2.12194440e-4f;
-    vec y = r * 1.9875691500e-4f + 1.3981999507e-3f;
-    y = y * r + 8.3334519073e-3f;
-    y = y * r + 4.1665795894e-2f;
-    y = y * r + 1.6666665459e-1f;
-    y = y * r + 5.0000001201e-1f;
-    y = y * r * r + r + 1.0f;
-    return y * (vec)(((ivec)t - 0x4b400000 + 127) << 23);
-}
-
-/* Rows in memory: row i is `at + (which ? which[i] : i) * ld`. */
-typedef struct { float *at; int ld; const int *which; } Rows;
-INLINE float *row(Rows r, int i) { return r.at + (size_t)(r.which ? r.which[i] : i) * r.ld; }
-
-/* M rows times V panels. */
-INLINE void tile(const int M, const int V, int half, const char *w, size_t panel, int I, int J, int i0, Rows x,
-                 Rows first, Rows y) {
-    vec acc[MOST][4];
-    const float *in[MOST];
-#pragma GCC unroll 8
-    for (int m = 0; m < M; m++) {
-        in[m] = row(x, i0 + m);
-#pragma GCC unroll 4
-        for (int v = 0; v < V; v++) {
-            acc[m][v] = (vec){0};
-            int n = J - LANES * v;
-            if (first.at) memcpy(&acc[m][v], row(first, i0 + m) + LANES * v, 4 * (n < LANES ? n : LANES));
-        }
-    }
-    if (half) {
-        for (int k = 0; k + 1 < I; k += 2) {
-            uvec pair[4];
-#pragma GCC unroll 4
-            for (int v = 0; v < V; v++) pair[v] = *(const uvec *)(w + v * panel + 32 * k);
-#pragma GCC unroll 8
-            for (int m = 0; m < M; m++) {
-#pragma GCC unroll 4
-                for (int v = 0; v < V; v++) {
-                    acc[m][v] += (vec)(pair[v] << 16) * in[m][k];
-                    acc[m][v] += (vec)(pair[v] & 0xffff0000) * in[m][k + 1];
-                }
-            }
-        }
-        if (I & 1)
-            for (int m = 0; m < M; m++)
-                for (int v = 0; v < V; v++)
-                    acc[m][v] += (vec)(*(const uvec *)(w + v * panel + 32 * (I - 1)) << 16) * in[m][I - 1];
-    } else {
-        for (int k = 0; k < I; k++) {
-            vec column[4];
-#pragma GCC unroll 4
-            for (int v = 0; v < V; v++) column[v] = *(const vec *)(w + v * panel + 64 * (size_t)k);
-#pragma GCC unroll 8
-            for (int m = 0; m < M; m++) {
-#pragma GCC unroll 4
-                for (int v = 0; v < V; v++) acc[m][v] += column[v] * in[m][k];
-            }
-        }
-    }
-#pragma GCC unroll 8
-    for (int m = 0; m < M; m++) {
-#pragma GCC unroll 4
-        for (int v = 0; v < V; v++) {
-            int n = J - LANES * v;
-            memcpy(row(y, i0 + m) + LANES * v, &acc[m][v], 4 * (n < LANES ? n : LANES));
-        }
-    }
-}
-
-/* A function for each size: compiled one by one, in a fraction of the time that one with all of them takes. */
-#define TILE(M, V, HALF) \
-    static __attribute__((noinline)) void tile_##M##_##V##_##HALF( \
-        const char *w, size_t panel, int I, int J, int i0, Rows x, Rows first, Rows y) { \
-        tile(M, V, HALF, w, panel, I, J, i0, x, first, y); \
-    }
-#define NAME(M, V, HALF) [M][V][HALF] = tile_##M##_##V##_##HALF,
-#define BOTH(DO, M, V) DO(M, V, 0) DO(M, V, 1)
-#define FEW(DO, V) BOTH(DO, 1, V) BOTH(DO, 2, V) BOTH(DO, 3, V) BOTH(DO, 4, V)
-#if MOST == 8
-#define MORE(DO) BOTH(DO, 5, 2) BOTH(DO, 6, 2) BOTH(DO, 7, 2) BOTH(DO, 8, 2)
-#else
-#define MORE(DO)
-#endif
-#define ALL(DO) FEW(DO, 1) FEW(DO, 2) FEW(DO, 4) MORE(DO)
-ALL(TILE)
-static void (*const tiles[MOST + 1][5][2])(const char *, size_t, int, int, int, Rows, Rows, Rows) = {ALL(NAME)};
-
-/* y = first + x @ w, for x [n, I] and y [n, J]; nothing is added where first.at is NULL. */
-static void product(int half, const void *weight, int I, int J, int n, Rows x, Rows first, Rows y) {
-    const char *w = weight;
-    size_t panel = half ? (size_t)(I + 1) / 2 * 64 : (size_t)I * 64;
-    for (int j = 0; j < J;) {
-        int left = (J - j + LANES - 1) / LANES, V = n <= 4 && left >= 4 ? 4 : left >= 2 ? 2 : 1;
-        for (int i = 0; i < n;) {
-            int rest = n - i, most = V == 2 ? MOST : 4, blocks = (rest + most - 1) / most, M = (rest + blocks - 1) / blocks;
-            tiles[M][V][half](w, panel, I, J - j, i, x, first, y);
-            i += M;
-        }
-        j += V * LANES, w += V * panel;
-        first.at = first.at ? first.at + V * LANES : NULL;
-        y.at += V * LANES;
-    }
-}
-
-static const Rows NOTHING = {0};
-
-static void norm(const float *x, const float *weight, int d, float *y) {
-    vec squares = {0};
-    float sum = 0;
-    int i = 0;
-    for (; i + LANES <= d; i += LANES) squares += load(x + i) * load(x + i);
-    for (int j = i; j < d; j++) sum += x[j] * x[j];
-    float scale = 1 / sqrtf((total(squares) + sum) / d + 1e-6f);
-    for (int j = 0; j < d; j++) y[j] = x[j] * scale * weight[j];
-}
-
-static void read_rows(int half, const void *rows, size_t n, float *out) {
-    if (!half) memcpy(out, rows, 4 * n);
-    else for (size_t i = 0; i < n; i++) out[i] = widen(((const uint16_t *)rows)[i]);
-}
-
-static void write_rows(int half, const float *rows, size_t n, void *out) {
-    if (!half) memcpy(out, rows, 4 * n);
-    else for (size_t i = 0; i < n; i++) ((uint16_t *)out)[i] = narrow(rows[i]);
-}
-
-/* The k of e groups with the highest logit + bias, best first, and their softmax over all or those chosen. */
-static void choose(const float *logits, const float *bias, int e, int k, int over_all, int *index, float *weight) {
-    for (int i = 0; i < k; i++) {
-        int best = -1;
-        for (int g = 0; g < e; g++) {
-            int taken = 0;
-            for (int j = 0; j < i; j++) taken |= index[j] == g;
-            if (!taken && (best < 0 || logits[g] + bias[g] > logits[best] + bias[best])) best = g;
-        }
-        index[i] = best;
-    }
-    float most = -INFINITY, sum = 0;
-    for (int i = 0; i < (over_all ? e : k); i++) most = fmaxf(most, logits[over_all ? i : index[i]]);
-    for (int i = 0; i < (over_all ? e : k); i++) sum += expf(logits[over_all ? i : index[i]] - most);
-    for (int i = 0; i < k; i++) weight[i] = expf(logits[index[i]] - most) / sum;
-}
-
-/* `order`: the n entries of `group` [n] sorted by it, in their order within one; `start` [groups + 1]. */
-static void sort(const int *group, int n, int groups, int *order, int *start) {
-    memset(start, 0, sizeof(int) * (groups + 1));
-    for (int i = 0; i < n; i++) start[group[i] + 1]++;
-    for (int g = 0; g < groups; g++) start[g + 1] += start[g];
-    for (int i = 0; i < n; i++) order[start[group[i]]++] = i;
-    for (int g = groups; g > 0; g--) start[g] = start[g - 1];
-    start[0] = 0;
-}
-
-/* Pieces of one allocation: with base NULL `take` only counts. */
-typedef struct { char *base; size_t used; } Scratch;
-static void *take(Scratch *s, size_t bytes) {
-    char *at = s->base ? s->base + s->used : NULL;
-    s->used += (bytes + 63) / 64 * 64;
-    return at;
-}
+/* Experts, attention and head of the engine for the rows of one step. One thread, sums in float32. */
+#include "kernels.h"
 
 typedef struct {
     int d, f, w, k, half;
@@ -226,9 +11,9 @@ typedef struct {
     int e;
     const float *router, *bias;              /* [D, e] in panels, [e] */
     const char *gate, *up, *down;            /* [D, F], [D, F], [F, D] */
-    const char *first, *gate_out, *up_out;   /* e of [D, 2W], [W, F], [W, F] */
-    const char *down_in, *down_out;          /* e of [F, W], [W, D] */
-    size_t first_step, out_step, down_in_step, down_out_step; /* bytes from one expert to the next */
+    const char *first, *gate_out, *up_out;   /* e times [D, 2W], [W, F], [W, F] */
+    const char *down_in, *down_out;          /* e times [F, W], [W, D] */
+    size_t first_step, out_step, down_in_step, down_out_step; /* bytes between two experts */
 } Cluster;
 
 typedef struct { float *x, *a, *b, *ga, *gb, *hidden, *y, *logits, *weight, *narrow; int *index, *order, *start, *which; } Room;
@@ -245,7 +30,7 @@ static Room lay_out(const Shape *s, int n, int e, Scratch *scratch) {
     return r;
 }
 
-/* out = silu(a) * b * scale, 16 lanes at a time: buffers end at a multiple of them. */
+/* out = silu(a) * b * scale, 16 lanes at a time; buffers are padded to a multiple of 16. */
 INLINE void gated(const float *a, const float *b, float scale, int f, float *out) {
     for (int i = 0; i < f; i += LANES) {
         vec g = load(a + i);
@@ -253,7 +38,7 @@ INLINE void gated(const float *a, const float *b, float scale, int f, float *out
     }
 }
 
-static void answer(const Shape *s, const Cluster *c, const void *rows, int n, void *out, Room r) {
+static void compute_cluster(const Shape *s, const Cluster *c, const void *rows, int n, void *out, Room r) {
     const int d = s->d, f = s->f, w = s->w, half = s->half, fp = up16(f), k = s->k < c->e ? s->k : c->e;
     if (w && !c->e) {
         memset(out, 0, (half ? 2 : 4) * (size_t)n * d);
@@ -276,7 +61,7 @@ static void answer(const Shape *s, const Cluster *c, const void *rows, int n, vo
     memset(r.hidden, 0, 4 * (size_t)n * fp);
     memset(r.y, 0, 4 * (size_t)n * d);
     for (int i = 0; i < n * k; i++) r.which[i] = r.order[i] / k;
-    for (int e = 0; e < c->e; e++) { /* in their order: a row's sums do not depend on its neighbours' choices */
+    for (int e = 0; e < c->e; e++) { /* in order of experts: the sum of a row does not depend on other rows */
         int at = r.start[e], m = r.start[e + 1] - at;
         const int *which = r.which + at;
         if (!m) continue;
@@ -295,7 +80,7 @@ static void answer(const Shape *s, const Cluster *c, const void *rows, int n, vo
     write_rows(half, r.y, (size_t)n * d, out);
 }
 
-/* What clusters of one layer say to their rows [n, D], in the weights' type. Nonzero: no memory. */
+/* Outputs of clusters of one layer for their rows [n, D], in the type of the weights. Returns 1 without memory. */
 int experts(const Shape *s, int clusters, const Cluster *const *c, const void *const *rows, const int *n, void *const *out) {
     int most = 0, e = 0;
     for (int i = 0; i < clusters; i++) {
@@ -308,7 +93,7 @@ int experts(const Shape *s, int clusters, const Cluster *const *c, const void *c
     if (!memory) return 1;
     scratch = (Scratch){memory, 0};
     Room room = lay_out(s, most, e, &scratch);
-    for (int i = 0; i < clusters; i++) answer(s, c[i], rows[i], n[i], out[i], room);
+    for (int i = 0; i < clusters; i++) compute_cluster(s, c[i], rows[i], n[i], out[i], room);
     free(memory);
     return 0;
 }
@@ -318,17 +103,17 @@ typedef struct {
     const char *qkv, *output;
 } Layer;
 
-/* Rows of a step; row i is at `position[i]` of the request `owner[i]`, whose blocks are in that row of `table`. */
+/* Rows of a step: row i is token `position[i]` of request `owner[i]`; row `owner[i]` of `table` has its blocks. */
 typedef struct {
-    int n, block, width;                   /* rows; tokens in a block; blocks in a row of the table */
+    int n, block, width;                   /* rows; tokens per block; blocks per row of the table */
     const int64_t *position, *owner, *table;
     const float *cos, *sin;                /* [length, head_dim / 2] */
     char *keys, *values;                   /* [layers, slots, kv_heads, head_dim] */
     size_t layer_bytes;
     float *x;                              /* [n, D] the residual stream */
-    int *order, *start;                    /* out: (row, choice) by cluster [n · P]; where each begins [C + 1] */
+    int *order, *start;                    /* out: (row, choice) by cluster [n * P]; start of each cluster [C + 1] */
     float *weight;                         /* out: [n, P] */
-    char *rows;                            /* out: [n · P, D] by cluster, in the weights' type */
+    char *rows;                            /* out: [n * P, D] by cluster, in the type of the weights */
 } Step;
 
 INLINE size_t slot(const Step *t, int i, int64_t position) {
@@ -345,7 +130,7 @@ INLINE float dot(int half, const float *q, const char *key, int n) {
     return total(sum) + rest;
 }
 
-/* out [16·V] = Σ p[j] value_j, value_j at `values + at[j]`. */
+/* out [16 * V] = sum of p[j] value_j, with value_j at `values + at[j]`. */
 INLINE void mix(const int V, int half, const float *p, const char *values, const size_t *at, int n, float *out) {
     vec sum[4] = {{0}, {0}, {0}, {0}};
     for (int j = 0; j < n; j++) {
@@ -357,7 +142,7 @@ INLINE void mix(const int V, int half, const float *p, const char *values, const
     for (int v = 0; v < V; v++) store(out + LANES * v, sum[v]);
 }
 
-/* Row i's attention over the keys up to its own: q and out [heads, head_dim]; p and at [keys, in 16s]. */
+/* Attention of row i over the keys up to its own: q and out [heads, head_dim]; p and at [keys, padded to 16]. */
 INLINE void attend_row(const Shape *s, const Step *t, const int half, int i, const char *keys, const char *values,
                        const float *q, float *out, float *p, size_t *at) {
     const int n = t->position[i] + 1, hd = s->head_dim, shared = s->heads / s->kv_heads, size = half ? 2 : 4;
@@ -395,7 +180,7 @@ static void turn(float *x, const float *cos, const float *sin, int half_dim) {
     }
 }
 
-/* Attention of layer `number`, added to the stream, and stage 1: which clusters each row goes to. Nonzero: no memory. */
+/* Add the attention of layer `number` to the stream and route its rows to clusters (stage 1). Returns 1 without memory. */
 int attend(const Shape *s, const Layer *l, int number, const Step *t) {
     const int n = t->n, d = s->d, hd = s->head_dim, half = s->half, size = half ? 2 : 4, pairs = n * s->per_token;
     const int wide = (s->heads + 2 * s->kv_heads) * hd, kv = s->kv_heads * hd, c = s->clusters;
@@ -403,7 +188,7 @@ int attend(const Shape *s, const Layer *l, int number, const Step *t) {
     size_t sizes[] = {(size_t)n * d, (size_t)n * wide, (size_t)n * s->heads * hd, (size_t)n * c, keys_most, 2 * (size_t)keys_most, pairs};
     float *room[7];
     char *memory = NULL;
-    for (int pass = 0; pass < 2; pass++) { /* first only to count */
+    for (int pass = 0; pass < 2; pass++) { /* the first pass only counts */
         Scratch scratch = {memory, 0};
         for (int i = 0; i < 7; i++) room[i] = take(&scratch, 4 * sizes[i]);
         if (!pass && !(memory = aligned_alloc(64, scratch.used))) return 1;
@@ -444,19 +229,19 @@ int attend(const Shape *s, const Layer *l, int number, const Step *t) {
     return 0;
 }
 
-/* Add the clusters' answers, by cluster, to the stream; NULL for a cluster without rows. */
-void add(const Shape *s, const Step *t, const char *const *answers) {
+/* Add the outputs of the clusters to the stream; NULL for a cluster without rows. */
+void add(const Shape *s, const Step *t, const char *const *outputs) {
     const int d = s->d, size = s->half ? 2 : 4;
     for (int c = 0; c < s->clusters; c++)
         for (int i = t->start[c]; i < t->start[c + 1]; i++) {
             float *x = t->x + (size_t)(t->order[i] / s->per_token) * d, weight = t->weight[t->order[i]];
-            const char *y = answers[c] + (size_t)(i - t->start[c]) * d * size;
+            const char *y = outputs[c] + (size_t)(i - t->start[c]) * d * size;
             if (s->half) for (int j = 0; j < d; j++) x[j] += weight * widen(((const uint16_t *)y)[j]);
             else for (int j = 0; j < d; j++) x[j] += weight * ((const float *)y)[j];
         }
 }
 
-/* Logits [n, V] of the stream's rows `which` [n]. Nonzero: no memory. */
+/* Logits [n, V] of rows `which` [n] of the stream. Returns 1 without memory. */
 int head(const Shape *s, const float *final_norm, const void *weight, int vocabulary, const float *x, int n,
          const int64_t *which, float *logits) {
     float *normed = malloc(4 * (size_t)n * s->d + 1);

@@ -1,6 +1,6 @@
-"""`native.c` and its weights: compiled at first use by the machine's C compiler, loaded into this process.
+"""Native kernels: compile `native.c` at first use, load it into this process, and lay out weights for it.
 
-Without a compiler, or with `RAYMOE_NATIVE=0`, `library` gives None and what asks computes with torch's operators.
+Without a C compiler, or with `RAYMOE_NATIVE=0`, `library` returns None and the callers use torch's operators.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ from raymoe.config import ModelSection
 
 log = logging.getLogger(__name__)
 
-SOURCE = Path(__file__).with_name("native.c")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("native.c", "kernels.h"))
 FLAGS = ("-O2", "-march=native", "-std=gnu11", "-fPIC", "-shared")
 LANES = 16
-"""Columns of a panel."""
+"""Columns per panel."""
 RESIDUAL = ("router", "bias", "gate_in", "up_in", "gate_out", "up_out", "down_in", "down_out")
-"""An expert's tensors."""
+"""Tensors of an expert."""
 
 
 # The library
 
 
 def library() -> CDLL | None:
-    """The compiled kernels, or None where there are none. Asked when weights are laid out: those stay as they are."""
+    """Return the compiled kernels, or None without them. Called when weights are laid out; the layout is then fixed."""
     return None if os.environ.get("RAYMOE_NATIVE") == "0" else _library(os.environ.get("CC", ""))
 
 
@@ -50,7 +50,7 @@ def _library(compiler: str) -> CDLL | None:
     try:
         return _load(_built(compiler))
     except (OSError, subprocess.SubprocessError) as error:
-        log.warning("no native kernels, torch's operators are used instead: %s", error)
+        log.warning("no native kernels (%s): torch's operators are used, which is about 2.5 times slower", error)
         return None
 
 
@@ -66,42 +66,42 @@ def _load(path: Path) -> CDLL:
 
 
 def _built(compiler: str) -> Path:
-    """The library of this source for this machine and compiler, built if it is not there whole.
+    """Return the path of the library for this machine and compiler; build it if it is missing or damaged.
 
-    Raises OSError or SubprocessError when there is no compiler, it fails, or the folder is not this user's alone.
+    Raises OSError or SubprocessError if there is no compiler, it fails, or others can write to the folder.
     """
     command = shlex.split(compiler) or [found for found in map(shutil.which, ("cc", "gcc", "clang")) if found][:1]
     if not command:
-        raise OSError("no C compiler: cc, gcc or clang")
+        raise OSError("no C compiler found: install cc, gcc or clang")
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "raymoe")
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     owner = folder.stat()
     if owner.st_uid != os.getuid() or owner.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise OSError(f"{folder} can be written by others")
-    source = SOURCE.read_bytes()
+        raise OSError(f"others can write to {folder}: chmod go-w {folder}")
+    source = [path.read_bytes() for path in SOURCES]
     key = hashlib.sha256(repr((source, command, FLAGS, _machine())).encode()).hexdigest()[:32]
     target = folder / f"{key}.so"
-    if _whole(target):
+    if _is_whole(target):
         return target
     handle, partial = tempfile.mkstemp(dir=folder, suffix=".partial")
     os.close(handle)
     try:
         subprocess.run(
-            [*command, *FLAGS, str(SOURCE), "-o", partial, "-lm"],
+            [*command, *FLAGS, str(SOURCES[0]), "-o", partial, "-lm"],
             check=True, capture_output=True, text=True, timeout=300,
         )  # fmt: skip
-        with open(partial, "ab") as file:  # what loads it does not read so far; a damaged one would end the process
+        with open(partial, "ab") as file:  # the loader ignores it; loading a damaged library would end the process
             file.write(hashlib.sha256(Path(partial).read_bytes()).digest())
         os.replace(partial, target)
     except subprocess.CalledProcessError as error:
-        raise OSError(f"{command[0]} failed: {(error.stderr.splitlines() or ['without a word'])[0]}") from error
+        raise OSError(f"{command[0]} failed: {(error.stderr.splitlines() or ['no message'])[0]}") from error
     finally:
         Path(partial).unlink(missing_ok=True)
     return target
 
 
-def _whole(path: Path) -> bool:
-    """Whether it ends in the checksum of what is before."""
+def _is_whole(path: Path) -> bool:
+    """Whether the file ends in the checksum of its preceding bytes."""
     if not path.is_file():
         return False
     content = path.read_bytes()
@@ -109,7 +109,7 @@ def _whole(path: Path) -> bool:
 
 
 def _machine() -> tuple[str, ...]:
-    """What `-march=native` depends on."""
+    """Return the CPU properties that `-march=native` depends on."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -118,11 +118,11 @@ def _machine() -> tuple[str, ...]:
     return tuple(sorted({line for line in lines if line.startswith(wanted)}))
 
 
-# Weights as it reads them
+# Weights in the layout of the kernels
 
 
 def panels(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """[…, I, J] -> […, ceil(J/16), I, 16], in bfloat16 […, ceil(J/16), ceil(I/2), 16, 2]; see `native.c`."""
+    """Lay out [..., I, J] as [..., ceil(J/16), I, 16], in bfloat16 [..., ceil(J/16), ceil(I/2), 16, 2] (`kernels.h`)."""
     half = dtype == torch.bfloat16
     weight = F.pad(weight.to(dtype), (0, -weight.shape[-1] % LANES, 0, weight.shape[-2] % 2 if half else 0))
     laid = weight.unflatten(-1, (-1, LANES)).movedim(-2, -3)
@@ -155,8 +155,8 @@ class _Cluster(Structure):
 class Experts:
     """The weights of one cluster of one layer.
 
-    `base`: gate, up [D, F] and down [F, D]. `residual`: of its e experts router [e, D], bias [e], gate_in, up_in
-    [e, D, W], gate_out, up_out [e, W, F], down_in [e, F, W], down_out [e, W, D]; empty without members or residuals.
+    base: gate, up [D, F] and down [F, D]. residual: router [e, D], bias [e], gate_in, up_in [e, D, W], gate_out,
+    up_out [e, W, F], down_in [e, F, W], down_out [e, W, D] of its e experts; empty without members or residuals.
     """
 
     def __init__(
@@ -185,7 +185,10 @@ class Experts:
 
 
 def compute_clusters(clusters: Sequence[Experts], rows: Sequence[Tensor]) -> list[Tensor]:
-    """What clusters of one layer say to their rows [R, D], in the weights' type."""
+    """Return the outputs of clusters of one layer for their rows [R, D], in the type of the weights.
+
+    Raises MemoryError.
+    """
     first, n, sizes = clusters[0], len(clusters), [part.shape[0] for part in rows]
     rows = [part.contiguous() for part in rows]
     out = rows[0].new_empty(sum(sizes), first.shape.d).split(sizes)
@@ -195,7 +198,7 @@ def compute_clusters(clusters: Sequence[Experts], rows: Sequence[Tensor]) -> lis
         places(*(part.data_ptr() for part in rows)), (c_int * n)(*sizes), places(*(part.data_ptr() for part in out)),
     )  # fmt: skip
     if failed:
-        raise MemoryError("the clusters' intermediate values")
+        raise MemoryError("no memory for the intermediate values of the clusters: lower step_tokens")
     return list(out)
 
 
@@ -213,9 +216,9 @@ class _Step(Structure):
 
 
 class Dense:
-    """The trunk's weights: attention and stage 1 of each layer, and the head.
+    """Weights of the trunk: attention and stage 1 of each layer, and the head.
 
-    tensors: the logical ones of the trunk; cos, sin: [length, head_dim / 2] float32.
+    tensors: logical tensors of the trunk. cos, sin: [length, head_dim / 2] float32.
     """
 
     def __init__(
@@ -244,10 +247,10 @@ class Dense:
 
 
 class Step:
-    """One step of rows: `attend` and `add` in turn for each layer, then `logits`.
+    """One step of rows: call `attend` and `add` for each layer in order, then `logits`.
 
-    position, owner: [T] int64, of each row its place in its request, and whose row of `tables` [B, blocks] int64
-    names its blocks in `keys` and `values` [layers, slots, kv_heads, head_dim]. x: [T, D] float32, the residual stream.
+    position [T] int64: place of each row in its request. owner [T] int64: row of `tables` [B, blocks] int64 with its
+    blocks in `keys` and `values` [layers, slots, kv_heads, head_dim]. x [T, D] float32: residual stream.
     """
 
     def __init__(
@@ -270,26 +273,26 @@ class Step:
         )  # fmt: skip
 
     def attend(self, i: int) -> dict[int, Tensor]:
-        """Attention of layer i, and the rows [R, D] of each cluster that then has any, normalised."""
+        """Compute attention of layer i. Return the normalized rows [R, D] of each cluster that has rows."""
         dense = self.dense
         if dense.library.attend(byref(dense.shape), byref(dense._at[i]), i, byref(self.at)):
-            raise MemoryError("the attention's intermediate values")
+            raise MemoryError("no memory for the intermediate values of attention: lower step_tokens")
         spans = enumerate(pairwise(self.start.tolist()))
         return {c: self.rows[start:stop] for c, (start, stop) in spans if stop > start}
 
-    def add(self, answers: Mapping[int, Tensor]) -> None:
-        """Add what clusters said to the rows of the last `attend`, by their weights."""
-        dense, kept = self.dense, {c: said.to(self.dense.dtype).contiguous() for c, said in answers.items()}
+    def add(self, outputs: Mapping[int, Tensor]) -> None:
+        """Add the weighted outputs of the clusters to the rows of the last `attend`."""
+        dense, kept = self.dense, {c: out.to(self.dense.dtype).contiguous() for c, out in outputs.items()}
         places = [kept[c].data_ptr() if c in kept else None for c in range(dense.model.n_clusters)]
         dense.library.add(byref(dense.shape), byref(self.at), (c_void_p * len(places))(*places))
 
     def logits(self, wanted: Tensor) -> Tensor:
-        """Float32 [n, V] of the rows `wanted` [n] int64."""
+        """Return float32 logits [n, V] of the rows `wanted` [n] int64."""
         dense, model = self.dense, self.dense.model
         out = torch.empty(wanted.shape[0], model.vocabulary)
         if dense.library.head(
             byref(dense.shape), dense.final_norm.data_ptr(), dense.head.data_ptr(), model.vocabulary,
             self.x.data_ptr(), wanted.shape[0], wanted.contiguous().data_ptr(), out.data_ptr(),
         ):  # fmt: skip
-            raise MemoryError("the head's intermediate values")
+            raise MemoryError("no memory for the intermediate values of the head: lower max_running")
         return out

@@ -1,7 +1,7 @@
-"""From logits to a token, and from tokens to text that stops where it was asked to.
+"""From logits to a token.
 
-Everything about a token is a function of the logits, the request's tokens so far and (seed, position), so
-that a request that goes on elsewhere goes on with the same text.
+A token is a function of the logits, the request's tokens so far and (seed, position): a request that continues in
+another process continues with the same tokens.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from functools import partial
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor
 
 from raymoe.config import check_field
@@ -20,28 +19,28 @@ from raymoe.config import check_field
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a request's tokens are chosen. Raises ValueError with the field, the value and what is allowed."""
+    """Sampling parameters of a request. Raises ValueError with the field, its value and the allowed values."""
 
     temperature: float = 1.0
     """0: the most likely token."""
     top_k: int = 0
     """Keep the k most likely tokens. 0: all."""
     top_p: float = 1.0
-    """Then the most likely ones that together reach this share of what is left. 0: the most likely token."""
+    """Then keep the most likely tokens that together reach this share of the remaining mass. 0: the most likely token."""
     min_p: float = 0.0
-    """Keep tokens at least this likely as the most likely one."""
+    """Keep tokens with at least this share of the probability of the most likely token."""
     repetition_penalty: float = 1.0
-    """Divides a positive logit, and multiplies a negative one, of tokens seen in prompt or answer."""
+    """Divides positive logits, and multiplies negative ones, of tokens in the prompt or completion."""
     frequency_penalty: float = 0.0
-    """Taken off a logit for each time that its token is in the answer."""
+    """Subtracted from a logit for each occurrence of its token in the completion."""
     presence_penalty: float = 0.0
-    """Taken off a logit when its token is in the answer."""
+    """Subtracted from a logit if its token is in the completion."""
     seed: int = 0
-    """64 bits; the caller draws one for each answer that should differ."""
+    """64 bits. Completions of one prompt differ by their seed."""
     stop: tuple[str, ...] = ()
-    """Texts that end the answer and are not part of it."""
+    """Strings that end the completion and are not part of it."""
     logit_bias: tuple[tuple[int, float], ...] = ()
-    """(token, what is added to its logit after the penalties)."""
+    """(token, bias): added to the logit after the penalties."""
 
     def __post_init__(self) -> None:
         require = partial(check_field, self)
@@ -53,7 +52,7 @@ class Sampling:
         require("frequency_penalty", "-2 to 2", -2 <= self.frequency_penalty <= 2)
         require("presence_penalty", "-2 to 2", -2 <= self.presence_penalty <= 2)
         require("seed", "0 to 2^64-1", 0 <= self.seed < 2**64)
-        require("stop", "texts that are not empty", all(self.stop))
+        require("stop", "non-empty strings", all(self.stop))
         require(
             "logit_bias",
             "tokens, each once, with -100 to 100",
@@ -62,7 +61,7 @@ class Sampling:
         )
 
     @property
-    def penalised(self) -> bool:
+    def penalized(self) -> bool:
         return self.repetition_penalty != 1 or self.frequency_penalty != 0 or self.presence_penalty != 0
 
     @property
@@ -71,33 +70,37 @@ class Sampling:
         return self.temperature == 0 or self.top_p == 0
 
     @property
-    def cut(self) -> bool:
-        """Whether not all tokens are eligible."""
+    def truncated(self) -> bool:
+        """Whether top_k or top_p excludes tokens."""
         return self.top_k > 0 or self.top_p < 1
 
 
 @dataclass(frozen=True)
 class Draw:
-    """One row of logits to choose a token from."""
+    """Parameters and tokens of the request behind one row of logits."""
 
     sampling: Sampling
     prompt: Sequence[int]
-    answer: Sequence[int]
+    completion: Sequence[int]
     banned: int | None = None
-    """A token that must not be chosen."""
+    """A token that is excluded."""
 
     @property
     def changed(self) -> bool:
-        """Whether the choice is from other logits than the model's."""
-        return self.sampling.penalised or bool(self.sampling.logit_bias) or self.banned is not None
+        """Whether the logits are modified before the choice."""
+        return self.sampling.penalized or bool(self.sampling.logit_bias) or self.banned is not None
 
     @property
     def position(self) -> int:
-        return len(self.prompt) + len(self.answer)
+        return len(self.prompt) + len(self.completion)
 
 
-def choose(logits_BV: Tensor, draws: Sequence[Draw]) -> Tensor:
-    """The next token of each row: [B] int64. Logits are float32 and not changed."""
+def choose(logits_BV: Tensor, draws: Sequence[Draw], vocabulary: int | None = None) -> Tensor:
+    """Return the next token of each row, [B] int64. logits_BV: float32, not modified.
+
+    vocabulary: number of tokens of the tokenizer; ids beyond it pad the embedding and are never chosen.
+    """
+    logits_BV = logits_BV[:, :vocabulary]
     changed = [i for i, draw in enumerate(draws) if draw.changed]
     if changed:
         logits_BV = logits_BV.clone()
@@ -115,9 +118,9 @@ def choose(logits_BV: Tensor, draws: Sequence[Draw]) -> Tensor:
 
 
 def change(logits_V: Tensor, draw: Draw) -> None:
-    """Apply penalties, biases and the ban in place."""
-    if draw.sampling.penalised:
-        penalise(logits_V, draw)
+    """Apply penalties, biases and the excluded token in place."""
+    if draw.sampling.penalized:
+        penalize(logits_V, draw)
     if draw.sampling.logit_bias:
         tokens, bias = zip(*draw.sampling.logit_bias, strict=True)
         logits_V[torch.tensor(tokens)] += torch.tensor(bias, dtype=logits_V.dtype)
@@ -125,10 +128,10 @@ def change(logits_V: Tensor, draw: Draw) -> None:
         logits_V[draw.banned] = -torch.inf
 
 
-def penalise(logits_V: Tensor, draw: Draw) -> None:
-    """Apply the draw's penalties in place."""
+def penalize(logits_V: Tensor, draw: Draw) -> None:
+    """Apply the penalties in place."""
     sampling = draw.sampling
-    count = torch.bincount(torch.tensor(draw.answer, dtype=torch.int64), minlength=logits_V.shape[0])
+    count = torch.bincount(torch.tensor(draw.completion, dtype=torch.int64), minlength=logits_V.shape[0])
     if sampling.repetition_penalty != 1:
         seen = count > 0
         seen[torch.tensor(draw.prompt, dtype=torch.int64)] = True
@@ -138,9 +141,9 @@ def penalise(logits_V: Tensor, draw: Draw) -> None:
 
 
 def eligible(logits_BV: Tensor, samplings: Sequence[Sampling]) -> Tensor:
-    """Weights [B, V] in proportion to which tokens are drawn, zero where they may not be.
+    """Return sampling weights [B, V], zero for excluded tokens.
 
-    Temperature first, then min_p, top_k and top_p; tokens as likely as the last that fits are kept too.
+    Temperature first, then min_p, top_k and top_p. Tokens as likely as the last kept token are kept too.
     """
 
     def column(values: Sequence[float]) -> Tensor:
@@ -149,18 +152,18 @@ def eligible(logits_BV: Tensor, samplings: Sequence[Sampling]) -> Tensor:
     scaled = logits_BV / column([max(s.temperature, 1e-6) for s in samplings])
     weights = (scaled - scaled.amax(-1, keepdim=True)).exp_()
     least = column([s.min_p for s in samplings])
-    cut = [i for i, s in enumerate(samplings) if s.cut]
-    if cut:
-        least[cut] = torch.maximum(least[cut], _least(weights[cut], [samplings[i] for i in cut]))
+    rows = [i for i, s in enumerate(samplings) if s.truncated]
+    if rows:
+        least[rows] = torch.maximum(least[rows], _least(weights[rows], [samplings[i] for i in rows]))
     return torch.where(weights >= least, weights, 0.0)
 
 
 CANDIDATES = 128
-"""Tokens that are sorted first: enough for most cuts, and a tenth of the time of sorting a vocabulary."""
+"""Tokens that are sorted first: sufficient in most cases, in a tenth of the time of sorting the vocabulary."""
 
 
 def _least(weights_BV: Tensor, samplings: Sequence[Sampling]) -> Tensor:
-    """The smallest weight [B, 1] that top_k and top_p keep; weights are relative to the largest."""
+    """Return the smallest weight [B, 1] that top_k and top_p keep. Weights are relative to the largest."""
     vocabulary = weights_BV.shape[1]
     k = torch.tensor([min(s.top_k or vocabulary, vocabulary) for s in samplings])[:, None]
     p = torch.tensor([s.top_p for s in samplings], dtype=torch.float64)[:, None]
@@ -177,7 +180,7 @@ def _least(weights_BV: Tensor, samplings: Sequence[Sampling]) -> Tensor:
 
 
 def noise(seed: int, position: int, tokens: np.ndarray) -> np.ndarray:
-    """Uniform numbers in (0, 1) for some tokens [n] at a position: [n] float64. (SplitMix64's mixing function.)"""
+    """Return uniform numbers in (0, 1) for tokens [n] at a position, [n] float64 (SplitMix64's mixing function)."""
 
     def mix(z: np.ndarray) -> np.ndarray:
         z = z + np.uint64(0x9E3779B97F4A7C15)
@@ -190,13 +193,13 @@ def noise(seed: int, position: int, tokens: np.ndarray) -> np.ndarray:
 
 
 def pick(weights_V: np.ndarray, seed: int, position: int) -> int:
-    """A token, drawn in proportion to its weight.
+    """Draw a token in proportion to its weight, by the Gumbel-max trick.
 
-    By a race (Gumbel's trick): every token has noise of its own, so that rounding, or a token that is only
-    just eligible, changes nothing unless it is about to win.
+    Each token has its own noise: rounding, or a token at the edge of eligibility, changes the result only if that
+    token is about to be drawn.
     """
     tokens = weights_V.nonzero()[0]
-    if not tokens.size:  # nothing was a number
+    if not tokens.size:  # all weights are NaN
         return int(weights_V.argmax())
     scores = weights_V[tokens] / -np.log(noise(seed, position, tokens))
     return int(tokens[scores.argmax()])
@@ -204,94 +207,24 @@ def pick(weights_V: np.ndarray, seed: int, position: int) -> int:
 
 @dataclass(frozen=True)
 class LogProb:
-    """A token's log-probability by the model alone (before penalties, biases and temperature), beside the most likely ones."""
+    """Log-probability of a token and of the most likely tokens, before penalties, biases and temperature."""
 
     token: int
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
 
 
-def logprobs(logits_BV: Tensor, tokens_B: Tensor, top: Sequence[int]) -> list[LogProb]:
-    """Of each row's token, with its `top` most likely tokens, best first."""
+def logprobs(logits_BV: Tensor, tokens_B: Tensor, top: Sequence[int], vocabulary: int | None = None) -> list[LogProb]:
+    """Return the log-probability of each row's token and of its `top` most likely tokens, best first.
+
+    vocabulary: number of tokens of the tokenizer; the most likely tokens are among these.
+    """
     table = logits_BV.log_softmax(-1)
     chosen = table.gather(-1, tokens_B[:, None]).squeeze(-1).tolist()
+    table = table[:, :vocabulary]
     most = min(max(top, default=0), table.shape[1])
     values, indices = (t.tolist() for t in table.topk(most))
     return [
         LogProb(token, value, tuple(zip(i[:n], v[:n], strict=True)))
         for token, value, n, i, v in zip(tokens_B.tolist(), chosen, top, indices, values, strict=True)
     ]
-
-
-class Detokenizer:
-    """Text token by token: what `push` and `flush` return joins to the text of all tokens.
-
-    `context`: tokens before the first, whose text is not returned. A character whose bytes are not all
-    there yet is held back.
-    """
-
-    WINDOW = 12
-    """Tokens that are decoded again with each new one, at most about: a token's text depends on its neighbours."""
-
-    def __init__(self, tokenizer: Tokenizer, context: Sequence[int] = ()) -> None:
-        self.tokenizer = tokenizer
-        self._window = list(context[-self.WINDOW :])
-        self._given = len(self._whole(self._decode(self._window)))
-
-    def _decode(self, tokens: list[int]) -> str:
-        return self.tokenizer.decode(tokens, skip_special_tokens=False)
-
-    @staticmethod
-    def _whole(text: str) -> str:
-        """Without a last character that may be incomplete."""
-        return text[:-1] if text.endswith("\ufffd") else text
-
-    def push(self, token: int) -> str:
-        self._window.append(token)
-        text = self._decode(self._window)
-        whole = self._whole(text)
-        new = whole[self._given :]
-        self._given = max(self._given, len(whole))
-        if len(self._window) > self.WINDOW:
-            self._forget(text)
-        return new
-
-    def _forget(self, text: str) -> None:
-        """Keep the last half of the window, unless that would change its text: the next token moves the cut."""
-        rest = self._window[-self.WINDOW // 2 :]
-        tail = self._decode(rest)
-        dropped = len(text) - len(tail)
-        if text.endswith(tail) and dropped <= self._given:
-            self._window, self._given = rest, self._given - dropped
-
-    def flush(self) -> str:
-        """What was held back."""
-        text = self._decode(self._window)
-        new = text[self._given :]
-        self._given = len(text)
-        return new
-
-
-class StopStrings:
-    """Releases text until a stop string is found: all that precedes it, and never a part of it."""
-
-    def __init__(self, stops: Sequence[str]) -> None:
-        self.stops = tuple(stops)
-        self.found = False
-        self._held = ""
-
-    def push(self, text: str) -> str:
-        """The text that can be released now that `text` follows."""
-        text = self._held + text
-        first = min((at for stop in self.stops if (at := text.find(stop)) >= 0), default=-1)
-        if first >= 0:
-            self.found, self._held = True, ""
-            return text[:first]
-        held = max((n for stop in self.stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
-        self._held = text[len(text) - held :]
-        return text[: len(text) - held]
-
-    def flush(self) -> str:
-        """What was held back, when nothing follows."""
-        held, self._held = self._held, ""
-        return held

@@ -1,7 +1,7 @@
-"""The trunk's pass over one step of many requests: a few tokens of each, whatever their number and place.
+"""Forward pass of the trunk over one step: a few tokens of each of many requests.
 
-All rows of a step go through the dense products together, attention goes over the paged cache, and the
-clusters are whatever `ClusterCompute` is given.
+Dense products take all rows of a step together, attention reads the paged cache, and a `ClusterCompute` computes the
+clusters.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from raymoe.storage.artifact import Artifact
 
 
 class Segment(NamedTuple):
-    """Consecutive tokens of one request, whose earlier ones are in the cache."""
+    """Consecutive tokens of one request; its earlier tokens are in the cache."""
 
     owner: Hashable
     start: int
@@ -33,21 +33,21 @@ class Segment(NamedTuple):
 
 
 class Group(NamedTuple):
-    """Segments of the same length n, that attend together."""
+    """Segments of equal length n that attend together."""
 
     rows: slice
-    """Their rows in the batch: B·n, segment by segment."""
+    """Rows of the segments in the batch: B*n, segment by segment."""
     n: int
     tables: Tensor
     """[B, blocks] int64"""
     mask: Tensor
-    """[B, 1, queries or 1, blocks·block] additive: −inf where a key is later than the query, or nobody's."""
+    """[B, 1, queries or 1, blocks*block], additive: -inf where a key is later than the query or unused."""
 
 
 class Batch:
-    """The rows of a step, and where their keys and values are. `shared`: heads that share a key.
+    """Rows of a step and the places of their keys and values. shared: query heads per key head.
 
-    Segments are put in the order of their lengths and ends, so that the rows of a group are beside each other.
+    Segments are sorted by length and end, so that the rows of a group are adjacent.
     """
 
     def __init__(self, segments: Sequence[Segment], cache: KVCache, shared: int, dtype: torch.dtype) -> None:
@@ -55,7 +55,7 @@ class Batch:
         starts = list(accumulate(lengths, initial=0))
         order = sorted(range(len(segments)), key=lambda i: (lengths[i], segments[i].start))
         self.order_T = torch.tensor([row for i in order for row in range(starts[i], starts[i + 1])], dtype=torch.int64)
-        """Of each row: where it stands in the segments as they were given."""
+        """Position of each row in the segments as given."""
         segments = [segments[i] for i in order]
         self.tokens_T = torch.tensor([token for s in segments for token in s.tokens], dtype=torch.int64)
         positions = [p for s in segments for p in range(s.start, s.start + len(s.tokens))]
@@ -76,13 +76,14 @@ class Batch:
             first, row = last, rows.stop
 
     def row_of(self, rows: Tensor) -> Tensor:
-        """Where rows of the segments as they were given stand in the batch."""
+        """Return the positions in the batch of rows of the segments as given."""
         return self.order_T.argsort()[rows]
 
 
 def _together(segments: Sequence[Segment]) -> Iterator[tuple[int, list[int]]]:
-    """(n, ends) of those that attend together: same length n, and ends up to the same power of two where this at
-    least halves the keys that are read. A group costs some calls, and a short one beside a long one many keys."""
+    """Yield (n, ends) of segments that attend together: equal length n, split by the power of two of their ends where
+    this at least halves the keys to read. Each group costs some calls; a short segment beside a long one reads many
+    keys."""
     for n, members in groupby(segments, key=lambda s: len(s.tokens)):
         ends = [s.start + n for s in members]
         parts = [list(part) for _, part in groupby(ends, key=lambda end: (max(end, 64) - 1).bit_length())]
@@ -93,12 +94,12 @@ def _together(segments: Sequence[Segment]) -> Iterator[tuple[int, list[int]]]:
 
 
 def _round_up(x: int, step: int) -> int:
-    """The sizes in which attention gives a row the same answer whatever is beside it: 4 queries, 16 keys."""
+    """Round up to a multiple. With multiples of 4 queries and 16 keys, a row's attention is independent of other rows."""
     return -(-x // step) * step
 
 
-def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """`rotate` of x [T, heads, head_dim] in fewer calls; cos, sin [T, 1, head_dim], the first half of sin negated."""
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate x [T, heads, head_dim] (RoPE) in few calls; cos, sin [T, 1, head_dim], the first half of sin negated."""
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
@@ -112,21 +113,21 @@ class _Layer(NamedTuple):
 
 
 class Trunk:
-    """The artifact's trunk in the compute type `dtype`: float32 or bfloat16; the residual stream stays in float32.
+    """Trunk of an artifact in the compute type `dtype`, float32 or bfloat16; the residual stream is float32.
 
-    `length`: the longest request in tokens. Raises ValueError for a model without clusters, or another type.
+    length: longest request in tokens. Raises ValueError for a model without clusters, or for another type.
     """
 
     def __init__(self, artifact: Artifact, clusters: ClusterCompute, dtype: torch.dtype, length: int) -> None:
         model = artifact.model
         if model.experts != "clustered":
-            raise ValueError(f"experts={model.experts!r} is not allowed: only clustered experts can be served")
+            raise ValueError(f"experts={model.experts!r} cannot be served: only clustered experts can")
         if dtype not in (torch.float32, torch.bfloat16):
-            raise ValueError(f"dtype={dtype} is not allowed: torch.float32 or torch.bfloat16")
+            raise ValueError(f"dtype={dtype} is invalid: torch.float32 or torch.bfloat16")
         self.model, self.clusters, self.dtype, self.length = model, clusters, dtype, length
         self.head_dim = model.d_model // model.heads
         tensors = artifact.trunk()
-        self.embedding = tensors["embedding"].half()  # as it rests: it is only looked up
+        self.embedding = tensors["embedding"].half()  # the stored type: it is only looked up
         cos, sin = rope(length, self.head_dim, model.rope_theta, torch.device("cpu"))
         self.native = native.Dense(model, tensors, dtype, cos, sin) if native.library() else None
         if self.native:
@@ -151,9 +152,9 @@ class Trunk:
 
     @torch.inference_mode()
     def __call__(self, segments: Sequence[Segment], cache: KVCache, wanted: Tensor) -> Tensor:
-        """Float32 logits [n, V] of the step's rows `wanted` [n]; the cache then holds the segments' tokens."""
+        """Return float32 logits [n, V] of the rows `wanted` [n] of the step, and add its tokens to the cache."""
         if self.native:
-            return self._natively(self.native, segments, cache, wanted)
+            return self._forward_native(self.native, segments, cache, wanted)
         batch = Batch(segments, cache, self.model.heads // self.model.kv_heads, self.dtype)
         cos, sin = self.cos[batch.positions_T], self.sin[batch.positions_T]
         x = F.embedding(batch.tokens_T, self.embedding).float()
@@ -162,7 +163,9 @@ class Trunk:
             x = x + self._experts(i, norm(x, layer.ffn_norm).to(self.dtype))
         return self.head(norm(x[batch.row_of(wanted)], self.final_norm).to(self.dtype)).float()
 
-    def _natively(self, dense: native.Dense, segments: Sequence[Segment], cache: KVCache, wanted: Tensor) -> Tensor:
+    def _forward_native(
+        self, dense: native.Dense, segments: Sequence[Segment], cache: KVCache, wanted: Tensor
+    ) -> Tensor:
         lengths = torch.tensor([len(s.tokens) for s in segments])
         tokens = torch.tensor([token for s in segments for token in s.tokens])
         position = torch.tensor([p for s in segments for p in range(s.start, s.start + len(s.tokens))])
@@ -178,13 +181,13 @@ class Trunk:
         heads, kv_heads, head_dim = self.model.heads, self.model.kv_heads, self.head_dim
         shared = heads // kv_heads
         qkv = self.layers[i].qkv(rows).view(rows.shape[0], heads + 2 * kv_heads, head_dim)
-        turned = _turn(qkv[:, : heads + kv_heads], cos, sin)
-        cache.write(i, batch.slots_T, turned[:, heads:], qkv[:, heads + kv_heads :])
+        rotated = _rotate(qkv[:, : heads + kv_heads], cos, sin)
+        cache.write(i, batch.slots_T, rotated[:, heads:], qkv[:, heads + kv_heads :])
         mixed = []
         for group in batch.groups:
-            # The heads that share a key are queries of one attention, so that no key is repeated.
+            # Heads that share a key are queries of one attention: no key is repeated.
             b, n = group.mask.shape[0], group.n
-            query = turned[group.rows, :heads].view(b, n, kv_heads, shared, head_dim).permute(0, 2, 3, 1, 4)
+            query = rotated[group.rows, :heads].view(b, n, kv_heads, shared, head_dim).permute(0, 2, 3, 1, 4)
             query = query.reshape(b, kv_heads, shared * n, head_dim)
             out = F.scaled_dot_product_attention(
                 F.pad(query, (0, 0, 0, _round_up(shared * n, 4) - shared * n)),

@@ -9,7 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from raymoe.serving.engine.request import Increment, Request, Usage
-from raymoe.serving.engine.sampling import Detokenizer, LogProb
+from raymoe.serving.engine.sampling import LogProb
+from raymoe.serving.engine.text import Detokenizer
 from raymoe.serving.http.bodies import GenerationBody, StreamOptions
 from raymoe.serving.http.prompts import Codec
 

@@ -33,7 +33,7 @@ def test_what_can_never_work_is_refused() -> None:
         KVCache(MODEL, 2047, torch.float32, block=0)
     kv = cache(2)
     kv.allocate("a", 4)
-    with pytest.raises(ValueError, match="'a' has its blocks already"):
+    with pytest.raises(ValueError, match="'a' already owns blocks"):
         kv.allocate("a", 4)
     with pytest.raises(CacheFull, match="5 tokens need 2 blocks of 4; 1 of 2 are free"):
         kv.allocate("b", 5)

@@ -748,7 +748,7 @@ def test_metrics(artifact: Artifact) -> None:
         rejected = {why: site.metric("requests_rejected_total", reason=why) for why in REJECTIONS}
         assert rejected == dict.fromkeys(REJECTIONS, 0) | {"malformed": 1, "too_long": 1, "unknown_model": 1}
         generated = site.metric("generation_tokens_total")
-        assert 36 < generated < 48 and site.metric("prompt_tokens_total") == sum(
+        assert 36 < generated <= 48 and site.metric("prompt_tokens_total") == sum(
             len(site.encode(text)) for text in ("The cat", PROMPT, PROMPT, PROMPT)
         )
         assert site.metric("time_to_first_token_seconds_count") == site.metric("e2e_request_latency_seconds_count") == 4
