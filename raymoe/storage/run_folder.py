@@ -72,6 +72,31 @@ class RunFolder:
         """Exists while the driver waits for a checkpoint; the workers remove it when that checkpoint is complete."""
         return self.path / "checkpoint_now"
 
+    @property
+    def stop_request(self) -> Path:
+        """Exists when the workers must write a checkpoint at the next step and leave."""
+        return self.path / "stop"
+
+    @property
+    def config_yaml(self) -> Path:
+        """The run's configuration as a YAML file for `raymoe train --config`."""
+        return self.path / "config.yaml"
+
+    @property
+    def driver_nonce(self) -> Path:
+        """Random text of the present driver. A worker that cannot read it does not share the folder."""
+        return self.path / "driver_nonce"
+
+    @property
+    def ray_storage(self) -> Path:
+        """Files of Ray Train, removed when the run ends."""
+        return self.path / "ray"
+
+    @property
+    def lock(self) -> Path:
+        """Lock file of the process that owns the run; beside the folder, which may not exist yet."""
+        return self.path.with_name(f".{self.path.name}.lock")
+
 
 RENAMED = {
     "checkpoint passed over": "checkpoint_skipped",

@@ -1,127 +1,159 @@
-"""The driver: from a config to a finished run. It prepares the data, starts Ray Train, follows and stops it."""
+"""The driver of a run: prepare the data, join or start Ray, run Ray Train to its end or to an orderly stop."""
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
-import platform
 import shutil
-import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+import uuid
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import ray
 import ray.train
-import torch
-from prometheus_client import CollectorRegistry
 from ray.exceptions import RayActorError
-from ray.train.torch import TorchConfig, TorchTrainer, get_device
-from tqdm import tqdm
+from ray.train.torch import TorchConfig, TorchTrainer
 
-import raymoe
-from raymoe.config import Config, ModelSection, from_dict
+from raymoe.config import Config
 from raymoe.data.corpus import Corpus, prepare
-from raymoe.metrics import TrainingMetrics, serve
-from raymoe.model.transformer import Transformer
+from raymoe.ops.ray_connection import RayConnection, RayTarget, connect, find_ray
 from raymoe.storage.files import replace_file
 from raymoe.storage.mirror import Mirror
 from raymoe.storage.run_folder import RunFolder, run_folder
+from raymoe.storage.run_lock import own_run
 from raymoe.storage.scrape_targets import write_targets
-from raymoe.training.elastic import ELASTIC_KNOBS, KNOBS, Elastic, dead_end, release_workers
-from raymoe.training.loop import Trainer, threads
-from raymoe.training.regroup.clients import ActorClient, ClustererClient, ReplayClient, start_clusterer
+from raymoe.training.elastic import ELASTIC_SETTINGS, RAY_TRAIN_SETTINGS, Elastic, release_workers
+from raymoe.training.failures import TooManyFailures, record_failure, stop_reason
+from raymoe.training.progress import Progress
+from raymoe.training.regroup.clients import ReplayClient, start_clusterer
 from raymoe.training.run_report import write_report
+from raymoe.training.run_summary import overview, save_config, saved_corpus
+from raymoe.training.stop_signals import stop_on_signal
+from raymoe.training.worker import WorkerJob, train_worker
 
 
-class TooManyFailures(RuntimeError):
-    """A run exceeded `train.max_failures`. The message has the last error."""
+class RunFolderNotShared(OSError):
+    """A worker's node cannot read the run's folder. The message names the node and the folder."""
 
 
-def worker(job: dict[str, Any]) -> None:
-    """What each Ray Train worker runs, again from the top after every restart."""
-    context = ray.train.get_context()
-    config, run = from_dict(job["config"]), Path(job["run"])
-    if dead_end(run, config.train.max_failures):
-        return
-    torch.set_num_threads(threads(config, context.get_local_world_size()))
-    device = get_device()
-    rank, world = context.get_world_rank(), context.get_world_size()
-    registry = CollectorRegistry()
-    labels = {"run": config.run.name, "worker": str(rank)}
-    metrics = TrainingMetrics(registry, **labels)
-    host = config.train.metrics_host
-    reachable = ray.util.get_node_ip_address() if host == "0.0.0.0" else host
-    targets: list[Any] = [None] * world
-    target = (reachable, serve(registry, host), labels)
-    if world > 1:
-        torch.distributed.all_gather_object(targets, target)
-    if rank == 0:
-        write_targets(RunFolder(run).targets, targets if world > 1 else [target])
-    client: ClustererClient | None = ActorClient(job["clusterer"]) if job["clusterer"] else None
-    if config.regroups and config.regroup.mode == "replay":
-        client = ReplayClient(Path(config.regroup.replay))
-    outcome = Trainer(config, Corpus.open(job["corpus"]), run, metrics, device, client).train()
-    ray.train.report(outcome)
+@dataclass
+class Outcome:
+    """Result of Ray Train, filled in by its thread."""
 
-
-def connect(config: Config) -> None:
-    """Join the Ray that RAY_ADDRESS or this machine offers, else start a local one.
-
-    A local Ray gets at least as many CPUs as there are workers, so that a run made for two cores works on one.
-    """
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-    for knob, value in (KNOBS | (ELASTIC_KNOBS if config.train.elastic else {})).items():
-        os.environ.setdefault(knob, value)
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
-    try:
-        if os.environ.get("RAY_ADDRESS") == "local":
-            raise ConnectionError
-        ray.init(address="auto", **quiet)
-    except ConnectionError:
-        ray.init("local", num_cpus=max(os.cpu_count() or 1, config.train.workers), include_dashboard=False, **quiet)
+    done: bool = False
+    error: BaseException | None = None
+    value: dict[str, Any] = field(default_factory=dict)
+    """Return value of rank 0."""
 
 
 def launch(config: Config) -> tuple[Path, int]:
-    """Train `config` to its end or to an orderly stop; returns the run's folder and the signal that stopped it, or 0.
+    """Train `config` to its end or to an orderly stop; return the run's folder and the signal that stopped it, or 0.
 
-    Needs Ray to be initialised. SIGINT and SIGTERM ask the workers to checkpoint at the next step and leave.
-    Raises TooManyFailures after more than `train.max_failures` failures in a row without a newer checkpoint between them.
+    Joins or starts a Ray unless this process is connected to one. SIGINT, SIGTERM and SIGHUP make the workers
+    write a checkpoint at the next step and leave.
+    Raises RunInUse if another process owns the run, ValueError or OSError for anything refused before the first
+    step, and TooManyFailures after more than `train.max_failures` consecutive failures without a newer checkpoint.
     """
+    target = find_ray(os.environ) if not ray.is_initialized() else RayTarget("", "this process")
     run = run_folder(config.run.root, config.run.name)
-    mirror = Mirror(config.checkpoint.storage, config.run.name) if config.checkpoint.storage else None
-    gpus = wants_gpus(config)
-    check_capacity(config, gpus)
+    with own_run(run):
+        if not config.train.resume and run.exists():
+            raise FileExistsError(f"{run} exists: choose another run.name, or set train.resume={config.run.name}")
+        corpus, mirror = check_inputs(config, run)
+        connection = join_ray(config, target)
+        print(f"ray       {connection}", flush=True)
+        gpus = wants_gpus(config)
+        check_capacity(config, gpus)
+        nonce = start_folder(config, run, corpus)
+        print(overview(config, run, corpus, gpus), flush=True)
+        try:
+            outcome, received = train(config, run, corpus, nonce, gpus)
+        finally:
+            finish_folder(config, run, mirror)
+    if reason := outcome.value.get("unshared"):
+        if not config.train.resume:
+            shutil.rmtree(run, ignore_errors=True)  # it holds no step
+        raise RunFolderNotShared(reason)
+    if outcome.error is not None:
+        raise outcome.error
+    if reason := stop_reason(run, config.train.max_failures):
+        raise TooManyFailures(
+            f"{reason}; see {RunFolder(run).metrics}, and continue with train.resume={config.run.name}"
+        )
+    return run, received[0] if received else 0
+
+
+def check_inputs(config: Config, run: Path) -> tuple[Corpus, Mirror | None]:
+    """Return the prepared corpus and the mirror. Nothing is left in the run's folder if one of them is refused."""
     if config.regroup.replay:
-        ReplayClient(Path(config.regroup.replay))  # refuses what it cannot read
-    if mirror:
+        ReplayClient(Path(config.regroup.replay))  # raises ValueError for a file that it cannot read
+    mirror = None
+    if config.checkpoint.storage:
+        mirror = Mirror(config.checkpoint.storage, config.run.name)
         mirror.make()
-    corpus = prepare(config)  # before the run's folder is there: a refused text leaves nothing
+    saved = saved_corpus(run) if config.train.resume else None
+    corpus = Corpus.open(prepare(config)) if saved is None or saved.corpus is None else saved.corpus
+    if saved is not None and saved.fingerprint and corpus.fingerprint != saved.fingerprint:
+        raise ValueError(
+            f"data.path={config.data.path} gives corpus {corpus.fingerprint}, and {config.run.name} was trained on corpus "
+            f"{saved.fingerprint}, which is no longer at {saved.folder}: restore the text or that folder, or start a new run"
+        )
+    return corpus, mirror
+
+
+def join_ray(config: Config, target: RayTarget) -> RayConnection:
+    """Connect to Ray with the settings that a run needs; a local Ray has a CPU for each worker."""
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    settings = RAY_TRAIN_SETTINGS | (ELASTIC_SETTINGS if config.train.elastic else {})
+    for name, value in settings.items():
+        os.environ.setdefault(name, value)
+    return connect(target, config.train.workers, config.run.name)
+
+
+def start_folder(config: Config, run: Path, corpus: Corpus) -> str:
+    """Create the run's folder, or reset the requests of an earlier launch in it; return a new nonce."""
+    folder = RunFolder(run)
     run.mkdir(parents=True, exist_ok=True)
-    about = {
-        "config": config.to_dict(),
-        "corpus": str(corpus),
-        "versions": versions(),
-        "parameters": parameters(config.model),
-    }
-    replace_file(RunFolder(run).config, json.dumps(about, indent=1))
-    for left in (run / "stop", RunFolder(run).checkpoint_request, RunFolder(run).failures):
-        left.unlink(missing_ok=True)
+    save_config(config, run, corpus)
+    for stale in (folder.stop_request, folder.checkpoint_request, folder.failures):
+        stale.unlink(missing_ok=True)
+    nonce = uuid.uuid4().hex
+    replace_file(folder.driver_nonce, nonce)
+    return nonce
+
+
+def finish_folder(config: Config, run: Path, mirror: Mirror | None) -> None:
+    """Write the report, remove the scrape targets and Ray Train's files, and copy the records to the mirror."""
+    if RunFolder(run).targets.exists():
+        write_targets(RunFolder(run).targets, [])
+    try:
+        write_report(run)
+    except (OSError, ValueError) as error:
+        print(f"the report could not be written: {error}", file=sys.stderr)
+    shutil.rmtree(RunFolder(run).ray_storage, ignore_errors=True)
+    if mirror:
+        try:
+            mirror.push(run, None, config.checkpoint.keep)
+        except OSError as error:
+            print(f"the records could not be copied to {mirror.uri}: {error}", file=sys.stderr)
+
+
+def train(config: Config, run: Path, corpus: Corpus, nonce: str, gpus: bool) -> tuple[Outcome, list[int]]:
+    """Run Ray Train and the clusterer, and show progress; return the outcome and the signals received."""
     clusterer, clusterer_name = None, ""
     if config.regroups and config.regroup.mode != "replay":
         clusterer_name = f"clusterer of {config.run.name}, {time.time_ns()}"
         clusterer = start_clusterer(config.to_dict(), clusterer_name)
-    job = {"config": config.to_dict(), "run": str(run), "corpus": str(corpus), "clusterer": clusterer_name}
-    outcome: list[BaseException | None] = []
+    node = ray.util.get_node_ip_address()
+    job = WorkerJob(config.to_dict(), str(run), str(corpus.folder), nonce, node, clusterer_name)
+    outcome = Outcome()
     thread = threading.Thread(target=fit, args=(config, job, gpus, outcome), name="ray-train", daemon=True)
     progress = Progress(RunFolder(run).metrics, config.train.steps)
     try:
-        with stop_on_signal(run / "stop") as received:
+        with stop_on_signal(RunFolder(run).stop_request) as received:
             thread.start()
             while thread.is_alive():
                 thread.join(timeout=0.5)
@@ -130,179 +162,67 @@ def launch(config: Config) -> tuple[Path, int]:
     finally:
         if clusterer is not None:
             ray.kill(clusterer)
-    try:
-        write_report(run)
-    except (OSError, ValueError) as error:
-        print(f"the report could not be written: {error}", file=sys.stderr)
-    shutil.rmtree(run / "ray", ignore_errors=True)
-    if mirror:
-        try:
-            mirror.push(run, None, config.checkpoint.keep)
-        except OSError as error:
-            print(f"the records could not be copied to {mirror.uri}: {error}", file=sys.stderr)
-    if outcome[0] is not None:
-        raise outcome[0]
-    if reason := dead_end(run, config.train.max_failures):
-        raise TooManyFailures(
-            f"{reason}; see {run / 'metrics.jsonl'}, and continue with train.resume={config.run.name}"
-        )
-    return run, received[0] if received else 0
+    return outcome, received
 
 
-def fit(config: Config, job: dict[str, Any], gpus: bool, outcome: list[BaseException | None]) -> None:
-    """Run Ray Train to its end; what it raised, or None, is added to `outcome`."""
-    run, train = Path(job["run"]), config.train
-    elastic = Elastic(run)
-    while not outcome:
+def fit(config: Config, job: WorkerJob, gpus: bool, outcome: Outcome) -> None:
+    """Run Ray Train to its end, again if its controller dies, and fill in `outcome`."""
+    run = Path(job.run)
+    while not outcome.done:
         try:
-            trainer = TorchTrainer(
-                worker,
-                train_loop_config=job,
-                torch_config=TorchConfig(backend="nccl" if gpus else "gloo", timeout_s=int(train.collective_timeout_s)),
-                scaling_config=ray.train.ScalingConfig(
-                    num_workers=(train.workers, train.max_workers) if train.elastic else train.workers,
-                    use_gpu=gpus,
-                    elastic_resize_monitor_interval_s=train.resize_every_s,
-                ),
-                run_config=ray.train.RunConfig(
-                    name=f"attempt-{time.time_ns()}",  # Ray Train resumes a run of the same name by itself: ours never is
-                    storage_path=str(run / "ray"),
-                    failure_config=ray.train.FailureConfig(max_failures=-1),  # until `dead_end`
-                    callbacks=[elastic],  # pyright: ignore[reportArgumentType]: of the controller; the list takes both
-                ),
-            )
-            trainer.fit()
-            outcome.append(None)
-        except RayActorError as error:  # Ray Train's own controller died, which nobody else restarts
-            elastic.count(error)
+            outcome.value = ray_trainer(config, job, gpus).fit().return_value or {}
+            outcome.done = True
+        except RayActorError as error:  # Ray Train's controller died, and nothing else restarts it
+            RunFolder(run).checkpoint_request.unlink(missing_ok=True)
+            record_failure(run, error)
             release_workers()
-            if dead_end(run, train.max_failures):
-                outcome.append(None)
+            outcome.done = bool(stop_reason(run, config.train.max_failures))
         except BaseException as error:
-            outcome.append(error)
+            outcome.error, outcome.done = error, True
+
+
+def ray_trainer(config: Config, job: WorkerJob, gpus: bool) -> TorchTrainer:
+    """Return the trainer of one attempt. It restarts its workers until `stop_reason` ends the run."""
+    train = config.train
+    return TorchTrainer(
+        train_worker,
+        train_loop_config={"job": job},
+        torch_config=TorchConfig(backend="nccl" if gpus else "gloo", timeout_s=int(train.collective_timeout_s)),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=(train.workers, train.max_workers) if train.elastic else train.workers,
+            use_gpu=gpus,
+            elastic_resize_monitor_interval_s=train.resize_every_s,
+        ),
+        run_config=ray.train.RunConfig(
+            name=f"{config.run.name}-{time.time_ns()}",  # Ray Train resumes a run of the same name by itself
+            storage_path=str(RunFolder(Path(job.run)).ray_storage),
+            failure_config=ray.train.FailureConfig(max_failures=-1),
+            callbacks=[Elastic(Path(job.run))],  # pyright: ignore[reportArgumentType]: takes controller callbacks, too
+        ),
+    )
 
 
 def wants_gpus(config: Config) -> bool:
+    """Return whether each worker gets a GPU (see `train.gpu`)."""
     if config.train.gpu == "auto":
         return ray.cluster_resources().get("GPU", 0) >= config.train.workers
     return config.train.gpu == "yes"
 
 
 def check_capacity(config: Config, gpus: bool) -> None:
-    """Ray Train would wait for ever for workers that cannot be placed: say so instead.
+    """Raise ValueError for workers that cannot be placed: Ray Train would wait for them indefinitely.
 
-    An elastic run waits for nodes, which may be on their way.
+    An elastic run waits for nodes, which the autoscaler may add.
     """
     kind = "GPU" if gpus else "CPU"
     have = ray.cluster_resources().get(kind, 0)
     if have >= config.train.workers:
         return
     if config.train.elastic:
-        print(
-            f"waiting for nodes: {config.train.workers} {kind}s are needed at least, the cluster has {have:g}",
-            flush=True,
-        )
+        print(f"waiting for nodes: the run needs {config.train.workers} {kind}s, the cluster has {have:g}", flush=True)
         return
     raise ValueError(
         f"train.workers={config.train.workers} needs {config.train.workers} {kind}s and the Ray cluster has {have:g}: "
         f"lower train.workers, add nodes, start Ray with more (ray start --num-{kind.lower()}s), or give a range "
         "(train.workers=MIN,MAX) to wait for nodes"
     )
-
-
-def parameters(model: ModelSection) -> int:
-    with torch.device("meta"):
-        return sum(p.numel() for p in Transformer(model).parameters())
-
-
-def versions() -> dict[str, str]:
-    return {
-        "raymoe": raymoe.__version__,
-        "ray": ray.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
-
-
-@contextmanager
-def stop_on_signal(flag: Path) -> Iterator[list[int]]:
-    """The first SIGINT or SIGTERM sets the stop flag and is listed; a second one is not held back."""
-    received: list[int] = []
-
-    def handler(number: int, frame: Any) -> None:
-        received.append(number)
-        flag.touch()
-        print("\nstopping: the workers checkpoint at the next step and leave", file=sys.stderr, flush=True)
-        for n, previous in before.items():
-            signal.signal(n, previous)
-
-    before = {n: signal.signal(n, handler) for n in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for n, previous in before.items():
-            signal.signal(n, previous)
-
-
-class Progress:
-    """Follows a run's metrics.jsonl: a bar on a terminal, a line a record elsewhere."""
-
-    def __init__(self, path: Path, steps: int) -> None:
-        self.path, self.steps = path, steps
-        self.file = self.position = 0
-        self.shown: set[int] = set()
-        """Hashes of lines that were read: a restart replaces the file by what it keeps of it."""
-        self._read()
-        self.bar = tqdm(total=steps, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
-
-    def update(self) -> None:
-        for line in self._read():
-            with contextlib.suppress(ValueError):  # of a line that a killed worker left behind
-                self.show(json.loads(line))
-
-    def _read(self) -> list[bytes]:
-        """Whole lines that are new."""
-        if not self.path.exists():
-            return []
-        with self.path.open("rb") as file:
-            if (number := os.fstat(file.fileno()).st_ino) != self.file:
-                self.file, self.position = number, 0
-            file.seek(self.position)
-            lines = [line for line in file if line.endswith(b"\n")]
-        self.position += sum(map(len, lines))
-        new = [line for line in lines if hash(line) not in self.shown]
-        self.shown.update(map(hash, lines))
-        return new
-
-    def show(self, record: dict[str, Any]) -> None:
-        text = describe(record)
-        if record["kind"] == "train" and not self.bar.disable:
-            self.bar.n = record["step"]
-            self.bar.set_postfix_str(text)
-        elif text:
-            tqdm.write(
-                f"step {record['step']}/{self.steps}  {text}", file=sys.stderr if not self.bar.disable else sys.stdout
-            )
-            sys.stdout.flush()
-
-    def close(self) -> None:
-        self.update()
-        self.bar.close()
-
-
-def describe(record: dict[str, Any]) -> str:
-    """One line for a record of metrics.jsonl."""
-    number = lambda value, form: "-" if value is None else format(value, form)  # noqa: E731
-    if record["kind"] == "train":
-        cv = record["load_cv"]
-        return (
-            f"loss {number(record['loss'], '.3f')}  {record['tokens_per_s']:,.0f} tokens/s  "
-            f"load CV experts {number(cv['experts'], '.2f')} clusters {number(cv['clusters'], '.2f')}"
-        )
-    if record["kind"] == "validation":
-        return f"validation loss {number(record['loss'], '.4f')}  perplexity {number(record['perplexity'], '.2f')}"
-    if record["kind"] == "event":
-        name, rest = record["name"], {k: v for k, v in record.items() if k not in ("kind", "step", "seconds", "name")}
-        said = [f"{v}" if k == name else f"{k.replace('_', ' ')} {v}" for k, v in rest.items()]
-        return f"{name} {', '.join(said)}".rstrip()
-    return ""

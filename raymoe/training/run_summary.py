@@ -1,0 +1,122 @@
+"""Facts of a run at its start: config.json, and the lines that the driver prints."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import ray
+import torch
+
+import raymoe
+from raymoe.config import Config, ModelSection
+from raymoe.data.corpus import Corpus
+from raymoe.model.transformer import Transformer
+from raymoe.storage.files import read_json, replace_file
+from raymoe.storage.run_folder import RunFolder
+
+
+@dataclass(frozen=True)
+class SavedCorpus:
+    """The corpus that a run was trained on."""
+
+    folder: str
+    fingerprint: str
+    corpus: Corpus | None
+    """None if the folder is gone or damaged."""
+
+
+def save_config(config: Config, run: Path, corpus: Corpus) -> None:
+    """Write config.json: the config, the corpus with its fingerprint, versions, machine and command line."""
+    about = {
+        "config": config.to_dict(),
+        "corpus": str(corpus.folder),
+        "corpus_fingerprint": corpus.fingerprint,
+        "versions": versions(),
+        "parameters": parameters(config.model),
+        "machine": machine(),
+        "command": sys.argv,
+        "commit": commit(),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+    replace_file(RunFolder(run).config, json.dumps(about, indent=1))
+
+
+def saved_corpus(run: Path) -> SavedCorpus | None:
+    """Return the corpus that config.json names; None if it names none."""
+    about = read_json(RunFolder(run).config)
+    folder = about.get("corpus")
+    if not isinstance(folder, str) or not folder:
+        return None
+    fingerprint = str(about.get("corpus_fingerprint") or Path(folder).name)
+    try:
+        corpus = Corpus.open(folder)
+    except ValueError:
+        corpus = None
+    return SavedCorpus(folder, fingerprint, corpus if corpus and corpus.fingerprint == fingerprint else None)
+
+
+def overview(config: Config, run: Path, corpus: Corpus, gpus: bool) -> str:
+    """Return the lines that describe a run before its first step."""
+    train, model = config.train, config.model
+    workers = f"{train.workers} to {train.max_workers}" if train.elastic else f"{train.workers}"
+    splits = {split: sum(part["tokens"] for part in corpus.about["splits"][split].values()) for split in corpus.about["splits"]}  # fmt: skip
+    tokens = train.steps * train.global_batch * model.context
+    experts = {
+        "clustered": f"{model.n_experts} experts in {model.n_clusters} clusters per layer",
+        "flat": f"{model.n_experts} flat experts per layer",
+        "dense": "dense",
+    }[model.experts]
+    lines = {
+        "run": str(run),
+        "workers": f"{workers}, each on a {'GPU with NCCL' if gpus else 'CPU with gloo'}, {train.precision}",
+        "corpus": f"{config.data.path}: {splits['train']:,} training and {splits['validation']:,} validation tokens, "
+        f"{len(corpus.domains)} domain{'s' * (len(corpus.domains) > 1)} ({corpus.folder})",
+        "model": f"{parameters(model):,} parameters, {model.layers} layers, {experts}",
+        "steps": f"{train.steps:,} of {train.global_batch * model.context:,} tokens, {tokens / 1e6:,.1f} million in all",
+    }
+    return "\n".join(f"{name:<9} {text}" for name, text in lines.items()) + "\nstarting the workers, about 15 s"
+
+
+def parameters(model: ModelSection) -> int:
+    """Return the number of parameters, without memory for them."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in Transformer(model).parameters())
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what a result depends on."""
+    return {
+        "raymoe": raymoe.__version__,
+        "ray": ray.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def machine() -> dict[str, str | int]:
+    """Return the driver's machine: its name, processor, cores and memory in bytes."""
+    return {
+        "host": platform.node(),
+        "platform": platform.platform(),
+        "cores": psutil.cpu_count() or 0,
+        "memory": psutil.virtual_memory().total,
+    }
+
+
+def commit() -> str:
+    """Return the git commit of the code, with `+` for uncommitted changes; empty outside of a checkout."""
+    folder = Path(raymoe.__file__).resolve().parents[1]
+    if not (folder / ".git").exists():
+        return ""
+    try:
+        call = ["git", "-C", str(folder), "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"]
+        return subprocess.run(call, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
