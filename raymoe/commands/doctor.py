@@ -35,22 +35,24 @@ def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
     if arguments.json and not arguments.json.absolute().parent.is_dir():
         print(f"{parse.prog}: there is no folder {arguments.json.absolute().parent} for --json", file=sys.stderr)
         return 2
-    wanted = os.environ.get("RAY_ADDRESS", "local")
     try:
-        config = override(preset("tiny"), [f"run.root={arguments.root}"])
+        override(preset("tiny"), [f"run.root={arguments.root}"])
     except ValueError as error:
         print(f"{parse.prog}: {error}", file=sys.stderr)
         return 2
-    import ray
+    from raymoe.ops.ray_connection import connect, find_ray
 
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    try:
+        target = find_ray(os.environ)
+        print(f"ray         {target}", flush=True)
+        print(f"ray         {connect(target, cpus=2, name='doctor')}", flush=True)
+    except (ValueError, ConnectionError) as error:
+        print(f"{parse.prog}: {error}", file=sys.stderr)
+        return 2
     from raymoe.ops.doctor import examine
     from raymoe.ops.doctor_checks import exit_status
-    from raymoe.training.launch import connect
 
-    connect(config)
-    if wanted not in ("local", "auto") and ray.get_runtime_context().gcs_address != wanted:
-        print(f"{parse.prog}: there is no Ray at RAY_ADDRESS={wanted}", file=sys.stderr)
-        return 2
     found = examine(str(Path(arguments.root).expanduser().absolute()))
     for check in found:
         print(check)

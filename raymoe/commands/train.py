@@ -98,10 +98,9 @@ def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
             check_source(config.data)
     except (ValueError, OSError) as error:
         return refuse(parse.prog, error)
-    from raymoe.training.launch import TooManyFailures, connect, launch
+    from raymoe.training.launch import TooManyFailures, launch
 
     try:
-        connect(config)
         run, stopped_by = launch(config)
     except (ValueError, OSError) as error:
         return refuse(parse.prog, error)

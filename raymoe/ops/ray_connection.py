@@ -15,9 +15,8 @@ from urllib.parse import urlsplit
 
 import psutil
 import ray
+from ray.exceptions import RayError
 from ray.job_config import JobConfig
-
-from raymoe.ops.ray_internals import discover_address
 
 TCP_TIMEOUT_S = 5.0
 GRPC_TIMEOUT_S = 10.0
@@ -33,6 +32,11 @@ class RayTarget:
     source: str = ""
     """Where the address comes from."""
 
+    def __str__(self) -> str:
+        if not self.address:
+            return "none is running: a local one starts for this command"
+        return f"joining {self.address} ({self.source}); RAY_ADDRESS=local starts a separate Ray instead"
+
 
 @dataclass(frozen=True)
 class RayConnection:
@@ -46,14 +50,16 @@ class RayConnection:
     gpus: float
 
     def __str__(self) -> str:
-        size = f"{self.nodes} node{'s' * (self.nodes != 1)}, {self.cpus:g} CPUs, {self.gpus:g} GPUs"
-        if not self.target.address:
-            return f"started a local Ray for this command: {size}"
         owner = f", started by user {self.owner}" if self.owner else ""
-        return (
-            f"joined {self.target.address} ({self.target.source}{owner}): {size}; "
-            "RAY_ADDRESS=local starts a separate Ray instead"
-        )
+        nodes = f"{self.nodes} node{'s' * (self.nodes != 1)}"
+        return f"{self.target.address or 'local'}: {nodes}, {self.cpus:g} CPUs, {self.gpus:g} GPUs{owner}"
+
+
+def current_ray() -> RayTarget | None:
+    """Return the Ray that this process is connected to already."""
+    if not ray.is_initialized():
+        return None
+    return RayTarget(ray.get_runtime_context().gcs_address, "connected already")
 
 
 def find_ray(environment: Mapping[str, str]) -> RayTarget:
@@ -65,6 +71,8 @@ def find_ray(environment: Mapping[str, str]) -> RayTarget:
     if given == "local":
         return RayTarget("")
     if given in ("", "auto"):
+        from raymoe.ops.ray_internals import discover_address  # imports torch
+
         address = discover_address()
         try:
             if address:
@@ -136,7 +144,7 @@ def connect(target: RayTarget, cpus: int, name: str = "") -> RayConnection:
             else:
                 with _hangup_ignored():
                     ray.init("local", num_cpus=max(os.cpu_count() or 1, cpus), include_dashboard=False, **options)
-        except (RuntimeError, ConnectionError) as error:
+        except (RuntimeError, ConnectionError, RayError) as error:
             where = f"Ray at {target.address} refused the connection" if target.address else "Ray did not start"
             raise ConnectionError(f"{where}: {' '.join(str(error).split())[:1000]}") from None
     alive = [node for node in ray.nodes() if node["Alive"]]

@@ -80,6 +80,22 @@ def own_run(run: Path) -> Iterator[None]:
             lock.unlink(missing_ok=True)
 
 
+def check_free(run: Path) -> None:
+    """Raise RunInUse if a live process owns the run in folder `run`."""
+    lock = RunFolder(run).lock
+    owner = _read(lock)
+    if owner is not None and (age := _age(lock)) is not None:
+        _refuse_if_alive(run, owner, age)
+
+
+def _refuse_if_alive(run: Path, owner: Owner, age: float) -> None:
+    if _alive(owner, age):
+        raise RunInUse(
+            f"{run} is in use by {owner} (last heartbeat {age:.0f} s ago): wait until it ends, stop it, or choose "
+            "another run.name"
+        )
+
+
 def _create(lock: Path, owner: Owner) -> bool:
     """Create the lock file with its content in one atomic step; False if it exists."""
     draft = lock.with_name(f"{lock.name}.{owner.token}")
@@ -107,10 +123,8 @@ def _remove_abandoned(lock: Path, run: Path) -> None:
         return  # released in the meantime
     if owner is None and age < HEARTBEAT_TIMEOUT_S:
         raise RunInUse(f"{run} is in use, and {lock} cannot be read: wait {HEARTBEAT_TIMEOUT_S:.0f} s, or delete it")
-    if owner is not None and _alive(owner, age):
-        raise RunInUse(
-            f"{run} is in use by {owner} (last heartbeat {age:.0f} s ago): wait until it ends, stop it, or choose another run.name"
-        )
+    if owner is not None:
+        _refuse_if_alive(run, owner, age)
     aside = lock.with_name(f"{lock.name}.{uuid.uuid4().hex}")
     with contextlib.suppress(FileNotFoundError):
         lock.rename(aside)

@@ -19,7 +19,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from raymoe.config import Config
 from raymoe.data.corpus import Corpus, prepare
-from raymoe.ops.ray_connection import RayConnection, RayTarget, connect, find_ray
+from raymoe.ops.ray_connection import RayConnection, RayTarget, connect, current_ray, find_ray
 from raymoe.storage.files import replace_file
 from raymoe.storage.mirror import Mirror
 from raymoe.storage.run_folder import RunFolder, run_folder
@@ -57,14 +57,14 @@ def launch(config: Config) -> tuple[Path, int]:
     Raises RunInUse if another process owns the run, ValueError or OSError for anything refused before the first
     step, and TooManyFailures after more than `train.max_failures` consecutive failures without a newer checkpoint.
     """
-    target = find_ray(os.environ) if not ray.is_initialized() else RayTarget("", "this process")
+    target = current_ray() or find_ray(os.environ)
+    print(f"ray       {target}", flush=True)
     run = run_folder(config.run.root, config.run.name)
     with own_run(run):
         if not config.train.resume and run.exists():
             raise FileExistsError(f"{run} exists: choose another run.name, or set train.resume={config.run.name}")
         corpus, mirror = check_inputs(config, run)
-        connection = join_ray(config, target)
-        print(f"ray       {connection}", flush=True)
+        print(f"ray       {join_ray(config, target)}", flush=True)
         gpus = wants_gpus(config)
         check_capacity(config, gpus)
         nonce = start_folder(config, run, corpus)
@@ -127,9 +127,9 @@ def start_folder(config: Config, run: Path, corpus: Corpus) -> str:
 
 def finish_folder(config: Config, run: Path, mirror: Mirror | None) -> None:
     """Write the report, remove the scrape targets and Ray Train's files, and copy the records to the mirror."""
-    if RunFolder(run).targets.exists():
-        write_targets(RunFolder(run).targets, [])
     try:
+        if RunFolder(run).targets.exists():
+            write_targets(RunFolder(run).targets, [])
         write_report(run)
     except (OSError, ValueError) as error:
         print(f"the report could not be written: {error}", file=sys.stderr)

@@ -11,6 +11,7 @@ from pathlib import Path
 from raymoe.config import Config, expand, from_dict, override
 from raymoe.storage.files import read_json
 from raymoe.storage.run_folder import RunFolder, run_folder
+from raymoe.storage.run_lock import check_free, own_run
 
 PACKAGE_CACHE = "runtime_resources"
 """Folder of a Ray session into which Ray unpacks the working directories of jobs."""
@@ -21,7 +22,7 @@ def resolve(config: Config, assignments: Iterable[str]) -> Config:
 
     With `train.resume=NAME` the saved config of that run is the base and the overrides apply on top. A run
     that exists only at `checkpoint.storage` is copied from there first.
-    Raises FileNotFoundError, FileExistsError or ValueError.
+    Raises RunInUse, FileNotFoundError, FileExistsError or ValueError.
     """
     assignments = list(assignments)
     config = override(config, assignments)
@@ -32,6 +33,7 @@ def resolve(config: Config, assignments: Iterable[str]) -> Config:
         stamp = time.strftime("%Y%m%d-%H%M%S")
         config = override(config, [f"run.name={config.preset}-{stamp}"])
     folder = run_folder(config.run.root, config.run.name)
+    check_free(folder)
     if folder.exists():
         raise FileExistsError(
             f"{folder} exists: choose another run.name, or continue the run with train.resume={config.run.name}"
@@ -58,11 +60,14 @@ def _resume(config: Config, assignments: list[str]) -> Config:
             f"{name}, or leave out train.resume to start {config.run.name}"
         )
     folder = run_folder(config.run.root, name)
+    check_free(folder)
     saved = RunFolder(folder).config
     if config.checkpoint.storage and not folder.exists():
         from raymoe.storage.mirror import Mirror  # imports torch
 
-        for reason in Mirror(config.checkpoint.storage, name).pull(folder):
+        with own_run(folder):
+            skipped = [] if folder.exists() else Mirror(config.checkpoint.storage, name).pull(folder)
+        for reason in skipped:
             print(f"skipped: {reason}", file=sys.stderr)
     if not saved.is_file():
         raise FileNotFoundError(f"no run to resume at {folder}: it has no config.json; check run.root and the name")

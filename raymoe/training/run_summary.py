@@ -79,7 +79,7 @@ def overview(config: Config, run: Path, corpus: Corpus, gpus: bool) -> str:
         "corpus": f"{config.data.path}: {splits['train']:,} training and {splits['validation']:,} validation tokens, "
         f"{len(corpus.domains)} domain{'s' * (len(corpus.domains) > 1)} ({corpus.folder})",
         "model": f"{parameters(model):,} parameters, {model.layers} layers, {experts}",
-        "steps": f"{train.steps:,} of {train.global_batch * model.context:,} tokens, {tokens / 1e6:,.1f} million in all",
+        "steps": f"{train.steps:,} of {train.global_batch * model.context:,} tokens, {tokens:,} in all",
     }
     return "\n".join(f"{name:<9} {text}" for name, text in lines.items()) + "\nstarting the workers, about 15 s"
 

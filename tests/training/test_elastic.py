@@ -18,16 +18,17 @@ from typing import Any
 import pytest
 import torch
 from prometheus_client import CollectorRegistry
-from ray.train.v2._internal.execution.controller.state import TrainControllerStateType as State
 
 from raymoe.config import Config, from_dict, override, preset
 from raymoe.data.corpus import Corpus
 from raymoe.metrics import TrainingMetrics
+from raymoe.ops.ray_internals import TrainState as State
 from raymoe.storage.run_folder import RunFolder
-from raymoe.training.elastic import Elastic, dead_end
+from raymoe.training.elastic import Elastic
+from raymoe.training.failures import stop_reason
 from raymoe.training.journal import Journal
-from raymoe.training.launch import Progress
 from raymoe.training.loop import Trainer
+from raymoe.training.progress import Progress
 from tests.support import processes
 from tests.support.paths import REPO_ROOT
 from tests.support.synthetic import Synthetic
@@ -62,19 +63,19 @@ def state(kind: Any, error: Exception | None = None) -> Any:
     return SimpleNamespace(_state_type=kind, training_failed_error=error)
 
 
-def test_failures_in_a_row_at_one_checkpoint_are_a_dead_end(tmp_path: Path) -> None:
+def test_failures_in_a_row_at_one_checkpoint_are_a_stop_reason(tmp_path: Path) -> None:
     import ray
 
     callback = Elastic(tmp_path)
     for _ in range(3):
         callback.after_controller_state_update(None, state(State.RESTARTING, Raised("trace\nboom", "trace\nboom")))
-    assert not dead_end(tmp_path, allowed=3)
+    assert not stop_reason(tmp_path, allowed=3)
     (tmp_path / "checkpoints" / "step_00000007").mkdir(parents=True)
     (tmp_path / "checkpoints" / "step_00000007" / "manifest.json").touch()
     for _ in range(4):  # there is progress since: counted from one again
-        assert not dead_end(tmp_path, allowed=3)
+        assert not stop_reason(tmp_path, allowed=3)
         callback.after_controller_state_update(None, state(State.RESTARTING, Raised("trace\nboom", "bang")))
-    reason = dead_end(tmp_path, allowed=3)
+    reason = stop_reason(tmp_path, allowed=3)
     assert "4 failures in a row after the checkpoint of step 7" in reason and "boom; bang" in reason
     assert not ray.is_initialized()  # outside of a controller nothing joins or starts a Ray
 

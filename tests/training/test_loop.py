@@ -13,9 +13,9 @@ from prometheus_client import CollectorRegistry
 from raymoe.config import Config, override, preset
 from raymoe.metrics import TrainingMetrics
 from raymoe.storage.checkpoint import newest
-from raymoe.training.launch import describe
 from raymoe.training.loop import SKIPS_IN_A_ROW, Trainer
 from raymoe.training.optimizer import decays, learning_rate
+from raymoe.training.progress import describe
 from tests.support import processes
 from tests.support.synthetic import Synthetic
 
