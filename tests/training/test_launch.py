@@ -19,6 +19,7 @@ from raymoe.ops.ray_connection import RayTarget
 from raymoe.storage.run_folder import RunFolder
 from raymoe.storage.run_lock import RunInUse, own_run
 from raymoe.training import launch as launching
+from raymoe.training import worker
 from raymoe.training.failures import TooManyFailures, Unrecoverable, record_failure, record_unrecoverable, stop_reason
 from raymoe.training.launch import Outcome, RunFolderNotShared, launch
 from raymoe.training.progress import Progress, TimeLeft, duration
@@ -26,7 +27,6 @@ from raymoe.training.resolve import check_root, resolve
 from raymoe.training.stop_signals import stop_on_signal
 from raymoe.training.worker import WorkerJob, unshared
 from tests.storage.test_checkpoint import META, save
-from tests.support.processes import run as run_processes
 
 # What is refused before anything starts
 
@@ -242,29 +242,21 @@ def test_a_worker_that_cannot_read_the_drivers_files_names_node_and_folder(tmp_p
     assert unshared(job, "10.0.0.2", timeout_s=0) == ""
 
 
-def on_one_node_of_two(rank: int, world: int, folder: str) -> Any:
-    """One rank reads the folder that the driver wrote, the other a folder of the same name elsewhere."""
-    import ray
+def test_all_workers_return_when_one_does_not_share_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The check is gathered from all ranks: a rank that can read the folder does not wait for the others."""
+    gathered: list[Any] = []
 
-    from raymoe.training import worker
+    def from_both_ranks(value: Any) -> list[Any]:
+        gathered.append(value)
+        return [value, "node 10.0.0.2 cannot read"]
 
-    ray.util.get_node_ip_address = lambda: f"10.0.0.{rank + 1}"
-    worker.SHARED_TIMEOUT_S = 0.0
-    worker.unshared.__defaults__ = (0.0,)
-    run = Path(folder) / f"node{rank}"
-    config = override(preset("tiny"), [f"run.root={run}", "run.name=first"])
-    job = WorkerJob(config.to_dict(), str(run), str(Path(folder) / "corpus"), "nonce", "10.0.0.1", "")
-    return worker.train_worker({"job": job})
-
-
-@pytest.mark.dist
-def test_all_workers_return_when_one_does_not_share_the_folder(tmp_path: Path) -> None:
-    for folder in ("node0", "node1", "corpus"):
-        (tmp_path / folder).mkdir()
-    (tmp_path / "corpus" / "corpus.json").touch()
-    (tmp_path / "node0" / "driver_nonce").write_text("nonce")
-    found = run_processes(2, on_one_node_of_two, str(tmp_path), folder=tmp_path)
-    assert found[0] == found[1] and "node 10.0.0.2 cannot read" in found[0]["unshared"]
+    monkeypatch.setattr(worker, "gathered", from_both_ranks)
+    monkeypatch.setattr(worker, "Trainer", None)  # nothing else is read before the check
+    (tmp_path / "driver_nonce").write_text("nonce")
+    (tmp_path / "corpus.json").touch()
+    job = WorkerJob(preset("tiny").to_dict(), str(tmp_path), str(tmp_path), "nonce", "10.0.0.1", "")
+    assert worker.train_worker({"job": job}) == {"unshared": "node 10.0.0.2 cannot read"}
+    assert gathered == [""]
 
 
 def test_a_run_whose_folder_is_not_shared_is_refused_and_removed(
