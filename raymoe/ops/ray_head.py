@@ -75,12 +75,15 @@ class Head:
     environment: dict[str, str]
     folder: Path
 
-    def submit(self, *command: str, working_dir: Path, submission_id: str = "") -> list[str]:
-        """The command line that submits `command` as a job and follows its log."""
+    def submit(self, *command: str, working_dir: Path | None, submission_id: str = "") -> list[str]:
+        """Return the command line that submits `command` as a job and follows its log.
+
+        Without `working_dir` the job runs in the working directory of the head.
+        """
         name = ["--submission-id", submission_id] if submission_id else []
         address = ["--address", self.dashboard]
-        ray = str(Path(sys.executable).with_name("ray"))
-        return [ray, "job", "submit", *address, *name, "--working-dir", str(working_dir), "--", *command]
+        folder = ["--working-dir", str(working_dir)] if working_dir else []
+        return [str(Path(sys.executable).with_name("ray")), "job", "submit", *address, *name, *folder, "--", *command]
 
     def processes(self, name: str) -> list[psutil.Process]:
         """Of this head, by the name that Ray gives them."""

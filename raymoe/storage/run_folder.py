@@ -78,11 +78,6 @@ class RunFolder:
         return self.path / "stop"
 
     @property
-    def config_yaml(self) -> Path:
-        """The run's configuration as a YAML file for `raymoe train --config`."""
-        return self.path / "config.yaml"
-
-    @property
     def driver_nonce(self) -> Path:
         """Random text of the present driver. A worker that cannot read it does not share the folder."""
         return self.path / "driver_nonce"

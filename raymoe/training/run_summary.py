@@ -15,7 +15,7 @@ import ray
 import torch
 
 import raymoe
-from raymoe.config import Config, ModelSection
+from raymoe.config import Config, ModelSection, repeatable_yaml
 from raymoe.data.corpus import Corpus
 from raymoe.model.transformer import Transformer
 from raymoe.storage.files import read_json, replace_file
@@ -33,7 +33,7 @@ class SavedCorpus:
 
 
 def save_config(config: Config, run: Path, corpus: Corpus) -> None:
-    """Write config.json: the config, the corpus with its fingerprint, versions, machine and command line."""
+    """Write config.json (config, corpus and its fingerprint, versions, machine, command line) and config.yaml."""
     about = {
         "config": config.to_dict(),
         "corpus": str(corpus.folder),
@@ -46,6 +46,7 @@ def save_config(config: Config, run: Path, corpus: Corpus) -> None:
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
     replace_file(RunFolder(run).config, json.dumps(about, indent=1))
+    replace_file(RunFolder(run).config_yaml, repeatable_yaml(config))
 
 
 def saved_corpus(run: Path) -> SavedCorpus | None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from raymoe.config import Config, override, preset
+from raymoe.config import Config, from_yaml, override, preset
 from raymoe.data.corpus import Corpus, prepare
 from raymoe.ops.ray_connection import RayTarget
 from raymoe.storage.run_folder import RunFolder
@@ -162,6 +162,8 @@ def test_a_launch_owns_the_run_and_reads_the_data_before_it_joins_ray(
     assert without_ray == ["find", "prepare", "connect", "train"] and number == 0
     about = json.loads((run / "config.json").read_text())
     assert about["command"] == sys.argv and about["machine"]["cores"] >= 1 and about["corpus_fingerprint"]
+    repeated = from_yaml((run / "config.yaml").read_text())
+    assert override(repeated, ["run.name=first"]) == config_of(tmp_path, text)
     shown = capsys.readouterr().out
     assert shown.index("a local one starts") < shown.index("ray       local") < shown.index("training and")
     for words in (
