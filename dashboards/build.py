@@ -1,7 +1,8 @@
-"""Writes what Grafana and Prometheus are provisioned with: `python dashboards/build.py [FOLDER]`.
+"""Generate the files that provision Grafana and Prometheus: `python dashboards/build.py [FOLDER]`.
 
-Panels (`panels.py`) and alerts (`alerts.py`) name metrics; their exported names and help texts are looked up in
-`raymoe.metrics`, so that a renamed metric stops the build. The files are committed, and a test says when they are stale.
+Panels (`panels.py`) and alerts (`alerts.py`) refer to metrics by name. The build looks up exported names and help
+texts in `raymoe.metrics`, and fails for a metric that is not declared. The generated files are committed, and a test
+compares them with the output of the build.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ EXTERNAL = {
     "ray_serve_autoscaling_target_replicas": "Ray Serve: replicas that the autoscaler wants.",
     "ray_serve_deployment_replica_healthy": "Ray Serve: whether a replica is healthy: 1 or 0.",
 }
-"""Metrics of others, and what they are."""
+"""Metrics that raymoe does not declare, with their help texts."""
 
 SUFFIXES = {"counter": ("_total",), "gauge": ("",), "histogram": ("_bucket", "_sum", "_count")}
 METRIC = re.compile(r"@(?:(\w+)\.)?(\w+)(?:\{([^}]*)\})?")
@@ -36,11 +37,11 @@ SOURCE = {"type": "prometheus", "uid": "${datasource}"}
 class Family(NamedTuple):
     help: str
     labels: frozenset[str]
-    """Those that are known before the first event."""
+    """Labels of the series that exist before the first event."""
 
 
 def declared() -> dict[str, dict[str, Family]]:
-    """Exported name -> who exports it (training, trunk, cluster, api) -> what it is."""
+    """Return exported name -> exporting process (training, trunk, cluster, api) -> family."""
     registries = {who: CollectorRegistry() for who in ("training", "trunk", "cluster", "api")}
     TrainingMetrics(registries["training"], run="", worker="0")
     TrunkMetrics(registries["trunk"], clusters=1)
@@ -59,9 +60,9 @@ DECLARED = declared()
 
 
 def look_up(who: str | None, name: str) -> tuple[str, str, list[str]]:
-    """The exported name of `name`, its help text, and matchers that tell it from others' of the same name.
+    """Return the exported name of `name`, its help text, and matchers that exclude other processes' metrics.
 
-    Raises KeyError if there is no such metric, ValueError if it does not say which of two it means.
+    Raises KeyError for a metric that is not declared, and ValueError for a name that several processes export.
     """
     if name in EXTERNAL:
         return name, EXTERNAL[name], []
@@ -71,7 +72,7 @@ def look_up(who: str | None, name: str) -> tuple[str, str, list[str]]:
     families = DECLARED[name]
     if who is None and len(families) > 1:
         raise ValueError(
-            f"{name} is exported by {' and '.join(families)}: say whose is meant, as @{min(families)}.{name}"
+            f"{name} is exported by {' and '.join(families)}: select one of them, as @{min(families)}.{name}"
         )
     own = families[who] if who else next(iter(families.values()))
     others = frozenset().union(*(f.labels for f in families.values() if f is not own)) if len(families) > 1 else own.labels  # fmt: skip
@@ -80,7 +81,7 @@ def look_up(who: str | None, name: str) -> tuple[str, str, list[str]]:
 
 
 def expand(expr: str, matchers: list[str]) -> tuple[str, list[str]]:
-    """`expr` for Prometheus, with `matchers` on each of its metrics; and their help texts."""
+    """Return `expr` in PromQL, with `matchers` on each metric, and the help texts of its metrics."""
     helps: list[str] = []
 
     def metric(found: re.Match[str]) -> str:
@@ -123,7 +124,7 @@ def panel(of: Dashboard, panel: Panel, place: dict[str, int], number: int) -> di
 
 
 def panels(of: Dashboard) -> list[dict[str, Any]]:
-    """Rows one below the other, their panels from left to right."""
+    """Place rows below each other, and the panels of a row from left to right."""
     placed: list[dict[str, Any]] = []
     y = 0
     for title, row in of.rows.items():
@@ -143,39 +144,39 @@ def panels(of: Dashboard) -> list[dict[str, Any]]:
 
 
 def variables(of: Dashboard) -> list[dict[str, Any]]:
-    known_by = [look_up(None, name)[0] for name in of.known_by]
-    jobs = "|".join(known_by)
+    discovered_by = [look_up(None, name)[0] for name in of.discovered_by]
+    jobs = "|".join(discovered_by)
 
-    def variable(label: str, query: str, every: str) -> dict[str, Any]:
+    def variable(label: str, query: str, all_value: str) -> dict[str, Any]:
         return {
             "name": label, "label": label.capitalize(), "type": "query", "datasource": SOURCE, "definition": query,
             "query": {"query": query, "refId": f"values of {label}"}, "refresh": 2, "sort": 1, "multi": True,
-            "includeAll": True, "allValue": every, "current": {"text": ["All"], "value": ["$__all"]},
+            "includeAll": True, "allValue": all_value, "current": {"text": ["All"], "value": ["$__all"]},
         }  # fmt: skip
 
     return [
         {"name": "datasource", "label": "Data source", "type": "datasource", "query": "prometheus", "refresh": 1},
         variable("job", f'label_values({{__name__=~"{jobs}"}}, job)', ".+"),
-        variable(of.label, f'label_values({known_by[0]}{{job=~"$job"}}, {of.label})', of.every),
+        variable(of.label, f'label_values({discovered_by[0]}{{job=~"$job"}}, {of.label})', of.all_value),
         variable("instance", f'label_values(up{{job=~"$job", {of.label}=~"${of.label}"}}, instance)', ".+"),
     ]
 
 
 def dashboard(name: str, of: Dashboard) -> dict[str, Any]:
-    marks = []
-    if of.marks:
-        marks.append({
+    annotations = []
+    if of.annotation:
+        annotations.append({
             "name": "Plans applied", "datasource": SOURCE, "enable": True, "iconColor": "purple",
-            "expr": expand(of.marks, matchers(of))[0], "titleFormat": "{{run}}: a plan was applied",
+            "expr": expand(of.annotation, matchers(of))[0], "titleFormat": "{{run}}: a plan was applied",
         })  # fmt: skip
     return {
         "uid": f"raymoe-{name}", "title": of.title, "tags": ["raymoe"],
-        "description": f"{of.description} Written by dashboards/build.py.",
+        "description": f"{of.description} Generated by dashboards/build.py.",
         "schemaVersion": 39, "editable": False, "graphTooltip": 1, "refresh": "30s", "timezone": "browser",
         "time": {"from": "now-1h", "to": "now"},
         "links": [{"type": "dashboards", "title": "raymoe", "tags": ["raymoe"], "asDropdown": True, "keepTime": True,
                    "includeVars": True}],
-        "annotations": {"list": marks}, "templating": {"list": variables(of)}, "panels": panels(of),
+        "annotations": {"list": annotations}, "templating": {"list": variables(of)}, "panels": panels(of),
     }  # fmt: skip
 
 
@@ -198,7 +199,7 @@ PROMETHEUS = {
     "global": {"scrape_interval": "10s", "evaluation_interval": "30s"},
     "rule_files": ["alerts.yml"],
     "scrape_configs": [
-        # The labels that a process exports say more than those it is found by, of which they are a part.
+        # The labels of the metrics are more specific than the labels of the target, which are a subset of them.
         {"job_name": "raymoe", "honor_labels": True,
          "file_sd_configs": [{"files": ["targets/*.json"], "refresh_interval": "10s"}]},
         {"job_name": "ray",
@@ -223,26 +224,26 @@ PROVIDERS = {
 }  # fmt: skip
 
 LINKS = (
-    "`targets` stands beside this file and holds a link for each run and application, which `make watch` keeps:\n"
+    "The folder `targets` beside this file has a link for each run and application. `make watch` maintains the links:\n"
     "targets/NAME.json -> run.root/NAME/prometheus_targets.json,\n"
     "targets/serving-APPLICATION.json -> run.root/serving/APPLICATION/prometheus_targets.json.\n"
-    "`ray` is found where Ray writes it unless it was given another --temp-dir."
+    "The job `ray` reads the file that Ray writes to its default --temp-dir."
 )
 
 
 def document(content: dict[str, Any], about: str = "") -> str:
-    comment = "".join(f"# {line}\n" for line in ["Written by dashboards/build.py.", *about.splitlines()])
+    comment = "".join(f"# {line}\n" for line in ["Generated by dashboards/build.py.", *about.splitlines()])
     return comment + yaml.safe_dump(content, sort_keys=False, width=110, allow_unicode=True)
 
 
 def build(folder: Path) -> None:
-    """Write all files into `folder`. Raises KeyError for a metric that is not declared."""
+    """Write all files to `folder`. Raises KeyError for a metric that is not declared."""
     files = {f"{name}.json": json.dumps(dashboard(name, of), indent=1) + "\n" for name, of in DASHBOARDS.items()}
     files["alerts.yml"] = document(alerts())
     files["prometheus.yml"] = document(PROMETHEUS, LINKS)
     files["provisioning/datasources/raymoe.yml"] = document(DATA_SOURCES)
     files["provisioning/dashboards/raymoe.yml"] = document(
-        PROVIDERS, "Grafana takes RAYMOE_DASHBOARDS, the folder of the dashboards, from its environment."
+        PROVIDERS, "The environment variable RAYMOE_DASHBOARDS of Grafana must name the folder of the dashboards."
     )
     for name, text in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
-"""Prometheus over the runs and applications under a run root: `python dashboards/watch.py`, or `make watch`.
+"""Run Prometheus for the runs and applications under a run root: `python dashboards/watch.py`, or `make watch`.
 
-Takes the program from PATH, else Debian's package, unpacked into `.tools/` without installing it. Keeps links to what
-is to be scraped, and runs until it is interrupted. What was seen stays under `run.root/.prometheus`.
+Uses `prometheus` and `promtool` on PATH, or in `.tools/prometheus` (see `install_prometheus.py`). Updates links to the
+scrape targets of runs and applications until it is interrupted. The collected data stays in `run.root/.prometheus`.
 """
 
 from __future__ import annotations
@@ -20,70 +20,37 @@ import yaml
 from raymoe.config import default_root
 
 HERE = Path(__file__).resolve().parent
-CACHE = HERE.parent / ".tools" / "prometheus"
+TOOLS = HERE.parent / ".tools" / "prometheus" / "usr" / "bin"
 PROGRAMS = ("prometheus", "promtool")
-RAYS_LIST = "prom_metrics_service_discovery.json"
-"""What Ray lists for Prometheus, in its --temp-dir."""
-LINK_EVERY_S = 5.0
+RAY_TARGETS = "prom_metrics_service_discovery.json"
+"""File in Ray's --temp-dir that lists its scrape targets."""
+LINK_INTERVAL_S = 5.0
 
 
-def programs(cache: Path = CACHE) -> tuple[Path, Path]:
-    """Paths of prometheus and promtool. Raises FileNotFoundError where there is no way to have them.
-
-    Raises subprocess.CalledProcessError if apt-get is there and could not download them.
-    """
-    installed = [shutil.which(name) for name in PROGRAMS]
-    if all(installed):
-        return Path(str(installed[0])), Path(str(installed[1]))
-    unpacked = cache / "usr" / "bin"
-    if not all((unpacked / name).is_file() for name in PROGRAMS):
-        if not (shutil.which("apt-get") and shutil.which("dpkg")):
-            raise FileNotFoundError("there is neither a prometheus on PATH nor an apt-get to download Debian's with")
-        download(cache)
-    return unpacked / PROGRAMS[0], unpacked / PROGRAMS[1]
-
-
-def download(cache: Path) -> None:
-    """Debian's package, unpacked into `cache`: nothing is installed, and root is not needed."""
-    cache.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache.parent) as folder:
-        get = ["apt-get", "-q", "-o", "APT::Sandbox::User=root"]
-        if _run([*get, "download", "prometheus"], folder, check=False):
-            own = Path(folder, "apt")  # the machine's lists are missing or old: fetch some beside them
-            for name in ("lists/partial", "cache/archives/partial"):
-                (own / name).mkdir(parents=True)
-            get += ["-o", f"Dir::State::lists={own}/lists", "-o", f"Dir::Cache={own}/cache"]
-            _run([*get, "update"], folder)
-            _run([*get, "download", "prometheus"], folder)
-        (package,) = Path(folder).glob("prometheus_*.deb")
-        whole = Path(folder, "whole")
-        _run(["dpkg", "-x", str(package), str(whole)], folder)
-        try:
-            whole.rename(cache)
-        except OSError:
-            if not (cache / "usr" / "bin" / PROGRAMS[1]).is_file():  # no other process was faster
-                raise
-
-
-def _run(command: list[str], folder: str, check: bool = True) -> int:
-    done = subprocess.run(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, timeout=300)  # fmt: skip
-    if check and done.returncode:
-        print(done.stderr, file=sys.stderr)
-        done.check_returncode()
-    return done.returncode
+def programs(tools: Path = TOOLS) -> tuple[Path, Path]:
+    """Return the paths of prometheus and promtool. Raises FileNotFoundError with the command that installs them."""
+    for path in (os.environ.get("PATH"), str(tools)):
+        found = [shutil.which(name, path=path) for name in PROGRAMS]
+        if found[0] and found[1]:
+            return Path(found[0]), Path(found[1])
+    raise FileNotFoundError(
+        f"prometheus and promtool are neither on PATH nor in {tools}: "
+        "run `python dashboards/install_prometheus.py` (Debian or Ubuntu, without root), "
+        "or install Prometheus from https://prometheus.io/download"
+    )
 
 
 def link(root: Path, folder: Path) -> None:
-    """Make `folder` hold a link for each run and application of `root` that lists what to scrape, and no others."""
+    """Update `folder` to have a link to the target list of each run and application of `root`, and no other files."""
     files = {f"{file.parent.name}.json": file for file in root.glob("*/prometheus_targets.json")}
     files |= {f"serving-{file.parent.name}.json": file for file in root.glob("serving/*/prometheus_targets.json")}
     _link(folder, files)
 
 
-def link_rays(folder: Path) -> None:
-    """The same of what each Ray on this machine lists: in its own temporary folder, and in those of raymoe's heads."""
+def link_ray(folder: Path) -> None:
+    """Update `folder` to have a link to the target list of each Ray on this machine: Ray's own, and raymoe's heads."""
     places = {Path(place).resolve() for place in ("/tmp", tempfile.gettempdir(), os.environ.get("RAY_TMPDIR", "/tmp"))}
-    lists = [file for place in places for pattern in ("ray", "raymoe-ray-*/ray") for file in place.glob(f"{pattern}/{RAYS_LIST}")]  # fmt: skip
+    lists = [file for place in places for pattern in ("ray", "raymoe-ray-*/ray") for file in place.glob(f"{pattern}/{RAY_TARGETS}")]  # fmt: skip
     _link(folder, {f"{'-'.join(file.parent.parts[1:])}.json": file for file in lists})
 
 
@@ -98,10 +65,9 @@ def _link(folder: Path, files: dict[str, Path]) -> None:
 
 
 def configure(folder: Path, root: Path, ray: Path | None, every: str | None = None) -> Path:
-    """Write into `folder` the shipped config for `root`, with the links; returns its path.
+    """Write the shipped config for `root` to `folder`, with the links. Returns the path of the config.
 
-    ray: Ray's list of what to scrape, or None for those of all Rays on this machine. every: how often, where not as
-    shipped.
+    ray: target list of one Ray; None for all Rays on this machine. every: scrape interval, by default the shipped one.
     """
     config = yaml.safe_load((HERE / "prometheus.yml").read_text())
     config["rule_files"] = [str(HERE / name) for name in config["rule_files"]]
@@ -112,13 +78,13 @@ def configure(folder: Path, root: Path, ray: Path | None, every: str | None = No
         own["file_sd_configs"][0]["refresh_interval"] = rays["file_sd_configs"][0]["refresh_interval"] = every
     link(root, folder / "targets")
     if ray is None:
-        link_rays(folder / "rays")
+        link_ray(folder / "rays")
     (folder / "prometheus.yml").write_text(yaml.safe_dump(config, sort_keys=False))
     return folder / "prometheus.yml"
 
 
 def start(prometheus: Path, config: Path, port: int, log: int | None = None) -> subprocess.Popen[bytes]:
-    """Prometheus with its data beside its config, on this machine only."""
+    """Start Prometheus on the loopback address, with its data beside its config."""
     command = [
         prometheus, f"--config.file={config}", f"--storage.tsdb.path={config.parent / 'data'}",
         f"--web.listen-address=127.0.0.1:{port}", "--log.level=warn",
@@ -129,22 +95,22 @@ def start(prometheus: Path, config: Path, port: int, log: int | None = None) -> 
 def main() -> int:
     parse = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parse.add_argument("--root", type=Path, default=Path(default_root()), help="run.root (default: $RAYMOE_HOME or ~/raymoe)")  # fmt: skip
-    parse.add_argument("--port", type=int, default=9090)
-    parse.add_argument("--ray", type=Path, help=f"a Ray's {RAYS_LIST}, in its --temp-dir (default: those of all Rays on this machine)")  # fmt: skip
+    parse.add_argument("--port", type=int, default=9090, help="port of Prometheus (default: %(default)s)")
+    parse.add_argument("--ray", type=Path, help=f"{RAY_TARGETS} of a Ray, in its --temp-dir (default: of all Rays on this machine)")  # fmt: skip
     arguments = parse.parse_args()
     root = arguments.root.expanduser().resolve()
     try:
         prometheus, _ = programs()
     except FileNotFoundError as error:
-        sys.exit(f"{error}: install Prometheus (https://prometheus.io/download), then try again")
+        sys.exit(f"watch.py: {error}")
     folder = root / ".prometheus"
     config = configure(folder, root, arguments.ray)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     process = start(prometheus, config, arguments.port)
     print(
-        f"Prometheus: http://127.0.0.1:{arguments.port}, over {root}; alerts at /alerts. Ctrl-C ends it.\n"
-        "Grafana: start it with these in its environment, and it has the dashboards and this data source"
-        f"{'' if arguments.port == 9090 else f' (once its port in {HERE}/provisioning is {arguments.port})'}:\n"
+        f"Prometheus: http://127.0.0.1:{arguments.port} for {root}; alerts at /alerts. Press Ctrl-C to stop it.\n"
+        "Grafana: this command starts it with the dashboards and this data source"
+        f"{'' if arguments.port == 9090 else f' (set port {arguments.port} in {HERE}/provisioning first)'}:\n"
         f"  RAYMOE_DASHBOARDS={HERE} GF_PATHS_PROVISIONING={HERE / 'provisioning'} grafana server",
         flush=True,
     )
@@ -152,9 +118,9 @@ def main() -> int:
         while process.poll() is None:
             link(root, folder / "targets")
             if arguments.ray is None:
-                link_rays(folder / "rays")
+                link_ray(folder / "rays")
             try:
-                process.wait(timeout=LINK_EVERY_S)
+                process.wait(timeout=LINK_INTERVAL_S)
             except subprocess.TimeoutExpired:
                 continue
     except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""What a worker exports, read back as Prometheus would: over HTTP and from the file of targets."""
+"""Metrics of training and serving: values after records, the HTTP endpoint, and the file of scrape targets."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
 from raymoe.metrics import REFUSALS, TrainingMetrics, TrunkMetrics, serve
+from raymoe.metrics.serving import PLACES
 from raymoe.serving.residency import ResidencyStats
 from raymoe.storage.scrape_targets import write_targets
 
@@ -45,7 +46,7 @@ def value(registry: CollectorRegistry, name: str, **labels: str) -> float | None
     return registry.get_sample_value(f"raymoe_{name}", WORKER | labels)
 
 
-def test_a_train_record_sets_every_training_metric(exported: tuple[TrainingMetrics, CollectorRegistry]) -> None:
+def test_a_train_record_sets_the_training_metrics(exported: tuple[TrainingMetrics, CollectorRegistry]) -> None:
     metrics, registry = exported
     metrics.observe(record(10))
     expected = {
@@ -57,12 +58,12 @@ def test_a_train_record_sets_every_training_metric(exported: tuple[TrainingMetri
     assert {name: value(registry, name) for name in expected} == expected
     assert value(registry, "load_cv", level="clusters") == 0.25
     assert value(registry, "load_max_violation", level="experts") == 1.0
-    assert value(registry, "cluster_load_share", cluster="0") == 0.5  # the mean over both layers
+    assert value(registry, "cluster_load_share", cluster="0") == 0.5  # mean over both layers
     assert value(registry, "step_seconds_bucket", le="0.25") == 0
     assert value(registry, "step_seconds_bucket", le="0.5") == 1
 
 
-def test_counters_grow_by_what_happened_since(exported: tuple[TrainingMetrics, CollectorRegistry]) -> None:
+def test_counters_grow_by_the_steps_since_the_last_record(exported: tuple[TrainingMetrics, CollectorRegistry]) -> None:
     metrics, registry = exported
     metrics.observe(record(10))
     metrics.observe(record(14, a2a_bytes_per_token=10.0, skipped_steps=2))
@@ -122,7 +123,7 @@ def applied(moves: int, sent: int, pause_ms: float, gain: float) -> dict[str, An
 def test_plans_are_counted_with_their_cost_and_gain(exported: tuple[TrainingMetrics, CollectorRegistry]) -> None:
     metrics, registry = exported
     for name in ("gain_expected", "gain_seen", "statistics_lag_steps"):
-        assert math.isnan(value(registry, f"regroup_{name}") or 0)  # not yet known is not 0
+        assert math.isnan(value(registry, f"regroup_{name}") or 0)  # unknown is NaN, not 0
     assert value(registry, "regroup_last_plan_timestamp_seconds") == 0
     assert [value(registry, "regroup_plans_total", outcome=o) for o in ("made", "applied", "refused", "no_plan")] == [
         0
@@ -148,7 +149,7 @@ def test_plans_are_counted_with_their_cost_and_gain(exported: tuple[TrainingMetr
     ]
 
 
-def test_the_last_plan_is_dated(
+def test_the_last_plan_has_a_timestamp(
     exported: tuple[TrainingMetrics, CollectorRegistry], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     metrics, registry = exported
@@ -159,7 +160,7 @@ def test_the_last_plan_is_dated(
     assert value(registry, "regroup_last_plan_timestamp_seconds") == 1234.5
 
 
-def test_refusals_are_counted_by_a_reason_of_a_closed_set(
+def test_refusals_are_counted_by_reason(
     exported: tuple[TrainingMetrics, CollectorRegistry],
 ) -> None:
     metrics, registry = exported
@@ -170,7 +171,7 @@ def test_refusals_are_counted_by_a_reason_of_a_closed_set(
     assert value(registry, "regroup_plans_total", outcome="refused") == 7
 
 
-def test_all_reasons_that_the_code_gives_are_in_the_set() -> None:
+def test_the_reasons_of_the_code_are_the_values_of_the_label() -> None:
     root = Path(__file__).parents[1] / "raymoe"
     given = set()
     for file in ("clustering/plan.py", "training/regroup/apply.py"):
@@ -179,33 +180,34 @@ def test_all_reasons_that_the_code_gives_are_in_the_set() -> None:
     assert given == set(REFUSALS) - {"other"}
 
 
-def test_totals_of_messages_grow_by_their_difference_and_may_begin_anew(
-    exported: tuple[TrainingMetrics, CollectorRegistry],
-) -> None:
+def test_totals_of_messages_are_exported_as_counters(exported: tuple[TrainingMetrics, CollectorRegistry]) -> None:
+    """A total that decreases is a counter reset, which `rate` and `increase` of Prometheus account for."""
     metrics, registry = exported
+    assert value(registry, "regroup_messages_merged_total") == value(registry, "regroup_messages_lost_total") == 0
     for merged, lost in ((2, 0), (5, 1), (5, 1), (1, 0), (4, 3)):
         metrics.observe(plan_record("messages", merged=merged, lost=lost))
-    assert value(registry, "regroup_messages_merged_total") == 5 + 4
-    assert value(registry, "regroup_messages_lost_total") == 1 + 3
+        assert value(registry, "regroup_messages_merged_total") == merged
+        assert value(registry, "regroup_messages_lost_total") == lost
     for refused, lag in ((3, 7), (1, None)):
         metrics.observe(plan_record("status", lag_steps=lag, refused_messages=refused))
-    assert value(registry, "regroup_messages_refused_total") == 3 + 1
+    assert value(registry, "regroup_messages_refused_total") == 1
     assert math.isnan(value(registry, "regroup_statistics_lag_steps") or 0)
     metrics.observe(plan_record("status", lag_steps=4, refused_messages=1))
     assert value(registry, "regroup_statistics_lag_steps") == 4
 
 
 @pytest.mark.parametrize("garbage", [None, "5", [1], {}, -1, math.nan, math.inf, 10**400])
-def test_what_a_clusterer_makes_up_counts_nothing(
+def test_invalid_values_of_a_clusterer_count_nothing(
     exported: tuple[TrainingMetrics, CollectorRegistry], garbage: Any
 ) -> None:
     metrics, registry = exported
+    metrics.observe(plan_record("status", lag_steps=3, refused_messages=2))
     metrics.observe(plan_record("status", lag_steps=garbage, refused_messages=garbage))
     metrics.observe(plan_record("gain_measured", version=1, gain=garbage))
-    assert value(registry, "regroup_messages_refused_total") == 0
+    assert value(registry, "regroup_messages_refused_total") == 2
 
 
-def test_unknown_kinds_change_nothing(exported: tuple[TrainingMetrics, CollectorRegistry]) -> None:
+def test_other_kinds_of_records_change_nothing(exported: tuple[TrainingMetrics, CollectorRegistry]) -> None:
     metrics, registry = exported
     before = [sample for metric in registry.collect() for sample in metric.samples if "_created" not in sample.name]
     metrics.observe({"kind": "assignment", "step": 0})
@@ -216,8 +218,8 @@ def test_unknown_kinds_change_nothing(exported: tuple[TrainingMetrics, Collector
     )  # NaN is unequal to itself
 
 
-def test_every_metric_follows_the_house_rules(exported: tuple[TrainingMetrics, CollectorRegistry]) -> None:
-    """Prefixed, explained, of this run and worker, and never one series for each expert."""
+def test_every_metric_follows_the_conventions(exported: tuple[TrainingMetrics, CollectorRegistry]) -> None:
+    """Each has the prefix, a help text and the labels of its worker. No label has a value for each expert."""
     metrics, registry = exported
     metrics.observe(record(10))
     families = list(registry.collect())
@@ -230,25 +232,25 @@ def test_every_metric_follows_the_house_rules(exported: tuple[TrainingMetrics, C
             assert sample.labels.keys() <= {"run", "worker", "level", "cluster", "outcome", "reason", "le"}
 
 
-def test_imbalance_is_of_the_last_minutes() -> None:
-    """An uneven hour of long ago is forgotten, and a new skew is seen though the rows since the start are even."""
-    now, registry = [0.0], CollectorRegistry()
-    trunk = TrunkMetrics(registry, clusters=2, clock=lambda: now[0])
+def test_a_trunk_exports_its_totals() -> None:
+    registry = CollectorRegistry()
+    trunk = TrunkMetrics(registry, clusters=2)
 
-    def imbalance(*rows: int) -> float | None:
-        stats = ResidencyStats(0, 0, 0, 0, 0, 0.0, 0, ())
+    def rows(cluster: str, place: str) -> float | None:
+        return registry.get_sample_value("raymoe_cluster_rows_total", {"cluster": cluster, "place": place})
+
+    assert [rows(c, place) for c in "01" for place in PLACES] == [0] * 4  # `increase` needs the first 0
+    for total in (100, 300):
+        stats = ResidencyStats(50, 5, 4, 3, 2, 0.5, 2**20, (1,))
         trunk.update(
-            running=0, waiting=0, kv_usage=0, rows=dict(enumerate(rows)), away={}, connected={0: 0, 1: 0}, residency=stats
+            running=2, waiting=1, kv_usage=0.25, rows={0: total, 1: 10}, remote_rows={0: total // 2},
+            connected={0: 2, 1: 0}, residency=stats,
         )  # fmt: skip
-        return registry.get_sample_value("raymoe_cluster_imbalance_ratio")
-
-    assert imbalance(1000, 0) == 1
-    now[0] = 60
-    assert imbalance(1000, 500) == pytest.approx(0)  # the half of what is a minute old
-    now[0] = 3600
-    assert imbalance(1000, 1000) == pytest.approx(1)
-    now[0] = 7200
-    assert imbalance(1000, 1000) == pytest.approx(1)  # nothing new: as it was last
+        assert [rows(c, place) for c in "01" for place in PLACES] == [total / 2, total / 2, 10, 0]
+    totals = {name: registry.get_sample_value(f"raymoe_offload_{name}_total") for name in ("hits", "misses", "loads", "failed_loads", "evictions", "stall_seconds")}  # fmt: skip
+    assert totals == {"hits": 50, "misses": 5, "loads": 4, "failed_loads": 3, "evictions": 2, "stall_seconds": 0.5}
+    assert registry.get_sample_value("raymoe_cluster_resident", {"cluster": "1"}) == 1
+    assert registry.get_sample_value("raymoe_cluster_replicas_connected", {"cluster": "0"}) == 2
 
 
 def test_registries_do_not_share() -> None:
@@ -281,7 +283,7 @@ def test_two_registries_are_served_on_two_ports() -> None:
     assert serve(CollectorRegistry()) != serve(CollectorRegistry())
 
 
-def test_targets_are_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_targets_are_replaced_atomically(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "targets.json"
     write_targets(path, [("127.0.0.1", 1, {})])
 

@@ -195,7 +195,7 @@ class TrunkReplica:
         engine, pool = self.engine, self.pool
         self.metrics.update(
             running=engine.running, waiting=engine.waiting, kv_usage=1 - engine.cache.free / engine.cache.capacity,
-            rows=dict(pool.rows), away=dict(pool.remote_rows), residency=pool.residency.stats(),
+            rows=dict(pool.rows), remote_rows=dict(pool.remote_rows), residency=pool.residency.stats(),
             connected={c: pool.replicas.count(c) for c in pool.sizes},
         )  # fmt: skip
 

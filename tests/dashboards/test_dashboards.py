@@ -1,4 +1,4 @@
-"""The dashboards and alerts: up to date, about metrics that are there, and answered by a real Prometheus."""
+"""Dashboards and alerts: generated files are current, metrics exist, and a real Prometheus evaluates them."""
 
 from __future__ import annotations
 
@@ -48,10 +48,10 @@ MARKS = [mark["expr"] for board in BOARDS.values() for mark in board["annotation
 VARIABLES = [v for board in BOARDS.values() for v in board["templating"]["list"] if v["type"] == "query"]
 
 FOUND_BY = {"job", "instance", "run", "worker", "application", "deployment", "replica", "alertname"}
-"""Labels of the targets, whatever a process exports."""
+"""Labels of the scrape targets, in addition to the labels of the metrics."""
 
 LEFT_OUT: dict[str, str] = {}
-"""Metrics that no panel and no alert shows, and why."""
+"""Metrics that no panel and no alert uses, with the reason."""
 
 OTHERS = {"up", "ray_serve_autoscaling_target_replicas", "ray_serve_deployment_replica_healthy"}
 
@@ -68,7 +68,7 @@ watch = load("watch")
 
 
 class Processes:
-    """What a run of two workers and an application of two clusters export, fed as they would."""
+    """Metrics of a run with two workers and of an application with two clusters, with values as in production."""
 
     def __init__(self) -> None:
         self.registries = {name: CollectorRegistry() for name in ("0", "1", "api", "trunk", "cluster 0", "cluster 1")}
@@ -78,13 +78,13 @@ class Processes:
         self.clusters = [ClusterMetrics(of[f"cluster {c}"], cluster=str(c)) for c in (0, 1)]
 
     def feed(self, i: int) -> None:
-        """The i-th of many equal stretches of time, from 1."""
+        """Observe the i-th of several equal intervals of time, from 1."""
         for worker in self.workers:
             for one in self.records(i):
                 worker.observe(one)
         for one in (plan_record("made", plan={}, seconds=0.1), plan_record("no_plan", reason="nothing to gain"),
                     plan_record("status", lag_steps=12, refused_messages=i)):  # fmt: skip
-            self.workers[0].observe(one)  # as only rank 0 hears of them
+            self.workers[0].observe(one)  # only rank 0 receives them
         self.serve(i)
 
     def records(self, i: int) -> Iterator[dict[str, Any]]:
@@ -112,7 +112,13 @@ class Processes:
                     counter.inc()
         stats = ResidencyStats(50 * i, 5 * i, 5 * i, i, 4 * i, 0.1 * i, 2**20, (0,))
         self.trunk.update(
-            running=2, waiting=1, kv_usage=0.5, rows=rows, away={1: 100 * i}, connected={0: 1, 1: 2}, residency=stats
+            running=2,
+            waiting=1,
+            kv_usage=0.5,
+            rows=rows,
+            remote_rows={1: 100 * i},
+            connected={0: 1, 1: 2},
+            residency=stats,
         )
         for c, cluster in enumerate(self.clusters):
             self.trunk.observe_call(c, "call", 0.002)
@@ -123,7 +129,7 @@ class Processes:
 
 
 def exported() -> dict[str, set[str]]:
-    """Name of each series -> its labels, after something of everything has happened."""
+    """Return the name of each series and its labels, after at least one event of each kind."""
     processes = Processes()
     processes.feed(1)
     labels: dict[str, set[str]] = {}
@@ -138,7 +144,7 @@ EXPORTED = exported()
 
 
 def metrics_in(expression: str) -> set[str]:
-    """Names of the metrics: what is no function, keyword, label, string or number."""
+    """Return the identifiers that are not functions, keywords, labels, strings or numbers."""
     bare = re.sub(r'"[^"]*"|\{[^}]*\}|\[[^\]]*\]|\b(?:by|on|without|ignoring) \([^)]*\)|\boffset \w+', " ", expression)
     return set(re.findall(r"\b[a-z]\w*\b(?! *\()", bare)) - {"and", "or", "unless", "by", "on"}
 
@@ -147,7 +153,7 @@ def family(series: str) -> str:
     return re.sub(r"_(bucket|sum|count)$", "", series)
 
 
-def test_what_is_committed_is_what_build_writes(tmp_path: Path) -> None:
+def test_committed_files_are_the_output_of_the_build(tmp_path: Path) -> None:
     subprocess.run([sys.executable, ROOT / "build.py", tmp_path], check=True, timeout=60)
     written = {file.relative_to(tmp_path): file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
     kept = {file.relative_to(ROOT): file.read_bytes() for ext in ("json", "yml") for file in ROOT.rglob(f"*.{ext}")}
@@ -162,19 +168,19 @@ def test_a_metric_that_is_not_declared_stops_the_build(monkeypatch: pytest.Monke
     assert build.expand("max(@training_loss) > 0", ["a"])[0] == "max(raymoe_training_loss{a}) > 0"
     with pytest.raises(KeyError, match="raymoe_training_losses is not declared"):
         build.expand("max(@training_losses)", [])
-    with pytest.raises(ValueError, match="say whose is meant, as @api"):
+    with pytest.raises(ValueError, match="select one of them, as @api"):
         build.expand("max(@num_requests_running)", [])
     assert build.expand("@api.num_requests_running", [])[0] == 'raymoe_num_requests_running{model_name!=""}'
     assert build.expand("@trunk.num_requests_running", [])[0] == 'raymoe_num_requests_running{model_name=""}'
 
 
-def test_every_metric_is_shown_or_warned_of() -> None:
+def test_every_metric_is_in_a_panel_or_an_alert() -> None:
     seen = {family(name) for e in [*PANEL_EXPRESSIONS, *(rule["expr"] for rule in RULES)] for name in metrics_in(e)}
     assert {family(name) for name in EXPORTED} - seen == LEFT_OUT.keys()
 
 
 @pytest.mark.parametrize("expression", sorted({*PANEL_EXPRESSIONS, *MARKS, *(rule["expr"] for rule in RULES)}))
-def test_expressions_are_about_series_and_labels_that_are_there(expression: str) -> None:
+def test_expressions_use_series_and_labels_that_exist(expression: str) -> None:
     names = metrics_in(expression)
     assert names and names <= EXPORTED.keys() | OTHERS
     assert all(expression.count(a) == expression.count(b) for a, b in ("()", "{}", "[]"))
@@ -185,8 +191,8 @@ def test_expressions_are_about_series_and_labels_that_are_there(expression: str)
 
 
 @pytest.mark.parametrize(("name", "panel"), GRAPHS, ids=lambda value: value["title"] if isinstance(value, dict) else value)  # fmt: skip
-def test_panels_keep_the_linters_rules(name: str, panel: dict[str, Any]) -> None:
-    """Those of grafana/dashboard-linter."""
+def test_panels_satisfy_the_dashboard_linter(name: str, panel: dict[str, Any]) -> None:
+    """Rules of grafana/dashboard-linter."""
     source = {"type": "prometheus", "uid": "${datasource}"}
     assert panel["title"] and panel["description"].endswith(".") and panel["datasource"] == source
     assert panel["fieldConfig"]["defaults"]["unit"] in {
@@ -208,7 +214,7 @@ def test_panels_keep_the_linters_rules(name: str, panel: dict[str, Any]) -> None
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_dashboards_keep_the_linters_rules(name: str) -> None:
+def test_dashboards_satisfy_the_dashboard_linter(name: str) -> None:
     board = BOARDS[name]
     assert board["editable"] is False and board["uid"] == f"raymoe-{name}"
     source, *queries = board["templating"]["list"]
@@ -227,7 +233,7 @@ def test_dashboards_keep_the_linters_rules(name: str) -> None:
         taken |= cells
 
 
-def test_every_alert_says_what_and_how_bad_and_is_tested() -> None:
+def test_every_alert_has_a_summary_a_severity_and_a_test() -> None:
     names = [rule["alert"] for rule in RULES]
     assert len(set(names)) == len(names)
     for rule in RULES:
@@ -240,7 +246,7 @@ def test_every_alert_says_what_and_how_bad_and_is_tested() -> None:
         assert {bool(check["exp_samples"]) for check in checks} == {True, False}
 
 
-def test_what_grafana_and_prometheus_are_given_parses() -> None:
+def test_provisioning_files_parse() -> None:
     (source,) = yaml.safe_load((ROOT / "provisioning/datasources/raymoe.yml").read_text())["datasources"]
     (provider,) = yaml.safe_load((ROOT / "provisioning/dashboards/raymoe.yml").read_text())["providers"]
     assert source["type"] == "prometheus" and provider["type"] == "file" and provider["options"]["path"]
@@ -254,7 +260,7 @@ def targets(root: Path, name: str) -> Path:
     return root / name / "prometheus_targets.json"
 
 
-def test_links_follow_the_runs_that_are_there(tmp_path: Path) -> None:
+def test_links_follow_the_runs_of_the_root(tmp_path: Path) -> None:
     root, links = tmp_path / "root", tmp_path / "work" / "targets"
     for name in ("first", "second", "serving/app"):
         write_targets(targets(root, name), [("127.0.0.1", 1, {"run": name})])
@@ -269,15 +275,15 @@ def test_links_follow_the_runs_that_are_there(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
-def test_links_follow_the_rays_of_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_links_follow_the_ray_sessions_of_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
-    lists = {name: tmp_path / name / watch.RAYS_LIST for name in ("ray", "raymoe-ray-abc/ray", "other/ray")}
+    lists = {name: tmp_path / name / watch.RAY_TARGETS for name in ("ray", "raymoe-ray-abc/ray", "other/ray")}
     for file in lists.values():
         file.parent.mkdir(parents=True)
         file.write_text("[]")
 
     def linked() -> set[Path]:
-        watch.link_rays(tmp_path / "rays")
+        watch.link_ray(tmp_path / "rays")
         return {link.resolve() for link in (tmp_path / "rays").iterdir() if link.resolve().is_relative_to(tmp_path)}
 
     assert linked() == {lists["ray"], lists["raymoe-ray-abc/ray"]}
@@ -285,7 +291,7 @@ def test_links_follow_the_rays_of_this_machine(tmp_path: Path, monkeypatch: pyte
     assert linked() == {lists["raymoe-ray-abc/ray"]}
 
 
-def test_the_config_is_for_the_root_that_is_asked_for(tmp_path: Path) -> None:
+def test_the_config_is_for_the_given_root(tmp_path: Path) -> None:
     write_targets(targets(tmp_path / "root", "first"), [])
     config = yaml.safe_load(watch.configure(tmp_path, tmp_path / "root", Path("/else/where.json")).read_text())
     own, rays = config["scrape_configs"]
@@ -294,10 +300,42 @@ def test_the_config_is_for_the_root_that_is_asked_for(tmp_path: Path) -> None:
     assert rays["file_sd_configs"][0]["files"] == ["/else/where.json"]
 
 
-def test_without_any_way_to_a_prometheus_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prometheus_is_found_on_path_and_in_tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    system, tools = tmp_path / "system", tmp_path / "tools"
+    monkeypatch.setenv("PATH", str(system))
+    with pytest.raises(
+        FileNotFoundError, match=r"run `python dashboards/install_prometheus.py`.*prometheus.io/download"
+    ):
+        watch.programs(tools)
+    for folder in (tools, system):
+        folder.mkdir()
+        for name in watch.PROGRAMS:
+            (folder / name).write_text("#!/bin/sh\nexit 1\n")
+            (folder / name).chmod(0o755)
+        assert watch.programs(tools) == (folder / "prometheus", folder / "promtool")
+
+
+def test_watch_ends_with_the_install_command(tmp_path: Path) -> None:
+    """It downloads nothing by itself."""
+    code = f"import sys, pathlib; sys.path.insert(0, {str(ROOT)!r}); import watch; watch.programs.__defaults__ = (pathlib.Path('none'),); sys.exit(watch.main())"  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", code, "--root", tmp_path], env={"PATH": str(tmp_path), "HOME": str(tmp_path)},
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 1 and done.stderr.startswith("watch.py: prometheus and promtool are neither on PATH")
+    assert len(done.stderr.splitlines()) == 1 and not list(tmp_path.iterdir())
+
+
+def test_install_requires_apt_get(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install = load("install_prometheus")
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(FileNotFoundError, match="neither a prometheus on PATH nor an apt-get"):
-        watch.programs(tmp_path)
+    with pytest.raises(FileNotFoundError, match="install Prometheus from https://prometheus.io/download"):
+        install.install(tmp_path / "tools")
+    installed = tmp_path / "done" / "usr" / "bin"
+    installed.mkdir(parents=True)
+    for name in install.PROGRAMS:
+        (installed / name).touch()
+    assert install.install(tmp_path / "done") == installed  # no download
 
 
 # With a real Prometheus.
@@ -319,7 +357,7 @@ def port() -> int:
 
 
 def ask(port: int, path: str, **query: str) -> Any:
-    """`data` of an answer of Prometheus's API; None while it does not answer."""
+    """Return `data` of a response of Prometheus' API, or None while Prometheus starts."""
     url = f"http://127.0.0.1:{port}/api/v1/{path}?{urllib.parse.urlencode(query)}"
     try:
         with urllib.request.urlopen(url, timeout=10) as answer:
@@ -333,7 +371,7 @@ def ask(port: int, path: str, **query: str) -> Any:
 
 
 def until(found: Callable[[], Any], what: Callable[[], Any], seconds: float = 60.0) -> Any:
-    """Ask again until there is something; fails with `what` is missing."""
+    """Repeat `found` until its result is true. Fails with the message of `what` after a deadline."""
     deadline = time.monotonic() + seconds
     while not (result := found()):
         assert time.monotonic() < deadline, what()
@@ -342,7 +380,7 @@ def until(found: Callable[[], Any], what: Callable[[], Any], seconds: float = 60
 
 
 def concrete(expression: str, interval: str = "5s") -> str:
-    """As Grafana would ask when all is chosen."""
+    """Return the query that Grafana sends when all values of the variables are selected."""
     values = {"$__rate_interval": interval, "$__range": "60s", '"$application"': '".*"'}
     for variable, value in values.items():
         expression = expression.replace(variable, value)
@@ -350,9 +388,7 @@ def concrete(expression: str, interval: str = "5s") -> str:
 
 
 @pytest.mark.soak
-def test_the_config_and_the_rules_are_valid_and_each_alert_fires_where_it_should(
-    programs: tuple[Path, Path], tmp_path: Path
-) -> None:
+def test_config_and_rules_are_valid_and_alerts_fire_as_tested(programs: tuple[Path, Path], tmp_path: Path) -> None:
     config = watch.configure(tmp_path, tmp_path, tmp_path / "ray.json")
     for command in (
         ["check", "config", str(ROOT / "prometheus.yml")], ["check", "config", str(config)],
@@ -363,8 +399,8 @@ def test_the_config_and_the_rules_are_valid_and_each_alert_fires_where_it_should
 
 
 @pytest.mark.soak
-def test_every_panel_is_answered(programs: tuple[Path, Path], port: int, tmp_path: Path) -> None:
-    """From a real scrape of our own metrics, and of two of Ray Serve's by their names."""
+def test_every_panel_has_data(programs: tuple[Path, Path], port: int, tmp_path: Path) -> None:
+    """Scrape real metrics of raymoe and two stand-ins for metrics of Ray Serve."""
     processes, root = Processes(), tmp_path / "root"
     ports = {name: serve(registry) for name, registry in processes.registries.items()}
     of_run = [("127.0.0.1", ports[w], {"run": "first", "worker": w}) for w in ("0", "1")]
@@ -375,7 +411,7 @@ def test_every_panel_is_answered(programs: tuple[Path, Path], port: int, tmp_pat
     for name, labels in (("target_replicas", ["application", "deployment"]),
                          ("replica_healthy", ["application", "deployment", "replica"])):  # fmt: skip
         full = f"ray_serve_{'autoscaling' if name == 'target_replicas' else 'deployment'}_{name}"
-        Gauge(full, "Ray's.", labels, registry=rays).labels("app", *labels[1:]).set(1)
+        Gauge(full, "A metric of Ray.", labels, registry=rays).labels("app", *labels[1:]).set(1)
     (tmp_path / "ray.json").write_text(json.dumps([{"labels": {"job": "ray"}, "targets": [f"127.0.0.1:{serve(rays)}"]}]))  # fmt: skip
     with (tmp_path / "log").open("wb") as log:
         config = watch.configure(tmp_path / "work", root, tmp_path / "ray.json", every="1s")
@@ -399,10 +435,10 @@ def test_every_panel_is_answered(programs: tuple[Path, Path], port: int, tmp_pat
         for variable in VARIABLES:
             selector, label = re.fullmatch(r"label_values\((.*), (\w+)\)", variable["definition"]).groups()  # type: ignore[union-attr]
             assert ask(port, f"label/{label}/values", **{"match[]": concrete(selector)}), variable
-        assert ask(port, "label/exported_run/values") == []  # the labels of a target are those it exports
+        assert ask(port, "label/exported_run/values") == []  # targets and metrics have the same labels
         rules = lambda: [rule for group in ask(port, "rules")["groups"] for rule in group["rules"]]  # noqa: E731
         until(lambda: all(rule["health"] == "ok" for rule in rules()), lambda: [r for r in rules() if r["health"] != "ok"])  # fmt: skip
-        # These two wait for nothing, and it was fed above.
+        # These two have no wait time, and the records above contain their events.
         early = {"Run first skips steps", "Run first could not write a checkpoint"}
         said = lambda: {a["annotations"]["summary"] for rule in rules() for a in rule["alerts"] if a["state"] == "firing"}  # noqa: E731  # fmt: skip
         until(lambda: early <= said(), lambda: f"{early} are not all in {said()}")
@@ -412,7 +448,7 @@ def test_every_panel_is_answered(programs: tuple[Path, Path], port: int, tmp_pat
 
 
 @pytest.mark.soak
-def test_watch_finds_a_run_that_begins_later_and_ends_its_prometheus(
+def test_watch_follows_runs_that_start_and_end_and_stops_its_prometheus(
     programs: tuple[Path, Path], port: int, tmp_path: Path
 ) -> None:
     root = tmp_path / "root"
@@ -425,7 +461,9 @@ def test_watch_finds_a_run_that_begins_later_and_ends_its_prometheus(
         TrainingMetrics(registry, run="late", worker="0").observe(record(10))
         write_targets(targets(root, "late"), [("127.0.0.1", serve(registry), {"run": "late", "worker": "0"})])
         until(lambda: ask(port, "query", query='raymoe_training_step{run="late"} == 10')["result"], lambda: "no series")
+        targets(root, "late").unlink()  # as a run that ends by itself does
+        until(lambda: not ask(port, "query", query='up{run="late"}')["result"], lambda: "the target is still scraped")
     finally:
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=60) == 143
-    assert ask(port, "targets") is None  # nothing listens there any more
+    assert ask(port, "targets") is None  # no process listens on the port
