@@ -70,15 +70,15 @@ class GroupedMM(nn.Module):
     def forward(self, x_TD: Tensor) -> Tensor:
         flat, k = self.flat, self.flat.model.experts_per_token
         choice = flat.router(x_TD)
-        order = choice.index.flatten().argsort(stable=True)
-        ends = torch.bincount(choice.index.flatten(), minlength=flat.model.n_experts).cumsum(0).int()
+        order = choice.index_TK.flatten().argsort(stable=True)
+        ends = torch.bincount(choice.index_TK.flatten(), minlength=flat.model.n_experts).cumsum(0).int()
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x_TD.dtype
         rows = x_TD.to(dtype).index_select(0, order // k)
         with torch.autocast("cpu", enabled=False):
             gate, up, down = (w.to(dtype) for w in (flat.gate, flat.up, flat.down))
             h = F.silu(F.grouped_mm(rows, gate, offs=ends)) * F.grouped_mm(rows, up, offs=ends)
             y = F.grouped_mm(h, down, offs=ends)
-        weighted = y * choice.weight.flatten()[order, None]
+        weighted = y * choice.weight_TK.flatten()[order, None]
         return torch.zeros_like(x_TD).index_add(0, order // k, weighted.float())
 
 

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from raymoe.data.corpus import Text
 from raymoe.evaluation import Perplexity, load_cv, load_max_vio, load_variance, perplexity
-from raymoe.model.experts import ClusteredExperts, by_expert
+from raymoe.model.experts import by_expert
+from raymoe.model.observation import Loads, Observation
 from raymoe.model.transformer import Transformer
 
 
@@ -50,16 +51,20 @@ def judge(
     n_clusters = model.model.n_clusters if model.model.experts == "clustered" else 0
     coactivation = np.zeros((n_layers - 1, n_clusters, n_clusters), dtype=np.int64)
 
+    loads = Loads.zeros(model.model)
+
     def logits(tokens_BS: Tensor) -> Tensor:
+        nonlocal loads
+        seen = Observation(model.model)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bfloat16"):
-            out = model(tokens_BS)
-        chosen = [ffn.choice_TP[:, 0] for ffn in model.ffns if isinstance(ffn, ClusteredExperts)]
+            out = model(tokens_BS, seen=seen)
+        loads = loads + seen.loads()
+        chosen = [choice_TP[:, 0] for choice_TP in seen.choices_TP]
         for layer, (a, b) in enumerate(pairwise(chosen)):
             pairs = torch.bincount(a * n_clusters + b, minlength=n_clusters**2)
             coactivation[layer] += pairs.view(n_clusters, n_clusters).numpy()
         return out
 
-    model.take_load()
     started = time.perf_counter()
     domains = {
         domain: perplexity(
@@ -69,9 +74,8 @@ def judge(
         for domain, text in texts.items()
     }  # fmt: skip
     seconds = time.perf_counter() - started
-    clusters, members, _ = model.take_load()
-    experts = by_expert(members, model.model.n_experts)
-    return Judgement(domains, clusters.numpy(), experts.numpy(), coactivation, seconds)
+    experts = by_expert(loads.members_LM, model.model.n_experts)
+    return Judgement(domains, loads.clusters_LC.numpy(), experts.numpy(), coactivation, seconds)
 
 
 def load_measures(counts: np.ndarray) -> dict[str, float] | None:

@@ -1,15 +1,15 @@
 """The feed-forward layers: clustered experts, and the baselines behind the same interface.
 
-Each maps x_TD to y_TD and keeps integer loads for balancing: `cluster_load` and `expert_load` count
-choices, `served` the rows computed in this process. A layer holds the weights of the groups that its
-dispatcher says are here, stacked; `logical()` names every slice by a key that does not depend on where
-it is held.
+Each layer maps x_TD to y_TD and stores nothing between forwards: a caller that needs loads, choices or
+inputs passes a `LayerObservation`. A layer has the stacked weights of its dispatcher's local groups.
+`logical()` names every slice by a key that does not depend on the process that has it.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -19,21 +19,23 @@ from torch import Tensor, nn
 from raymoe.config import ModelSection
 from raymoe.model.dispatch import Dispatch
 from raymoe.model.expert_math import RESIDUALS, ClusteredFFN, FlatFFN, Pairs, compute_dtype, spans
-from raymoe.model.router import Choice, Router, auxiliary_loss, move_bias, route
+from raymoe.model.observation import LayerObservation
+from raymoe.model.router import Choice, Router, move_bias, route
 
 
 class Slice(NamedTuple):
-    """Where a logical tensor lives: parameter or buffer `name` of a module, at `index` (None: all of it)."""
+    """The location of a logical tensor: a parameter or buffer of a module, and an index into it."""
 
     key: str
     name: str
     index: int | None
+    """None: the whole tensor."""
     fan_in: int
-    """Inputs that one output sums over; 0: starts as zeros."""
+    """Number of inputs that one output sums over; 0: initialized to zeros."""
 
 
 class Member(NamedTuple):
-    """An expert in its cluster, or the ghost of a moving one in the cluster that it leaves."""
+    """An expert in its cluster, or the ghost of a moving expert in the cluster that it leaves."""
 
     expert: int
     ghost: bool = False
@@ -44,30 +46,28 @@ class Member(NamedTuple):
 
 
 Ghosts = Mapping[int, int]
-"""Of a layer: moving expert -> the cluster that it leaves."""
+"""Ghosts of one layer: moving expert -> the cluster that it leaves."""
 
 
 def members(assignment: Sequence[int], ghosts: Ghosts, c: int) -> list[Member]:
-    """Who is in cluster c: its experts, then the ghosts of those that leave it."""
-    stay = [Member(e) for e, owner in enumerate(assignment) if owner == c]
-    return stay + [Member(e, ghost=True) for e, owner in sorted(ghosts.items()) if owner == c]
+    """Return the members of cluster c: its experts, then the ghosts of the experts that leave it."""
+    experts = [Member(e) for e, owner in enumerate(assignment) if owner == c]
+    return experts + [Member(e, ghost=True) for e, owner in sorted(ghosts.items()) if owner == c]
 
 
 def by_expert(load: Tensor, n_experts: int) -> Tensor:
-    """Loads of members [..., n·E] (experts, then their ghosts where there can be any) as loads of experts [..., E]."""
+    """Convert loads of members [..., n·E] (experts, then their ghosts) to loads of experts [..., E]."""
     return load.view(*load.shape[:-1], -1, n_experts).sum(-2) if load.numel() else load
 
 
 class ClusteredExperts(nn.Module):
     """Clusters of experts with two-stage routing (paper sections 3.1 and 3.2).
 
-    assignment [E]: the cluster of each expert; ghosts: the experts on the move. The clusters in
-    `dispatch.local_groups` are in this process, with their members, router rows and biases. A cluster that has
-    fewer than K members uses them all; one that has none answers with zeros and should not be chosen.
+    assignment [E]: the cluster of each expert. ghosts: the moving experts. The clusters in
+    `dispatch.local_groups` are in this process, with their members, router rows and biases. A cluster
+    with fewer than K members uses them all. A cluster without members outputs zeros.
     """
 
-    cluster_load: Tensor
-    expert_load: Tensor
     expert_bias: Tensor
 
     def __init__(
@@ -80,7 +80,7 @@ class ClusteredExperts(nn.Module):
         self.router = Router(d, model.n_clusters, model.clusters_per_token, over_selected=False)
         self.ghosts = dict(ghosts or {})
         self.members = [members(assignment, self.ghosts, c) for c in dispatch.local_groups]
-        """The members of each held cluster."""
+        """The members of each local cluster."""
         self.local_members = [member for cluster in self.members for member in cluster]
         c, e = len(dispatch.local_groups), len(self.local_members)
         self.base_gate = nn.Parameter(torch.empty(c, d, f))
@@ -93,94 +93,81 @@ class ClusteredExperts(nn.Module):
             self.expert_router = nn.Parameter(torch.empty(e, d))
             self.register_buffer("expert_bias", torch.zeros(e))
         self.expert_parts = spans([len(cluster) for cluster in self.members])
-        self.register_buffer("cluster_load", torch.zeros(model.n_clusters, dtype=torch.int64), persistent=False)
-        self.register_buffer("expert_load", torch.zeros(2 * model.n_experts, dtype=torch.int64), persistent=False)
-        """Of experts, then of their ghosts."""
-        self.share = torch.ones(e, device="cpu")
-        """[e]: parts of a full load that the members should have; on the CPU, like the counts it is used with."""
-        self.fade: Tensor | None = None
-        self.served = 0
-        self.choice_TP = torch.empty(0, dtype=torch.int64)
-        """The clusters that the last rows chose."""
-        self.auxiliary: Tensor | None = None
-        self.input_sum: Tensor | None = None
-        """[e, D] float32: where the inputs of each held member are summed, when somebody watches."""
-        self.sampled_rows: Tensor | None = None
-        """Positions of the rows that the next forward keeps in `samples`."""
-        self.samples: list[Tensor] = []
+        """The range of each local cluster in the stacked members."""
+        self.share_e = torch.ones(e, device="cpu")
+        """The wanted load of each local member relative to an even load. On the CPU, where the counts are."""
+        self.fade_e: Tensor | None = None
+        """ln(share) of each local member while experts move."""
 
     def set_progress(self, progress: float) -> None:
-        """How far the move of this layer's moving experts has come, 0 to 1: ghosts fade out as they fade in.
+        """Set the progress of this layer's moves, from 0 to 1: ghosts fade out while moving experts fade in.
 
-        A member that has the share s of its full part has ln(s) added to its logit: at 0 it is never used,
-        so that the layer computes what it did before the move, at 1 what it will do after it.
+        ln(s) is added to the logit of a member with share s. At progress 0 the layer computes its function
+        from before the move, at 1 its function after the move.
         """
         shares = [
             1.0 - progress if member.ghost else progress if member.expert in self.ghosts else 1.0
             for member in self.local_members
         ]
-        self.share = torch.tensor(shares)
+        self.share_e = torch.tensor(shares)
         fades = [math.log(share) if share > 0 else -math.inf for share in shares]
         moving = any(share < 1 for share in shares)
-        self.fade = torch.tensor(fades, device=self.base_gate.device) if moving else None
+        self.fade_e = torch.tensor(fades, device=self.base_gate.device) if moving else None
 
-    def forward(self, x_TD: Tensor, *, auxiliary: bool = False) -> Tensor:
-        rows = x_TD.to(compute_dtype(x_TD))
-        if self.sampled_rows is not None:
-            self.samples.append(rows.detach()[self.sampled_rows])
-        choice = self.router(rows)
-        self.choice_TP = choice.index
-        self.auxiliary = auxiliary_loss(choice, self.model.n_clusters) if auxiliary else None
-        self.cluster_load += torch.bincount(choice.index.flatten(), minlength=self.model.n_clusters)
-        answers = self.dispatch(rows, choice.index, self.compute)
-        return torch.einsum("tp,tpd->td", choice.weight * self.model.gate_scale, answers.to(choice.weight.dtype))
+    def forward(self, x_TD: Tensor, seen: LayerObservation | None = None) -> Tensor:
+        rows_TD = x_TD.to(compute_dtype(x_TD))
+        choice = self.router(rows_TD)
+        if seen:
+            seen.record_inputs(rows_TD)
+            seen.record_clusters(choice, self.model.n_clusters)
+        outputs_TPD = self.dispatch(rows_TD, choice.index_TK, partial(self.compute, seen=seen))
+        weight_TP = choice.weight_TK * self.model.gate_scale
+        return torch.einsum("tp,tpd->td", weight_TP, outputs_TPD.to(weight_TP.dtype))
 
-    def compute(self, rows: Tensor, counts: list[int]) -> Tensor:
-        """Rows sorted by held cluster, `counts` each -> what those clusters say. Rows in, rows out."""
-        self.served += rows.shape[0]
+    def compute(self, rows_RD: Tensor, counts: list[int], seen: LayerObservation | None = None) -> Tensor:
+        """Compute the outputs [R, D] of the local clusters. Rows are sorted by cluster, `counts` rows each."""
+        if seen:
+            seen.record_computed(rows_RD.shape[0])
         parts = spans(counts)
         weights = [self.base_gate, self.base_up, self.base_down]
         if not self.model.residual_width:
-            return ClusteredFFN.apply(rows, parts, [None] * len(parts), self.expert_parts, *weights)
-        choices = [self._choose(rows[slice(*part)], c) for c, part in enumerate(parts)]
-        pairs = [Pairs(choice.index, len(cluster), rows) for choice, cluster in zip(choices, self.members, strict=True)]
-        for p, cluster in zip(pairs, self.members, strict=True):
-            self.expert_load[self._load_index(cluster)] += torch.tensor(
-                p.counts, dtype=torch.int64, device=self.expert_load.device
-            )
-        if self.input_sum is not None:
-            for c, (part, experts) in enumerate(zip(parts, self.expert_parts, strict=True)):
-                routed = rows.new_zeros(part[1] - part[0], experts[1] - experts[0])
-                routed.scatter_(1, choices[c].index, 1.0)
-                self.input_sum[slice(*experts)] += routed.t() @ rows[slice(*part)].detach()
+            return ClusteredFFN.apply(rows_RD, parts, [None] * len(parts), self.expert_parts, *weights)
+        choices = [self._choose(rows_RD[slice(*part)], c) for c, part in enumerate(parts)]
+        sizes = [len(cluster) for cluster in self.members]
+        pairs = [Pairs(choice.index_TK, size, rows_RD) for choice, size in zip(choices, sizes, strict=True)]
+        if seen:
+            places = [self._load_index(cluster) for cluster in self.members]
+            seen.record_members(places, [p.counts for p in pairs], 2 * self.model.n_experts)
+            seen.record_routed([rows_RD[slice(*part)] for part in parts], choices, sizes)
         weights += [getattr(self, name) for name in RESIDUALS]
-        return ClusteredFFN.apply(rows, parts, pairs, self.expert_parts, *[c.weight for c in choices], *weights)
+        return ClusteredFFN.apply(rows_RD, parts, pairs, self.expert_parts, *[c.weight_TK for c in choices], *weights)
 
-    def _choose(self, rows: Tensor, c: int) -> Choice:
-        """Stage 2, at the owner: the top K of the cluster's members."""
+    def _choose(self, rows_RD: Tensor, c: int) -> Choice:
+        """Stage 2, at the owner of the cluster: choose the top K members."""
         part = slice(*self.expert_parts[c])
         k = min(self.model.experts_per_token, len(self.members[c]))
-        fade = None if self.fade is None else self.fade[part]
-        return route(rows, self.expert_router[part], self.expert_bias[part], k, over_selected=True, fade=fade)
+        fade_e = None if self.fade_e is None else self.fade_e[part]
+        return route(rows_RD, self.expert_router[part], self.expert_bias[part], k, over_selected=True, fade_G=fade_e)
 
     def _load_index(self, cluster: list[Member]) -> list[int]:
+        """Return the places of a cluster's members in loads [2E]: experts, then ghosts."""
         return [member.expert + self.model.n_experts * member.ghost for member in cluster]
 
     @torch.no_grad()
     def residual_outputs(self, rows_ND: Tensor) -> Tensor:
-        """What each held member adds to its base's answer on the same rows, routed to it or not: [e, N, D] float32."""
-        rows = rows_ND.float()
-        out = rows.new_empty(len(self.local_members), *rows.shape)
+        """Return what each local member adds to its base's output, [e, N, D] float32, regardless of routing."""
+        rows_ND = rows_ND.float()
+        out_eND = rows_ND.new_empty(len(self.local_members), *rows_ND.shape)
         for c, (start, stop) in enumerate(self.expert_parts):
-            a, b = rows @ self.base_gate[c].float(), rows @ self.base_up[c].float()
-            base = F.silu(a) * b
+            a_NF, b_NF = rows_ND @ self.base_gate[c].float(), rows_ND @ self.base_up[c].float()
+            base_NF = F.silu(a_NF) * b_NF
             for e in range(start, stop):
-                gate = a + (rows @ self.gate_in[e].float()) @ self.gate_out[e].float()
-                up = b + (rows @ self.up_in[e].float()) @ self.up_out[e].float()
-                h = F.silu(gate) * up
-                residual = (h @ self.down_in[e].float()) @ self.down_out[e].float()
-                out[e] = (h - base) @ self.base_down[c].float() + residual
-        return out
+                gate_NF = a_NF + (rows_ND @ self.gate_in[e].float()) @ self.gate_out[e].float()
+                up_NF = b_NF + (rows_ND @ self.up_in[e].float()) @ self.up_out[e].float()
+                h_NF = F.silu(gate_NF) * up_NF
+                residual_ND = (h_NF @ self.down_in[e].float()) @ self.down_out[e].float()
+                out_eND[e] = (h_NF - base_NF) @ self.base_down[c].float() + residual_ND
+        return out_eND
 
     def logical(self) -> Iterator[Slice]:
         d, f, w = self.model.d_model, self.model.d_expert, self.model.residual_width
@@ -199,19 +186,17 @@ class ClusteredExperts(nn.Module):
             yield Slice(f"{member.key}.router", "expert_router", i, d)
             yield Slice(f"{member.key}.bias", "expert_bias", i, 0)
 
-    def balance(self, cluster_load: Tensor, expert_load: Tensor, rate: float) -> None:
-        """Move the selection biases of both levels by this step's global counts [C], [2E] (experts, then ghosts)."""
-        move_bias(self.router.bias, cluster_load, rate)
+    def balance(self, cluster_load_C: Tensor, member_load_M: Tensor, rate: float) -> None:
+        """Move the selection biases of both levels by the global loads of a step (M = 2E: experts, then ghosts)."""
+        move_bias(self.router.bias, cluster_load_C, rate)
         if self.model.residual_width:
             for part, cluster in zip(self.expert_parts, self.members, strict=True):
-                loads = expert_load[self._load_index(cluster)]
-                move_bias(self.expert_bias[slice(*part)], loads, rate, self.share[slice(*part)])
+                load_e = member_load_M[self._load_index(cluster)]
+                move_bias(self.expert_bias[slice(*part)], load_e, rate, self.share_e[slice(*part)])
 
 
 class FlatExperts(nn.Module):
-    """E independent experts, softmax top-K over all of them, grouped products: the standard MoE layer."""
-
-    expert_load: Tensor
+    """E independent experts with softmax top-K over all of them and grouped products: the standard MoE layer."""
 
     def __init__(self, model: ModelSection, dispatch: Dispatch) -> None:
         super().__init__()
@@ -222,26 +207,21 @@ class FlatExperts(nn.Module):
         self.gate = nn.Parameter(torch.empty(e, d, f))
         self.up = nn.Parameter(torch.empty(e, d, f))
         self.down = nn.Parameter(torch.empty(e, f, d))
-        self.register_buffer("expert_load", torch.zeros(model.n_experts, dtype=torch.int64), persistent=False)
-        self.served = 0
-        self.auxiliary: Tensor | None = None
-        self.sampled_rows: Tensor | None = None
-        """Positions of the rows that the next forward keeps in `samples`."""
-        self.samples: list[Tensor] = []
 
-    def forward(self, x_TD: Tensor, *, auxiliary: bool = False) -> Tensor:
-        rows = x_TD.to(compute_dtype(x_TD))
-        if self.sampled_rows is not None:
-            self.samples.append(rows.detach()[self.sampled_rows])
-        choice = self.router(rows)
-        self.auxiliary = auxiliary_loss(choice, self.model.n_experts) if auxiliary else None
-        self.expert_load += torch.bincount(choice.index.flatten(), minlength=self.model.n_experts)
-        answers = self.dispatch(rows, choice.index, self.compute)
-        return torch.einsum("tk,tkd->td", choice.weight, answers.to(choice.weight.dtype))
+    def forward(self, x_TD: Tensor, seen: LayerObservation | None = None) -> Tensor:
+        rows_TD = x_TD.to(compute_dtype(x_TD))
+        choice = self.router(rows_TD)
+        if seen:
+            seen.record_inputs(rows_TD)
+            seen.record_experts(choice, self.model.n_experts)
+        outputs_TKD = self.dispatch(rows_TD, choice.index_TK, partial(self.compute, seen=seen))
+        return torch.einsum("tk,tkd->td", choice.weight_TK, outputs_TKD.to(choice.weight_TK.dtype))
 
-    def compute(self, rows: Tensor, counts: list[int]) -> Tensor:
-        self.served += rows.shape[0]
-        return FlatFFN.apply(rows, counts, self.gate, self.up, self.down)
+    def compute(self, rows_ND: Tensor, counts: list[int], seen: LayerObservation | None = None) -> Tensor:
+        """Compute the outputs [N, D] of the local experts. Rows are sorted by expert, `counts` rows each."""
+        if seen:
+            seen.record_computed(rows_ND.shape[0])
+        return FlatFFN.apply(rows_ND, counts, self.gate, self.up, self.down)
 
     def logical(self) -> Iterator[Slice]:
         d, f = self.model.d_model, self.model.d_expert
@@ -252,14 +232,13 @@ class FlatExperts(nn.Module):
             yield Slice(f"experts.{e}.up", "up", i, d)
             yield Slice(f"experts.{e}.down", "down", i, f)
 
-    def balance(self, cluster_load: Tensor, expert_load: Tensor, rate: float) -> None:
-        move_bias(self.router.bias, expert_load, rate)
+    def balance(self, cluster_load_C: Tensor, member_load_M: Tensor, rate: float) -> None:
+        """Move the selection biases by the global loads of the experts."""
+        move_bias(self.router.bias, member_load_M, rate)
 
 
 class DenseFFN(nn.Module):
-    """One SwiGLU of the same active width as K experts."""
-
-    auxiliary: Tensor | None = None
+    """One SwiGLU with the active width of K experts."""
 
     def __init__(self, model: ModelSection) -> None:
         super().__init__()
@@ -269,7 +248,7 @@ class DenseFFN(nn.Module):
         self.up = nn.Parameter(torch.empty(d, f))
         self.down = nn.Parameter(torch.empty(f, d))
 
-    def forward(self, x_TD: Tensor, *, auxiliary: bool = False) -> Tensor:
+    def forward(self, x_TD: Tensor, seen: LayerObservation | None = None) -> Tensor:
         return (F.silu(x_TD @ self.gate) * (x_TD @ self.up)) @ self.down
 
     def logical(self) -> Iterator[Slice]:
@@ -277,8 +256,8 @@ class DenseFFN(nn.Module):
         yield Slice("ffn.up", "up", None, self.d_model)
         yield Slice("ffn.down", "down", None, self.hidden)
 
-    def balance(self, cluster_load: Tensor, expert_load: Tensor, rate: float) -> None:
-        """Nothing to balance."""
+    def balance(self, cluster_load_C: Tensor, member_load_M: Tensor, rate: float) -> None:
+        """Do nothing: a dense layer has no router."""
 
 
 FFN = ClusteredExperts | FlatExperts | DenseFFN

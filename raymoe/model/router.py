@@ -1,7 +1,9 @@
-"""Routing: which cluster, which experts, with what weight, and the biases that keep both balanced.
+"""Routing: the choice of clusters and experts, their weights, and the biases that balance both.
 
-Scores are float32 even under autocast. A selection bias is added to the logits when choosing and
+Scores are float32 even under autocast. A selection bias is added to the logits for selection and
 never to the weights, so balancing adds no gradient (paper section 3.2; auxiliary-loss-free balancing).
+G is the number of groups that a router chooses from: C clusters or E experts. K is the number of
+choices per row; at stage 1 the rest of the code calls it P.
 """
 
 from __future__ import annotations
@@ -13,79 +15,82 @@ from torch import Tensor, nn
 
 
 class Choice(NamedTuple):
-    """What a router chose for each row."""
+    """The choice of a router for each row."""
 
-    index: Tensor
-    """[rows, k] int64: the chosen groups, best first."""
-    weight: Tensor
-    """[rows, k] float32: their weights, differentiable."""
-    probability: Tensor
-    """[rows, groups] float32: the softmax over all groups."""
+    index_TK: Tensor
+    """int64: the chosen groups, best first."""
+    weight_TK: Tensor
+    """float32: their weights, differentiable."""
+    probability_TG: Tensor
+    """float32: the softmax over all groups."""
 
 
-def select(logits: Tensor, bias: Tensor, k: int) -> Tensor:
-    """The k groups of each row with the highest logits + bias: [rows, k] int64, without gradient."""
-    scores = logits.detach() + bias
+def select(logits_TG: Tensor, bias_G: Tensor, k: int) -> Tensor:
+    """Return the k groups of each row with the highest logits + bias: [T, k] int64, without gradient."""
+    scores_TG = logits_TG.detach() + bias_G
     if k == 1:
-        return scores.argmax(-1, keepdim=True)
-    return scores.topk(k, dim=-1).indices
+        return scores_TG.argmax(-1, keepdim=True)
+    return scores_TG.topk(k, dim=-1).indices
 
 
 def route(
-    x: Tensor, weight: Tensor, bias: Tensor, k: int, *, over_selected: bool, fade: Tensor | None = None
+    x_TD: Tensor, weight_GD: Tensor, bias_G: Tensor, k: int, *, over_selected: bool, fade_G: Tensor | None = None
 ) -> Choice:
-    """Score rows against router rows and choose k.
+    """Score rows against router rows and choose k groups per row.
 
-    x [rows, D], weight [groups, D], bias [groups]. The weight of a chosen group is its softmax over
-    the k selected (`over_selected`), or over all groups. With k=1 it is always over all: a softmax
-    over one choice is constant and would leave the router without a gradient. `fade` [groups] is added
-    to the logits, for weights too: a group with -inf has no part in anything.
+    The weight of a chosen group is its softmax over the k selected (`over_selected`), or over all
+    groups. With k=1 it is always over all: a softmax over one choice is constant and gives the router
+    no gradient. `fade_G` is added to the logits, for weights too: a group with -inf takes no part.
     """
-    with torch.autocast(x.device.type, enabled=False):
-        logits = x.to(weight.dtype) @ weight.t()
-    if fade is not None:
-        logits = logits + fade
-    index = select(logits, bias, k)
-    probability = logits.softmax(-1)
-    chosen = logits.gather(-1, index).softmax(-1) if over_selected and k > 1 else probability.gather(-1, index)
-    return Choice(index, chosen, probability)
+    with torch.autocast(x_TD.device.type, enabled=False):
+        logits_TG = x_TD.to(weight_GD.dtype) @ weight_GD.t()
+    if fade_G is not None:
+        logits_TG = logits_TG + fade_G
+    index_TK = select(logits_TG, bias_G, k)
+    probability_TG = logits_TG.softmax(-1)
+    softmax_selected = over_selected and k > 1
+    weight_TK = logits_TG.gather(-1, index_TK).softmax(-1) if softmax_selected else probability_TG.gather(-1, index_TK)
+    return Choice(index_TK, weight_TK, probability_TG)
 
 
-def move_bias(bias: Tensor, counts: Tensor, rate: float, share: Tensor | None = None) -> None:
-    """Move selection biases one step towards equal load, in place.
+def move_bias(bias_G: Tensor, counts_G: Tensor, rate: float, share_G: Tensor | None = None) -> None:
+    """Move selection biases one step toward equal load, in place.
 
-    bias [groups] float32; counts [groups] integers summed over ranks and micro-batches. The step is
-    in proportion to the relative deficit, at most `rate` logits, and the biases' mean stays zero.
-    `share` [groups]: parts of an even load that are wanted instead.
+    bias_G: float32. counts_G: integers, summed over ranks and micro-batches. share_G: the wanted load of
+    each group relative to an even load; ones by default. The step is proportional to the relative
+    deficit and at most `rate` logits; the mean of the biases stays zero.
     """
-    if counts.numel() < 2 or not counts.any():
+    if counts_G.numel() < 2 or not counts_G.any():
         return
-    share = torch.ones_like(counts, dtype=torch.float64) if share is None else share.double()
-    mean = counts.double().sum() / share.sum()
-    deficit = ((mean * share - counts.double()) / mean).clamp(-1.0, 1.0)
-    bias += (rate * deficit).to(bias)
-    bias -= bias.mean()
+    share_G = torch.ones_like(counts_G, dtype=torch.float64) if share_G is None else share_G.double()
+    mean = counts_G.double().sum() / share_G.sum()
+    deficit_G = ((mean * share_G - counts_G.double()) / mean).clamp(-1.0, 1.0)
+    bias_G += (rate * deficit_G).to(bias_G)
+    bias_G -= bias_G.mean()
 
 
-def auxiliary_loss(choice: Choice, groups: int) -> Tensor:
-    """Switch's load loss, summed over rows: rows · E · Σ_e f_e · P̄_e (f: share of choices, P̄: mean probability)."""
-    rows = choice.index.shape[0]
+def auxiliary_loss(choice: Choice, n_groups: int) -> Tensor:
+    """Return Switch's load loss, summed over rows: T · G · Σ_g f_g · P̄_g.
+
+    f_g is the share of the choices that fall on group g, P̄_g its mean probability.
+    """
+    rows = choice.index_TK.shape[0]
     if rows == 0:
-        return choice.probability.sum()
-    share = torch.bincount(choice.index.flatten(), minlength=groups).to(choice.probability.dtype)
-    share = share / choice.index.numel()
-    return groups * (share * choice.probability.sum(0)).sum()
+        return choice.probability_TG.sum()
+    share_G = torch.bincount(choice.index_TK.flatten(), minlength=n_groups).to(choice.probability_TG.dtype)
+    share_G = share_G / choice.index_TK.numel()
+    return n_groups * (share_G * choice.probability_TG.sum(0)).sum()
 
 
 class Router(nn.Module):
-    """A linear router with a selection bias over `groups`: stage 1 over clusters, or the flat router over experts."""
+    """A linear router with a selection bias: stage 1 over clusters, or the flat router over experts."""
 
     bias: Tensor
 
-    def __init__(self, d_model: int, groups: int, k: int, *, over_selected: bool) -> None:
+    def __init__(self, d_model: int, n_groups: int, k: int, *, over_selected: bool) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(groups, d_model))
-        self.register_buffer("bias", torch.zeros(groups))
+        self.weight = nn.Parameter(torch.empty(n_groups, d_model))
+        self.register_buffer("bias", torch.zeros(n_groups))
         self.k = k
         self.over_selected = over_selected
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -14,9 +15,12 @@ from raymoe.config import ModelSection
 from raymoe.model.dispatch import Dispatch, LocalDispatch
 from raymoe.model.expert_math import RESIDUALS
 from raymoe.model.experts import FFN, ClusteredExperts, DenseFFN, FlatExperts, Ghosts
+from raymoe.model.observation import LayerObservation, Observation
 
 Assignment = Sequence[Sequence[int]]
 """[layers][E]: the cluster of each expert."""
+
+Kind = TypeVar("Kind", ClusteredExperts, FlatExperts, DenseFFN)
 
 
 def rope(length: int, head_dim: int, theta: float, device: torch.device, start: int = 0) -> tuple[Tensor, Tensor]:
@@ -88,11 +92,11 @@ class Block(nn.Module):
         self.ffn = ffn
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None, layer: int, auxiliary: bool
+        self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None, layer: int, seen: LayerObservation | None
     ) -> Tensor:
         x = x + self.attention(norm(x, self.attention_norm), cos, sin, cache, layer)
         rows = norm(x, self.ffn_norm).flatten(0, 1)
-        return x + self.ffn(rows, auxiliary=auxiliary).view_as(x)
+        return x + self.ffn(rows, seen).view_as(x)
 
 
 def norm(x: Tensor, weight: Tensor) -> Tensor:
@@ -140,14 +144,14 @@ class Transformer(nn.Module):
     def ffns(self) -> list[FFN]:
         return [block.ffn for block in self.layers]  # type: ignore[misc]
 
-    def hidden(self, tokens_BS: Tensor, cache: KVCache | None = None, *, auxiliary: bool = False) -> Tensor:
-        """The last normalised hidden states [B, S, D]; `cache` holds the tokens before these."""
+    def hidden(self, tokens_BS: Tensor, cache: KVCache | None = None, *, seen: Observation | None = None) -> Tensor:
+        """Return the last normalized hidden states [B, S, D]. `cache` contains the tokens before these."""
         start = cache.length if cache else 0
         head_dim = self.model.d_model // self.model.heads
         cos, sin = rope(tokens_BS.shape[1], head_dim, self.model.rope_theta, tokens_BS.device, start)
         x = F.embedding(tokens_BS, self.embedding)
         for i, block in enumerate(self.layers):
-            x = block(x, cos, sin, cache, i, auxiliary)
+            x = block(x, cos, sin, cache, i, seen.layers[i] if seen else None)
         if cache:
             cache.length += tokens_BS.shape[1]
         return norm(x, self.final_norm)
@@ -157,42 +161,14 @@ class Transformer(nn.Module):
         """[V, D]"""
         return self.embedding if self.model.tied_head else self.head
 
-    def forward(self, tokens_BS: Tensor, cache: KVCache | None = None) -> Tensor:
-        return self.hidden(tokens_BS, cache) @ self.head_weight.t()
+    def forward(self, tokens_BS: Tensor, cache: KVCache | None = None, *, seen: Observation | None = None) -> Tensor:
+        return self.hidden(tokens_BS, cache, seen=seen) @ self.head_weight.t()
 
-    # Loads.
-
-    def take_load(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Choices by cluster [L, C] and by member [L, n·E], and rows computed here [L], since the last call.
-
-        Levels that the model does not have are empty. Members are experts, then their ghosts where the
-        model can have any: `by_expert` sums them.
-        """
-        clusters, experts, served = [], [], []
-        for ffn in self.ffns:
-            if isinstance(ffn, DenseFFN):
-                continue
-            if isinstance(ffn, ClusteredExperts):
-                clusters.append(ffn.cluster_load.cpu().clone())
-                ffn.cluster_load.zero_()
-            if isinstance(ffn, FlatExperts) or self.model.residual_width:
-                experts.append(ffn.expert_load.cpu().clone())
-                ffn.expert_load.zero_()
-            served.append(ffn.served)
-            ffn.served = 0
-        stack = lambda rows: torch.stack(rows) if rows else torch.zeros(0, 0)  # noqa: E731
-        return stack(clusters), stack(experts), torch.tensor(served)
-
-    def count_by_domain(self, domain_B: Tensor, mask_BS: Tensor, into_LGC: Tensor) -> None:
-        """Add the clusters that the last batch's tokens chose to counts by layer, domain and cluster."""
-        per_token = domain_B[:, None].expand(mask_BS.shape)[mask_BS.cpu()]
-        for layer, ffn in enumerate(self.ffns):
-            if not isinstance(ffn, ClusteredExperts):
-                continue
-            chosen = ffn.choice_TP.cpu()[mask_BS.cpu().flatten()]
-            flat = per_token[:, None] * self.model.n_clusters + chosen
-            counts = torch.bincount(flat.flatten(), minlength=into_LGC[layer].numel())
-            into_LGC[layer] += counts.view_as(into_LGC[layer])
+    def ffns_of(self, kind: type[Kind]) -> list[Kind]:
+        """Return the feed-forward layers of a model in which all are of this kind."""
+        found = [ffn for ffn in self.ffns if isinstance(ffn, kind)]
+        assert len(found) == len(self.layers), f"not all layers are {kind.__name__}"
+        return found
 
     # Logical names: the same whatever process holds a tensor.
 

@@ -44,7 +44,7 @@ def fold(
     """
     model = sharded.transformer.model
     d, f = model.d_model, model.d_expert
-    ffns: list[FlatExperts] = sharded.transformer.ffns  # type: ignore[assignment]
+    ffns = sharded.transformer.ffns_of(FlatExperts)
     kinds = list(moments)
     sizes = {"gate": (d, f), "up": (d, f), "down": (f, d)}
     sizes |= {f"{kind}.{name}": sizes[name] for kind in kinds for name in MATRICES}

@@ -30,7 +30,7 @@ def grams(
     """
     model = sharded.transformer.model
     n_layers, n = model.layers, samples_LND.shape[1]
-    ffns: list[ClusteredExperts] = sharded.transformer.ffns  # type: ignore[assignment]
+    ffns = sharded.transformer.ffns_of(ClusteredExperts)
 
     def held(rank: int, layer: int) -> tuple[list[int], list[int]]:
         """The clusters of a layer that a rank speaks for, and their experts."""

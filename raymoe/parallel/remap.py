@@ -196,9 +196,7 @@ def remap(
 
 
 def _ffn(sharded: Sharded, layer: int) -> ClusteredExperts:
-    ffn = sharded.transformer.ffns[layer]
-    assert isinstance(ffn, ClusteredExperts)
-    return ffn
+    return sharded.transformer.ffns_of(ClusteredExperts)[layer]
 
 
 def _exchange(

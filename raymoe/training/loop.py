@@ -24,6 +24,7 @@ from raymoe.data.corpus import Corpus
 from raymoe.evaluation import load_cv, load_max_vio
 from raymoe.metrics import TrainingMetrics
 from raymoe.model.loss import linear_cross_entropy
+from raymoe.model.observation import Loads, Observation
 from raymoe.parallel.fold import fold
 from raymoe.parallel.gradients import Gradients
 from raymoe.parallel.sharded import shard
@@ -210,22 +211,26 @@ class Trainer:
         tokens = train.global_batch * self.config.model.context
         self.gradients.zero()
         loss = torch.zeros((), device=self.device)
+        loads, auxiliary = Loads.zeros(self.model.model), self.config.aux_loss > 0
         checksum, started = 0, time.perf_counter()
         self.sharded.meter.take()
         for rows, batch in self.grains.training(step):
             checksum += checksum_of(rows, batch)
             self.window.grains += bool(len(rows))
-            if self.regrouping:
-                self.regrouping.recorder.aim(rows)
+            recorder = self.regrouping.recorder if self.regrouping else None
+            options = recorder.options(rows) if recorder else {}
+            seen = Observation(self.model.model, auxiliary=auxiliary, **options)
             inputs, targets = self.grains.tensors(batch)
             with self.grains.autocast():
-                hidden = self.model.hidden(inputs, auxiliary=self.config.aux_loss > 0)
+                hidden = self.model.hidden(inputs, seen=seen)
                 part = linear_cross_entropy(hidden.flatten(0, 1), self.model.head_weight, targets.flatten()) / tokens
             objective = part
-            for ffn in self.model.ffns:
-                if ffn.auxiliary is not None:
-                    objective = objective + self.config.aux_loss * ffn.auxiliary / tokens
+            for auxiliary_loss in seen.auxiliary:
+                objective = objective + self.config.aux_loss * auxiliary_loss / tokens
             objective.backward()
+            loads = loads + seen.loads()
+            if recorder:
+                recorder.add(rows, seen)
             loss += part.detach()
         stop = self.rank == 0 and (self.run / "stop").exists()
         due = self.rank == 0 and self.checkpoints.due
@@ -235,16 +240,17 @@ class Trainer:
         total = loss.item()
         self.window.compute_s += time.perf_counter() - started - self.sharded.meter.waited_s
         sent = self.sharded.meter.take()
-        load, said = self.sync_stats(StepReport(total, stop, sent, pending, failed, due, asked, checksum, plan))
+        report = StepReport(total, stop, sent, pending, failed, due, asked, checksum, plan)
+        load, said = self.sync_stats(report, loads)
         self.gradients.reduce()
         norm = self.gradients.clip(train.clip)
         return said.loss, norm, load, said
 
-    def sync_stats(self, says: StepReport) -> tuple[RoutingLoad, StepReport]:
+    def sync_stats(self, says: StepReport, loads: Loads) -> tuple[RoutingLoad, StepReport]:
         """Sum what ranks say and their loads (integers below 2^53 are exact in float64). A collective."""
-        clusters, members, rows = self.model.take_load()
-        workers = torch.zeros(len(rows), self.world, dtype=torch.float64)
-        workers[:, self.rank] = rows
+        clusters, members = loads.clusters_LC, loads.members_LM
+        workers = torch.zeros(len(loads.rows_L), self.world, dtype=torch.float64)
+        workers[:, self.rank] = loads.rows_L.double()
         *flags, plan = says
         parts = [torch.tensor([*map(float, flags), *plan], dtype=torch.float64), clusters, members, workers]
         vector = torch.cat([p.double().flatten() for p in parts]).to(self.device)
@@ -299,9 +305,8 @@ class Trainer:
 
     def validate(self, *, whole: bool) -> None:
         """One validation record: loss over held-out windows, per domain, and which cluster serves which domain."""
-        self.model.take_load()
-        found = validate(self.model, self.grains, None if whole else self.config.train.validate_windows)
-        load, _ = self.sync_stats(StepReport())
+        found, loads = validate(self.model, self.grains, None if whole else self.config.train.validate_windows)
+        load, _ = self.sync_stats(StepReport(), loads)
         self.sharded.meter.take()  # a train record counts the bytes of its steps alone
         self.position.validation[self.position.step] = found.loss
         record = dict(
@@ -379,7 +384,7 @@ class Trainer:
         """Wait for the checkpoint being written and seal it. A collective."""
         while self.checkpoints.unsealed:
             self.checkpoints.finish()
-            _, said = self.sync_stats(StepReport(failed=bool(self.checkpoints.failure)))
+            _, said = self.sync_stats(StepReport(failed=bool(self.checkpoints.failure)), Loads.zeros(self.model.model))
             self.settle(said.failed > 0)
 
     def finish(self) -> None:

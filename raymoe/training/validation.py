@@ -6,8 +6,10 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from raymoe.model.loss import linear_cross_entropy
+from raymoe.model.observation import Loads, Observation
 from raymoe.model.transformer import Transformer
 from raymoe.training.grains import Grains
 
@@ -29,38 +31,49 @@ class Validation:
 
 
 @torch.no_grad()
-def validate(model: Transformer, grains: Grains, limit: int | None) -> Validation:
-    """Loss over `limit` windows evenly spread over the held-out text, or all. A collective. Loads go on counting."""
+def validate(model: Transformer, grains: Grains, limit: int | None) -> tuple[Validation, Loads]:
+    """Loss over `limit` windows evenly spread over the held-out text, or all, and this rank's loads. A collective."""
     corpus, section = grains.corpus, model.model
     domains = len(corpus.domains)
     sums = torch.zeros(domains, 2, dtype=torch.float64)
     serving = torch.zeros(section.layers, domains, section.n_clusters, dtype=torch.float64)
+    loads = Loads.zeros(section)
     for _, batch in grains.validation(limit):
+        seen = Observation(section)
         inputs, targets = grains.tensors(batch)
         mask = torch.from_numpy(batch.mask).to(grains.device)
         with grains.autocast():
-            hidden = model.hidden(inputs)
+            hidden = model.hidden(inputs, seen=seen)
             for i, domain in enumerate(batch.domain.tolist()):
                 counts = mask[i]
                 nll = linear_cross_entropy(hidden[i][counts], model.head_weight, targets[i][counts])
                 sums[domain] += torch.tensor([nll.item(), counts.sum().item()], dtype=torch.float64)
-        model.count_by_domain(torch.from_numpy(batch.domain), mask, serving)
+        loads = loads + seen.loads()
+        for layer, choice_TP in enumerate(seen.choices_TP):
+            domain_B = torch.from_numpy(batch.domain)
+            serving[layer] += clusters_by_domain(choice_TP.cpu(), domain_B, mask.cpu(), domains, section.n_clusters)
     if grains.world > 1:
         both = torch.cat([sums.flatten(), serving.flatten()]).to(grains.device)
         dist.all_reduce(both)
         a, b = both.cpu().split([sums.numel(), serving.numel()])
         sums, serving = a.view_as(sums), b.view_as(serving)
     per_domain = [nll / count if count else None for nll, count in sums.tolist()]
-    return Validation(
+    found = Validation(
         loss=(sums[:, 0].sum() / sums[:, 1].sum()).item(),
         domains=dict(zip(corpus.domains, per_domain, strict=True)),
         cluster_by_domain=serving.tolist() if section.experts == "clustered" else [],
         windows=corpus.validation_windows(section.context, limit),
     )
+    return found, loads
+
+
+def clusters_by_domain(choice_TP: Tensor, domain_B: Tensor, mask_BS: Tensor, n_domains: int, n_clusters: int) -> Tensor:
+    """Count the clusters that the tokens in the mask chose: [domains, C] int64."""
+    domain_N = domain_B[:, None].expand(mask_BS.shape)[mask_BS]
+    pair_NP = domain_N[:, None] * n_clusters + choice_TP[mask_BS.flatten()]
+    return torch.bincount(pair_NP.flatten(), minlength=n_domains * n_clusters).view(n_domains, n_clusters)
 
 
 def probe(model: Transformer, grains: Grains) -> float:
-    """Loss on PROBE_WINDOWS held-out windows, the same ones always. A collective; leaves no load behind."""
-    loss = validate(model, grains, PROBE_WINDOWS).loss
-    model.take_load()
-    return loss
+    """Loss on PROBE_WINDOWS held-out windows, the same ones always. A collective."""
+    return validate(model, grains, PROBE_WINDOWS)[0].loss

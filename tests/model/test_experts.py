@@ -11,6 +11,7 @@ from raymoe.config import ModelSection
 from raymoe.model.dispatch import LocalDispatch
 from raymoe.model.expert_math import Pairs, bucket, spans
 from raymoe.model.experts import ClusteredExperts, FlatExperts
+from raymoe.model.observation import LayerObservation
 from tests.support import plain
 
 
@@ -134,10 +135,12 @@ def test_bfloat16_autocast_is_close_to_float32(width: int) -> None:
 def test_load_counts_every_choice_once() -> None:
     layer = ClusteredExperts(tiny(3, clusters_per_token=2), [0, 1, 1, 0, 1, 1], LocalDispatch(2)).double()
     fill(layer, 3)
-    layer(torch.randn(9, 8, dtype=torch.float64))
-    assert layer.cluster_load.tolist() == [9, 9]
-    assert layer.expert_load.sum() == 9 * 2 * 2
-    assert layer.expert_load[[0, 3]].tolist() == [9, 9]  # a cluster of two experts uses both for each row
+    seen = LayerObservation()
+    layer(torch.randn(9, 8, dtype=torch.float64), seen)
+    assert seen.cluster_load_C is not None and seen.member_load_M is not None
+    assert seen.cluster_load_C.tolist() == [9, 9]
+    assert seen.member_load_M.sum() == 9 * 2 * 2 and seen.computed_rows == 18
+    assert seen.member_load_M[[0, 3]].tolist() == [9, 9]  # a cluster of two experts uses both for each row
 
 
 def test_pairs_are_sorted_by_expert_and_padded_where_shapes_are_compiled() -> None:

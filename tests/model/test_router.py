@@ -41,9 +41,9 @@ def test_bias_changes_the_choice_but_not_the_weights() -> None:
     x, weight = torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0, 0.0], [0.5, 0.0], [0.0, 1.0]])
     plain = route(x, weight, torch.zeros(3), 1, over_selected=False)
     pushed = route(x, weight, torch.tensor([0.0, 0.6, 0.0]), 1, over_selected=False)
-    assert (plain.index.item(), pushed.index.item()) == (0, 1)
-    assert torch.equal(plain.probability, pushed.probability)
-    assert pushed.weight.item() == pytest.approx(plain.probability[0, 1].item())
+    assert (plain.index_TK.item(), pushed.index_TK.item()) == (0, 1)
+    assert torch.equal(plain.probability_TG, pushed.probability_TG)
+    assert pushed.weight_TK.item() == pytest.approx(plain.probability_TG[0, 1].item())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -52,8 +52,8 @@ def test_scores_are_float32_even_under_autocast(dtype: torch.dtype) -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         choice = route(x, weight, torch.zeros(3), 2, over_selected=True)
     expected = (x.float() @ weight.t()).softmax(-1)
-    assert choice.weight.dtype == torch.float32
-    torch.testing.assert_close(choice.probability, expected)
+    assert choice.weight_TK.dtype == torch.float32
+    torch.testing.assert_close(choice.probability_TG, expected)
 
 
 @settings(max_examples=30, deadline=None)

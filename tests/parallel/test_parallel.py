@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raymoe.config import ModelSection
+from raymoe.model.observation import Loads, Observation
 from raymoe.parallel.gradients import Gradients
 from raymoe.parallel.groups import place
 from raymoe.parallel.sharded import shard
@@ -45,10 +46,13 @@ def one_step(rank: int, world: int, name: str, grains: int) -> dict[str, Any]:
     gradients.zero()
     tokens = torch.randint(29, (grains, 2, 9), generator=torch.Generator().manual_seed(0))
     loss = torch.zeros((), dtype=torch.float64)
+    loads = Loads.zeros(model)
     for turn in range(-(-grains // world)):
         index = turn * world + rank
         batch = tokens[index] if index < grains else tokens[:0].flatten(0, 1)
-        logits = sharded.transformer(batch[:, :-1])
+        seen = Observation(model)
+        logits = sharded.transformer(batch[:, :-1], seen=seen)
+        loads = loads + seen.loads()
         part = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum") / (grains * 16)
         part.backward()
         loss += part.detach()
@@ -59,10 +63,7 @@ def one_step(rank: int, world: int, name: str, grains: int) -> dict[str, Any]:
     before = {k: v.clone() for k, v in sharded.transformer.logical(by_name).items()}
     norm = gradients.clip(0.01)
     after = {k: v.clone() for k, v in sharded.transformer.logical(by_name).items()}
-    load = [
-        (getattr(f, "cluster_load", torch.zeros(0)).tolist(), getattr(f, "expert_load", torch.zeros(0)).tolist())
-        for f in sharded.transformer.ffns
-    ]
+    load = (loads.clusters_LC, loads.members_LM)
     return dict(loss=loss.item(), norm=norm, before=before, after=after, load=load, sent=sharded.meter.take(),
                 owned=sharded.owned(), held=list(sharded.transformer.logical()))  # fmt: skip
 
@@ -86,9 +87,8 @@ def test_many_processes_equal_one(name: str, world: int, tmp_path: Path) -> None
                 )
         seen |= set(result["before"])
     assert seen == set(expected["before"])
-    for layer, (clusters, experts) in enumerate(expected["load"]):
-        summed = [[sum(c) for c in zip(*(r["load"][layer][i] for r in results), strict=True)] for i in (0, 1)]
-        assert summed == [clusters, experts]
+    for level, load in enumerate(expected["load"]):
+        assert torch.equal(sum(result["load"][level] for result in results), load)
     owned = [key for result in results for key in result["owned"]]
     assert sorted(owned) == sorted(expected["held"])  # every key is written by exactly one rank
     crossing = sum(result["sent"] for result in results)
@@ -117,7 +117,7 @@ def exact_bytes(rank: int, world: int) -> tuple[int, int]:
     layer = sharded.transformer.ffns[0]
     rows = torch.randn(20, 16, generator=torch.Generator().manual_seed(rank), requires_grad=True)
     layer(rows).sum().backward()
-    choice = layer.router(rows).index.flatten()
+    choice = layer.router(rows).index_TK.flatten()
     away = sum(rank not in sharded.placements[0].owners[g] for g in choice.tolist())
     owned_by_others = sum(len(sharded.placements[0].groups_of(r)) for r in range(world) if r != rank)
     # x out and dy out: our rows that go away. y back and dx back are sent by the owner: count them there.

@@ -35,8 +35,7 @@ TOKENS = torch.randint(29, (3, 8), generator=torch.Generator().manual_seed(0))
 
 
 def fade(transformer: Transformer, progress: float) -> None:
-    for ffn in transformer.ffns:
-        assert isinstance(ffn, ClusteredExperts)
+    for ffn in transformer.ffns_of(ClusteredExperts):
         ffn.set_progress(progress)
 
 
@@ -78,7 +77,9 @@ def test_logits_stay_when_a_plan_is_applied_and_when_its_ghosts_go(k: int, visit
     after = swapped(START, 5)
     inputs = [torch.randn(64, 16)] * 2
     moments, _ = remap(sharded, START, after, [], optimizer.moments(), refit=refit, inputs=inputs)
-    assert all(ffn.share.device.type == "cpu" for ffn in sharded.transformer.ffns)  # as the counts are
+    assert all(
+        ffn.share_e.device.type == "cpu" for ffn in sharded.transformer.ffns_of(ClusteredExperts)
+    )  # as the counts are
     fade(sharded.transformer, 0.0)
     torch.testing.assert_close(sharded.transformer(TOKENS), before, rtol=1e-5, atol=1e-6)
     fade(sharded.transformer, 0.5)

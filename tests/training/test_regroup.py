@@ -17,7 +17,9 @@ from prometheus_client import CollectorRegistry
 
 from raymoe.config import Config, override, preset
 from raymoe.metrics import TrainingMetrics
+from raymoe.model.observation import Observation
 from raymoe.parallel.sharded import shard
+from raymoe.training.load import RoutingLoad
 from raymoe.training.loop import Trainer
 from raymoe.training.regroup.clients import DirectClient, ReplayClient
 from raymoe.training.regroup.clusterer import Clusterer, ClustererStatus, Message
@@ -497,14 +499,14 @@ def test_planted_swaps_are_found_by_answers_of_a_real_model() -> None:
     recorder.arm(10)
     corpus = Synthetic(model.vocabulary)
     rows = range(settings.train.global_batch)
-    recorder.aim(rows)
+    seen = Observation(model, **recorder.options(rows))
     batch = corpus.batch(seed=0, step=0, global_batch=len(rows), context=model.context, rows=rows)
-    sharded.transformer(torch.from_numpy(batch.tokens)[:, :-1])
-    from raymoe.training.load import RoutingLoad
-
-    clusters, members, served = sharded.transformer.take_load()
+    sharded.transformer(torch.from_numpy(batch.tokens)[:, :-1], seen=seen)
+    recorder.add(rows, seen)
+    loads = seen.loads()
+    load = RoutingLoad(loads.clusters_LC, loads.members_LM, loads.rows_L[:, None], model.n_experts)
     assignment = tuple(map(tuple, planted))
-    recorder.read(10, RoutingLoad(clusters, members, served[:, None], model.n_experts), assignment)
+    recorder.read(10, load, assignment)
     clusterer = Clusterer(settings.to_dict())
     clusterer.observe(Message(1, 0, 1, assignment, False, recorder.total))
     (decision,) = clusterer.poll(1).decisions

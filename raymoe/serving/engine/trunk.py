@@ -207,6 +207,6 @@ class Trunk:
             model.clusters_per_token,
             over_selected=False,
         )
-        index, weight = choice.index[: rows.shape[0]], choice.weight[: rows.shape[0]] * model.gate_scale
+        index, weight = choice.index_TK[: rows.shape[0]], choice.weight_TK[: rows.shape[0]] * model.gate_scale
         answers = by_cluster(rows, index, model.n_clusters, partial(self.clusters, i))
         return (weight[..., None] * answers).sum(1)

@@ -128,9 +128,8 @@ class Regrouping:
         return sent
 
     def _fade(self, progress: float) -> None:
-        for ffn in self.sharded.transformer.ffns:
-            if isinstance(ffn, ClusteredExperts):
-                ffn.set_progress(progress)
+        for ffn in self.sharded.transformer.ffns_of(ClusteredExperts):
+            ffn.set_progress(progress)
 
     def _total(self, value: float) -> int:
         total = torch.tensor(float(value), dtype=torch.float64, device=self.gradients.buffer.device)

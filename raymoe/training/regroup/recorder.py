@@ -6,8 +6,8 @@ same few hundred tokens, spread over the global batch, whether routed to it or n
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +16,8 @@ from torch import Tensor
 
 from raymoe.clustering.statistics import Statistics, merge
 from raymoe.config import Config
-from raymoe.model.experts import ClusteredExperts, FlatExperts
+from raymoe.model.experts import ClusteredExperts
+from raymoe.model.observation import Observation
 from raymoe.model.transformer import Transformer
 from raymoe.parallel.gram import grams
 from raymoe.parallel.sharded import Sharded
@@ -28,43 +29,43 @@ from raymoe.training.load import RoutingLoad
 class Sample:
     """The inputs of each FFN for the same tokens of a global batch, whichever ranks compute them."""
 
-    def __init__(self, config: Config, ffns: Sequence[ClusteredExperts | FlatExperts]) -> None:
-        self.config, self.ffns = config, ffns
+    def __init__(self, config: Config, device: torch.device) -> None:
+        self.config, self.device = config, device
         tokens = config.train.global_batch * config.model.context
         count = min(config.regroup.sample, tokens)
         self._at = torch.arange(count) * tokens // count
-        self._taken: list[Tensor] = []
+        self._rows_LND = torch.zeros(config.model.layers, count, config.model.d_model, device=device)
 
-    def aim(self, rows: range) -> None:
-        """The next forward is of these sequences of the global batch."""
+    def _taken(self, rows: range) -> tuple[Tensor, Tensor]:
+        """Which tokens of the sample are in these sequences of the global batch, and their positions there."""
         start, stop = (edge * self.config.model.context for edge in (rows.start, rows.stop))
         mine = (self._at >= start) & (self._at < stop)
-        self._taken.append(mine.nonzero().flatten())
-        for ffn in self.ffns:
-            ffn.sampled_rows = self._at[mine] - start
+        return mine.nonzero().flatten(), self._at[mine] - start
+
+    def positions(self, rows: range) -> Tensor:
+        """Positions of the sample in a forward of these sequences of the global batch."""
+        return self._taken(rows)[1]
+
+    def add(self, rows: range, seen: Observation) -> None:
+        """Add the inputs that a forward of these sequences observed."""
+        self._rows_LND[:, self._taken(rows)[0].to(self.device)] = seen.samples_LND.to(self._rows_LND)
 
     def gather(self) -> Tensor:
-        """What all ranks have taken since they began to aim: [L, N, D] float32. A collective."""
-        device = next(self.ffns[0].parameters()).device
-        rows = torch.zeros(len(self.ffns), len(self._at), self.config.model.d_model, device=device)
-        for layer, ffn in enumerate(self.ffns):
-            if self._taken:
-                rows[layer, torch.cat(self._taken).to(device)] = torch.cat(ffn.samples).to(rows)
-            ffn.samples, ffn.sampled_rows = [], None
+        """Return the inputs that all ranks added: [L, N, D] float32. A collective."""
         if dist.is_initialized() and dist.get_world_size() > 1:
-            dist.all_reduce(rows)
-        return rows
+            dist.all_reduce(self._rows_LND)
+        return self._rows_LND
 
 
 @torch.no_grad()
 def sample_inputs(model: Transformer, grains: Grains, step: int) -> Tensor:
     """`regroup.sample` inputs of each FFN [L, N, D] in step `step`'s batch, by a forward of it. A collective."""
-    sample = Sample(grains.config, [ffn for ffn in model.ffns if isinstance(ffn, (ClusteredExperts, FlatExperts))])
+    sample = Sample(grains.config, grains.device)
     for rows, batch in grains.training(step):
-        sample.aim(rows)
+        seen = Observation(model.model, sampled_rows=sample.positions(rows))
         with grains.autocast():
-            model.hidden(grains.tensors(batch)[0])
-    model.take_load()
+            model.hidden(grains.tensors(batch)[0], seen=seen)
+        sample.add(rows, seen)
     return sample.gather()
 
 
@@ -78,6 +79,7 @@ class Recorder:
         """The rows of the last sample, the same on all ranks."""
         self._sample: Sample | None = None
         self._watching = False
+        self._input_sums_eD: list[Tensor] = []
 
     def restart(self, version: int, step: int) -> None:
         """Begin anew: what was gathered under another assignment says nothing of this one."""
@@ -85,23 +87,28 @@ class Recorder:
         self.total = Statistics.empty(version, model.layers, model.n_experts, model.d_model, beta, step)
 
     def _ffns(self) -> list[ClusteredExperts]:
-        return [ffn for ffn in self.sharded.transformer.ffns if isinstance(ffn, ClusteredExperts)]
+        return self.sharded.transformer.ffns_of(ClusteredExperts)
 
     def arm(self, step: int) -> None:
         """Before step `step` (counted from 1) runs: watch it, if it is one to be watched."""
-        regroup, ffns = self.config.regroup, self._ffns()
+        regroup, device = self.config.regroup, self._ffns()[0].base_gate.device
         is_last = step % self.config.period == 0 and step >= regroup.burn_in
-        self._sample = Sample(self.config, ffns) if is_last else None
+        self._sample = Sample(self.config, device) if is_last else None
         self._watching = is_last or step % regroup.stats_every == 0
-        if self._watching:
-            for ffn in ffns:
-                held = len(ffn.local_members), self.config.model.d_model
-                ffn.input_sum = torch.zeros(held, device=ffn.base_gate.device)
+        self._input_sums_eD = []
 
-    def aim(self, rows: range) -> None:
-        """The next forward is of these sequences of the global batch."""
+    def options(self, rows: range) -> dict[str, Any]:
+        """Return the options of the `Observation` for a forward of these sequences of the global batch."""
+        sampled_rows = self._sample.positions(rows) if self._sample else None
+        return {"input_sums": self._watching, "sampled_rows": sampled_rows}
+
+    def add(self, rows: range, seen: Observation) -> None:
+        """Add what a forward of these sequences observed."""
         if self._sample:
-            self._sample.aim(rows)
+            self._sample.add(rows, seen)
+        if self._watching:
+            sums = self._input_sums_eD or [torch.zeros_like(sum_eD) for sum_eD in seen.input_sums_eD]
+            self._input_sums_eD = [a + b for a, b in zip(sums, seen.input_sums_eD, strict=True)]
 
     def read(self, step: int, load: RoutingLoad, assignment: tuple[tuple[int, ...], ...]) -> None:
         """After step `step`: take in what was watched. A collective where the step was a period's last."""
@@ -111,11 +118,9 @@ class Recorder:
         model = self.config.model
         rows = load.experts.numpy() if self.sharded.rank == 0 else np.zeros((model.layers, model.n_experts))
         inputs = np.zeros((model.layers, model.n_experts, model.d_model))
-        for layer, ffn in enumerate(self._ffns()):
-            assert ffn.input_sum is not None
-            for member, total in zip(ffn.local_members, ffn.input_sum.double().cpu().numpy(), strict=True):
+        for layer, (ffn, sum_eD) in enumerate(zip(self._ffns(), self._input_sums_eD, strict=True)):
+            for member, total in zip(ffn.local_members, sum_eD.double().cpu().numpy(), strict=True):
                 inputs[layer, member.expert] += total
-            ffn.input_sum = None
         seen = replace(
             self.total, step=step, rows_LE=rows.astype(np.int64), count_LE=rows.astype(np.float64),
             input_sum_LED=inputs, gram={}, sampled=0,
