@@ -21,7 +21,8 @@ import numpy as np
 import torch
 from prometheus_client import CollectorRegistry
 
-from raymoe.clustering.plan import RemapPlan, make
+from raymoe.clustering.plan import RemapPlan
+from raymoe.clustering.planner import make_plan
 from raymoe.clustering.statistics import Statistics
 from raymoe.config import Config, override, preset
 from raymoe.data.corpus import Batch, Corpus, prepare
@@ -119,7 +120,9 @@ def remap(name: str, data: str, seeds: int, warmup: int, steps: int = 200) -> di
                 shutil.copytree(base / "checkpoints", branch / "checkpoints")
             plan = forced(override(preset(name), changes), base)
             plans = Path(folder, f"plan{seed}.jsonl")
-            plans.write_text(json.dumps({"kind": "plan", "name": "applied", "plan": plan.to_dict()}) + "\n")
+            plans.write_text(
+                json.dumps({"kind": "plan", "step": warmup, "name": "applied", "plan": plan.to_dict()}) + "\n"
+            )
             modes = {"without": ["regroup.mode=off"], "with": ["regroup.mode=replay", f"regroup.replay={plans}"]}
             times = {
                 side: in_processes(2, _branch, folder, name, [*changes, *modes[side]], str(run), corpus, warmup + steps)
@@ -166,7 +169,7 @@ def forced(config: Config, run: Path) -> RemapPlan:
     assert checkpoint is not None
     keys = [key for key in checkpoint.keys if key.startswith("statistics.")]
     arrays = {key.split(".", 1)[1]: tensor.numpy() for key, tensor in checkpoint.read(keys).items()}
-    plan = make(
+    plan = make_plan(
         Statistics.from_arrays(arrays), checkpoint.meta["assignment"], regroup=config.regroup,
         n_clusters=config.model.n_clusters, seed=config.run.seed, force=True,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Balanced k-means: clusters of given sizes, warm-started from the present ones."""
+"""Balanced k-means: clusters of given sizes, started from the current clusters."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import numpy as np
 from scipy.optimize import linear_sum_assignment
 
 RESTARTS = 32
-"""k-means++ starts, of which the best result counts."""
+"""Number of k-means++ starts; the best result is returned."""
 
 
 def embed(S_EE: np.ndarray) -> np.ndarray:
-    """Points Z_EX with Z Zᵀ = S (the nearest positive semidefinite matrix to it), X its numerical rank."""
+    """Return points Z_EX with Z Zᵀ = S, or the nearest positive semidefinite matrix; X is its numerical rank."""
     values, vectors_EX = np.linalg.eigh((S_EE + S_EE.T) / 2)
     kept = values > len(values) * np.finfo(values.dtype).eps * max(values[-1], 0)
     return vectors_EX[:, kept] * np.sqrt(values[kept])
@@ -21,15 +21,15 @@ def embed(S_EE: np.ndarray) -> np.ndarray:
 def balanced_kmeans(
     Z_EX: np.ndarray, sizes_C: Sequence[int] | np.ndarray, start: Sequence[int] | np.ndarray | None, seed: int
 ) -> np.ndarray:
-    """A cluster for each point, assignment_E, with `sizes_C` points a cluster.
+    """Return assignment_E, the cluster of each point, with `sizes_C` points per cluster.
 
-    Lloyd's steps, each with the best assignment of those sizes, from the centroids of `start` or, without
-    one, from k-means++ (the seed's only use). Ends where a step no longer lowers the squared distances to
-    centroids. ValueError where sizes do not sum to the points.
+    Performs Lloyd's steps, each with the optimal assignment of these sizes, from the centroids of `start`. If
+    `start` is None, it starts from k-means++ with `seed`. Ends when a step no longer reduces the squared
+    distances to centroids. ValueError if the sizes do not sum to the number of points.
     """
     sizes_C = np.asarray(sizes_C)
     if sizes_C.sum() != len(Z_EX):
-        raise ValueError(f"clusters of {sizes_C.tolist()} do not hold {len(Z_EX)} experts")
+        raise ValueError(f"sizes {sizes_C.tolist()} sum to {sizes_C.sum()}, expected {len(Z_EX)}")
     if start is not None:
         return _lloyd(Z_EX, _centroids(Z_EX, np.asarray(start), len(sizes_C)), sizes_C)
     generator = np.random.default_rng(seed)
@@ -38,7 +38,7 @@ def balanced_kmeans(
 
 
 def align(proposal: Sequence[int] | np.ndarray, current: Sequence[int] | np.ndarray, n_clusters: int) -> np.ndarray:
-    """The proposal with its clusters named after the current ones that they share most experts with."""
+    """Rename the clusters of `proposal` so that they share as many experts as possible with `current`."""
     overlap_CC = np.zeros((n_clusters, n_clusters), np.int64)
     np.add.at(overlap_CC, (np.asarray(proposal), np.asarray(current)), 1)
     _, names_C = linear_sum_assignment(overlap_CC, maximize=True)
@@ -64,13 +64,13 @@ def _centroids(Z_EX: np.ndarray, assignment_E: np.ndarray, n_clusters: int) -> n
 
 
 def _explained(Z_EX: np.ndarray, assignment_E: np.ndarray, n_clusters: int) -> float:
-    """Sum of squares about the origin that centroids explain: all less the squared distances to them."""
+    """Return the explained sum of squares: the total minus the squared distances to centroids."""
     sizes_C = np.bincount(assignment_E, minlength=n_clusters)
     return float(sizes_C @ (_centroids(Z_EX, assignment_E, n_clusters) ** 2).sum(1))
 
 
 def _plus_plus(Z_EX: np.ndarray, n_clusters: int, generator: np.random.Generator) -> np.ndarray:
-    """First centroids_CX: points, each drawn by its squared distance to the nearest before (k-means++)."""
+    """Return initial centroids_CX: points drawn in proportion to the squared distance to the nearest one (k-means++)."""
     chosen = [int(generator.integers(len(Z_EX)))]
     nearest_E = np.full(len(Z_EX), np.inf)
     while len(chosen) < n_clusters:

@@ -1,4 +1,4 @@
-"""How alike a layer's experts are: two cosines, fused."""
+"""Similarity of the experts of a layer: a weighted sum of two cosines."""
 
 from __future__ import annotations
 
@@ -8,29 +8,29 @@ from raymoe.clustering.statistics import Statistics
 
 
 class NotSampled(ValueError):
-    """A gram that the similarity needs has not been gathered in every layer yet."""
+    """A gram that the similarity requires is not sampled in every layer yet."""
 
 
 def similarity(stats: Statistics, kind: str, alpha: float) -> np.ndarray:
-    """Similarity of experts, S_LEE: alpha x a term of parameters + (1 − alpha) x a term of activations.
+    """Return the similarity of experts S_LEE: alpha x parameter term + (1 − alpha) x activation term.
 
-    `paper` (arXiv 2510.02345, equation 1): of whole weights, and of mean routed inputs.
-    `counterfactual`: of residuals, and of their answers to tokens that all experts saw, less the mean
-    answer. No base is in either, so that it does not confirm the present clusters.
+    `paper` (arXiv 2510.02345, equation 1): cosines of whole weights, and of mean routed inputs.
+    `counterfactual`: cosines of residuals, and of residual outputs on a shared sample of tokens, without their
+    mean. Neither term contains the base, so the similarity does not confirm the current clusters.
 
-    Positive semidefinite to rounding, diagonals exactly 1; a zero vector (an expert without rows, an
-    untouched residual) is like no other. Raises NotSampled.
+    S is positive semidefinite up to rounding with a diagonal of exactly 1. A zero vector (an expert without
+    rows, a residual at zero) has similarity 0 to all others. Raises NotSampled.
     """
     if kind == "counterfactual":
         parameters_LEE = cosine(_sampled(stats, "residual"))
-        answer_LEE = _sampled(stats, "answer")
-        centred_LEE = answer_LEE - answer_LEE.mean(1, keepdims=True)
-        centred_LEE -= centred_LEE.mean(2, keepdims=True)
-        # What centring leaves of equal answers is rounding, not an answer.
-        activations_LEE = cosine(centred_LEE, 1e-12 * _squares(answer_LEE).max(1))
+        output_LEE = _sampled(stats, "answer")
+        centered_LEE = output_LEE - output_LEE.mean(1, keepdims=True)
+        centered_LEE -= centered_LEE.mean(2, keepdims=True)
+        # The centered rest of equal outputs is rounding error.
+        activations_LEE = cosine(centered_LEE, 1e-12 * _squares(output_LEE).max(1))
     elif kind == "paper":
         parameters_LEE = cosine(_sampled(stats, "weight"))
-        # The cosine of sums is that of means: counts cancel.
+        # The cosine of sums equals the cosine of means: counts cancel.
         activations_LEE = cosine(stats.input_sum_LED @ stats.input_sum_LED.swapaxes(1, 2))
     else:
         raise ValueError(f"similarity={kind!r} is not allowed: counterfactual or paper")
@@ -38,7 +38,7 @@ def similarity(stats: Statistics, kind: str, alpha: float) -> np.ndarray:
 
 
 def _sampled(stats: Statistics, name: str) -> np.ndarray:
-    """The gram of that name; a layer is sampled once some square on its diagonal is positive."""
+    """Return the gram `name`. A layer is sampled if a square on its diagonal is positive."""
     if name not in stats.gram:
         raise NotSampled(f"no {name} gram yet")
     gram_LEE = stats.gram[name]
@@ -53,7 +53,7 @@ def _squares(gram_LEE: np.ndarray) -> np.ndarray:
 
 
 def cosine(gram_LEE: np.ndarray, floor_L: np.ndarray | float = 0.0) -> np.ndarray:
-    """Inner products as cosines; vectors whose square is at most the floor count as zero."""
+    """Convert inner products to cosines. A vector whose square is at most `floor_L` counts as zero."""
     squares_LE = _squares(gram_LEE)
     is_vector_LE = squares_LE > np.reshape(floor_L, (-1, 1))
     inverse_LE = np.where(is_vector_LE, 1 / np.sqrt(np.where(is_vector_LE, squares_LE, 1)), 0)

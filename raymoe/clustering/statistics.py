@@ -1,4 +1,4 @@
-"""What routed rows say of experts: sums decayed by step, so that they merge in any order and know no clock."""
+"""Statistics of routed rows by expert: sums that decay by step index, so they merge in any order."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 GRAMS = ("residual", "answer", "weight")
-"""Inner products between experts: of residuals, of residuals' answers to sampled tokens, of whole weights."""
+"""Inner products between experts: of residuals, of residual outputs on the sample (`answer`), of whole weights."""
 
 
 @dataclass(frozen=True, eq=False)
 class Statistics:
-    """What the routed rows of a range of steps say, by layer and logical expert."""
+    """Sums over the routed rows of a range of steps, by layer and logical expert."""
 
     version: int
-    """Assignment under which they were gathered."""
+    """Version of the assignment under which the rows were routed."""
     step: int
-    """Last step covered, to which the sums are decayed."""
+    """Last step of the range. Sums are decayed to this step."""
     beta: float
-    """Each step keeps 1 − beta of what was before (arXiv 2510.02345, section 3.1: 0.05)."""
+    """Decay: each step keeps 1 − beta of the sums (arXiv 2510.02345, section 3.1: 0.05)."""
     rows_LE: np.ndarray
-    """Routed rows, int64, exact: never decayed."""
+    """Number of routed rows, int64, exact and without decay."""
     count_LE: np.ndarray
     """Decayed count of routed rows, float64."""
     input_sum_LED: np.ndarray
@@ -30,13 +30,13 @@ class Statistics:
     gram: dict[str, np.ndarray] = field(default_factory=dict)
     """Decayed sums of inner products [L, E, E], float64, by name in `GRAMS`; absent until sampled.
 
-    A process contributes the layers that it samples and zeros elsewhere, so that addition gives the whole."""
+    A process contributes the layers that it samples and zeros for the others, so the parts of processes add up."""
     sampled: int = 0
-    """Tokens that every expert answered, exact."""
+    """Number of sampled tokens on which every expert was evaluated, exact."""
 
     @classmethod
     def empty(cls, version: int, layers: int, experts: int, d_model: int, beta: float, step: int = 0) -> Statistics:
-        """Nothing seen up to `step`: the neutral element of `merge` among statistics of its version."""
+        """Return statistics without rows up to `step`: the neutral element of `merge` for its version."""
         return cls(
             version=version,
             step=step,
@@ -47,9 +47,9 @@ class Statistics:
         )
 
     def decayed_to(self, step: int) -> Statistics:
-        """The same rows, seen from a later step. ValueError for an earlier one: what has decayed is gone."""
+        """Return the statistics decayed to a later step. ValueError for an earlier step."""
         if step < self.step:
-            raise ValueError(f"statistics up to step {self.step} cannot be seen from step {step}")
+            raise ValueError(f"statistics of step {self.step} cannot decay to the earlier step {step}")
         if step == self.step:
             return self
         kept = (1 - self.beta) ** (step - self.step)
@@ -62,7 +62,7 @@ class Statistics:
         )
 
     def emptied(self) -> Statistics:
-        """Nothing seen, up to the same step and with the same grams."""
+        """Return zero statistics with the same step and the same names of grams."""
         return replace(
             self,
             rows_LE=np.zeros_like(self.rows_LE),
@@ -73,7 +73,7 @@ class Statistics:
         )
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """All of it as int64 and float64 arrays, the numbers as 0-d ones: what safetensors can keep."""
+        """Return all fields as int64 and float64 arrays for safetensors; numbers are 0-d arrays."""
         return {
             "version": np.array(self.version, np.int64),
             "step": np.array(self.step, np.int64),
@@ -87,7 +87,7 @@ class Statistics:
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> Statistics:
-        """The inverse of `arrays`. ValueError where one is missing; `check` says whether they fit a model."""
+        """Return the inverse of `arrays`. ValueError if an array is missing; `check` compares them with a model."""
         try:
             return cls(
                 version=int(arrays["version"].item()),
@@ -100,18 +100,19 @@ class Statistics:
                 sampled=int(arrays["sampled"].item()),
             )
         except KeyError as error:
-            raise ValueError(f"statistics without {error}") from None
+            raise ValueError(f"the array {error} is missing from the statistics") from None
 
 
 def merge(a: Statistics, b: Statistics) -> Statistics:
-    """The statistics of both's rows, in any order; of two versions the newer alone, as an old assignment's are void.
+    """Return the statistics of the rows of both. Commutative and associative.
 
-    ValueError where shapes or betas differ.
+    Of two versions only the newer is kept, since statistics of an earlier assignment are invalid. ValueError if
+    shapes or betas differ.
     """
     if a.input_sum_LED.shape != b.input_sum_LED.shape:
-        raise ValueError(f"statistics of shapes {a.input_sum_LED.shape} and {b.input_sum_LED.shape} do not merge")
+        raise ValueError(f"statistics of shapes {a.input_sum_LED.shape} and {b.input_sum_LED.shape} cannot merge")
     if a.beta != b.beta:
-        raise ValueError(f"statistics of beta {a.beta} and {b.beta} do not merge")
+        raise ValueError(f"statistics of beta {a.beta} and {b.beta} cannot merge")
     if a.version != b.version:
         return max(a, b, key=lambda statistics: statistics.version)
     step = max(a.step, b.step)
@@ -130,9 +131,9 @@ def merge(a: Statistics, b: Statistics) -> Statistics:
 
 
 def check(stats: Statistics, layers: int, experts: int, d_model: int) -> None:
-    """ValueError, with the reason, for what cannot be the statistics of such a model."""
+    """Raise ValueError, with the field, unless `stats` can be the statistics of a model of this shape."""
     if not isinstance(stats, Statistics):
-        raise ValueError(f"{type(stats).__name__} is not statistics")
+        raise ValueError(f"{type(stats).__name__} is not Statistics")
     for name in ("version", "step", "sampled"):
         value = getattr(stats, name)
         if type(value) is not int or value < 0:

@@ -13,8 +13,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from raymoe.clustering.exchange import improve
 from raymoe.clustering.kmeans import balanced_kmeans, embed
-from raymoe.clustering.plan import improve
 from raymoe.clustering.similarity import cosine
 from raymoe.config import ModelSection
 from raymoe.model.experts import FlatExperts

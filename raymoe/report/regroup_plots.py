@@ -16,7 +16,6 @@ from matplotlib.axes import Axes
 from matplotlib.patches import PathPatch
 from matplotlib.path import Path
 
-from raymoe.clustering.plan import purity
 from raymoe.report.plots import (
     BALANCE,
     GRID,
@@ -292,6 +291,15 @@ def purity_plot(validations: Sequence[Record], applied: Sequence[Decision]) -> s
         "Share of a cluster's tokens that are of its commonest domain, averaged over layers; and of all tokens alike."
     )
     return lines_plot("Domain purity of clusters", caption, "purity", lines, form=".3f", events=marks)
+
+
+def purity(counts_GC: np.ndarray) -> float:
+    """Return the share of rows that belong to the most frequent domain of their cluster; 0 without rows.
+
+    `counts_GC` counts rows by domain G and cluster C.
+    """
+    total = counts_GC.sum()
+    return float(counts_GC.max(0).sum() / total) if total else 0.0
 
 
 def remap_losses(trains: Sequence[Record], applied: Sequence[Decision]) -> str:

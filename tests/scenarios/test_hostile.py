@@ -365,7 +365,7 @@ def test_any_file_of_plans_is_replayed_or_refused(data: st.DataObject, tmp_path:
     )
     (tmp_path / "plans.jsonl").write_text("\n".join([json.dumps(good), *lines]), errors="surrogatepass")
     refusal = only(ValueError, lambda: ReplayClient(tmp_path / "plans.jsonl").poll(1))
-    assert not refusal or "is not a record of plans" in refusal
+    assert not refusal or "malformed plan" in refusal
 
 
 def test_a_pipe_is_no_file_of_plans(outside: Path) -> None:

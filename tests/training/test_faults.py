@@ -131,7 +131,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
 
 def begun(folder: Path, function: Callable[..., Any]) -> Path:
     (folder / "run").mkdir(exist_ok=True)
-    (folder / "plans.jsonl").write_text(json.dumps({"kind": "plan", "name": "applied", "plan": PLAN}) + "\n")
+    (folder / "plans.jsonl").write_text(json.dumps({"kind": "plan", "step": 1, "name": "applied", "plan": PLAN}) + "\n")
     processes.run(2, function, str(folder / "run"), folder=folder)
     return folder / "run"
 
@@ -149,7 +149,9 @@ def test_a_lost_worker_ends_the_others_and_a_restart_loses_nothing(
     """Three workers, of which one is killed or hangs; two go on from the newest whole checkpoint."""
     run, timeout = tmp_path / "run", 4.0 if fault == "stopped" else 10.0
     run.mkdir()
-    (tmp_path / "plans.jsonl").write_text(json.dumps({"kind": "plan", "name": "applied", "plan": PLAN}) + "\n")
+    (tmp_path / "plans.jsonl").write_text(
+        json.dumps({"kind": "plan", "step": 1, "name": "applied", "plan": PLAN}) + "\n"
+    )
     made = processes.outcomes(
         3, stricken, str(run), fault, folder=tmp_path, timeout_s=timeout, patience_s=60,
         absent=VICTIM if fault == "stopped" else None,

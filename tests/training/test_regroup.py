@@ -1,4 +1,4 @@
-"""Regrouping inside the loop: all ranks agree, whatever the clusterer does; what was recorded can be repeated."""
+"""Regrouping in the training loop: ranks agree for any behavior of the clusterer, and recorded plans replay."""
 
 from __future__ import annotations
 
@@ -15,6 +15,9 @@ import torch
 import torch.distributed as dist
 from prometheus_client import CollectorRegistry
 
+from raymoe.clustering.plan import RemapPlan
+from raymoe.clustering.planner import NoPlan, NoPlanReason
+from raymoe.clustering.statistics import Statistics
 from raymoe.config import Config, override, preset
 from raymoe.metrics import TrainingMetrics
 from raymoe.model.observation import Observation
@@ -22,7 +25,14 @@ from raymoe.parallel.sharded import shard
 from raymoe.training.load import RoutingLoad
 from raymoe.training.loop import Trainer
 from raymoe.training.regroup.clients import DirectClient, ReplayClient
-from raymoe.training.regroup.clusterer import Clusterer, ClustererStatus, Message
+from raymoe.training.regroup.clusterer import (
+    Clusterer,
+    ClustererStatus,
+    GainMeasured,
+    Message,
+    NoPlanMade,
+    PlanMade,
+)
 from raymoe.training.regroup.recorder import Recorder
 from tests.support import processes
 from tests.support.synthetic import Synthetic
@@ -40,7 +50,7 @@ def config(*changes: str) -> Config:
 
 
 class Gathering(DirectClient):
-    """The clusterer in rank 0's process: what ranks post at the same step is gathered to it."""
+    """Calls a clusterer in each process. Messages of all ranks at a step are gathered to it."""
 
     def send(self, message: Message) -> None:
         messages: list[Any] = [message]
@@ -52,7 +62,7 @@ class Gathering(DirectClient):
 
 
 class Scripted:
-    """A clusterer that says what the test says: answers by the number of the poll."""
+    """A client whose statuses the test defines by the number of the poll."""
 
     def __init__(self, decide: Callable[[int], Any]) -> None:
         self.decide, self.polls, self.lost = decide, 0, 0
@@ -61,20 +71,20 @@ class Scripted:
         return True
 
     def send(self, message: Message) -> None:
-        """Nobody listens."""
+        """Drop the message."""
 
     def poll(self, attempt: int) -> Any:
         self.polls += 1
         return self.decide(self.polls)
 
     def flush(self) -> None:
-        """Nothing is in flight."""
+        """Return at once: no message is sent."""
 
     wait_for_status = poll
 
 
 def train(rank: int, world: int, run: str, changes: tuple[str, ...], decide: Any = None) -> dict[str, Any]:
-    """A run to its end; what this rank holds, and the version before each step."""
+    """Train to the end. Return this rank's tensors, and the version before each step."""
     settings = config(*changes)
     client: Any = Scripted(decide) if decide else Gathering(Clusterer(settings.to_dict()))
     if settings.regroup.replay:
@@ -107,16 +117,16 @@ def fresh(path: Path) -> Path:
     return path
 
 
-# The loop as a whole
+# The whole loop
 
 
 @pytest.mark.dist
-def test_lockstep_is_deterministic_replay_repeats_it_and_a_resume_goes_on(tmp_path: Path) -> None:
+def test_lockstep_is_deterministic_and_replay_repeats_it_before_and_after_a_resume(tmp_path: Path) -> None:
     runs = [fresh(tmp_path / name) for name in ("first", "second")]
     results = [processes.run(2, train, str(run), (), folder=tmp_path) for run in runs]
     first, second = runs
     applied = plans(first, "applied")
-    assert applied[0]["plan"]["reason"] == "forced" and applied[0]["step"] == 13 and len(applied) >= 2
+    assert applied[0]["plan"]["forced"] and applied[0]["step"] == 13 and len(applied) >= 2
     assert losses(first) == losses(second)  # bit for bit
     strip = lambda record: {k: v for k, v in record.items() if k not in ("pause_ms", "time", "seconds")}  # noqa: E731
     everything = ("made", "applied", "refused", "no_plan", "gain_measured", "overlap_ended")
@@ -137,7 +147,7 @@ def test_lockstep_is_deterministic_replay_repeats_it_and_a_resume_goes_on(tmp_pa
     np.testing.assert_allclose(losses(again), losses(first), rtol=1e-5)
     assert [r["plan"]["assignment"] for r in plans(again, "applied")] == [r["plan"]["assignment"] for r in applied]
 
-    # From a checkpoint in the middle of an overlap, on other worlds, the recorded plans go on.
+    # From a checkpoint within an overlap, with other numbers of workers, the recorded plans are applied.
     for world in (1, 3):
         resumed = copy_at(first, tmp_path / f"on{world}", 15)
         shutil.copy(first / "plans.jsonl", resumed)
@@ -149,7 +159,7 @@ def test_lockstep_is_deterministic_replay_repeats_it_and_a_resume_goes_on(tmp_pa
         assert [r["step"] for r in plans(resumed, "applied", "overlap_ended")][:2] == [13, 17]
 
 
-def test_a_run_that_stops_regrouping_in_an_overlap_ends_it(tmp_path: Path) -> None:
+def test_a_resume_without_regrouping_ends_the_overlap(tmp_path: Path) -> None:
     train(0, 1, str(tmp_path), ("train.steps=15",))
     result = train(0, 1, str(tmp_path), ("regroup.mode=off", "train.steps=30"))
     assert not any(result["membership"].ghosts) and set(result["versions"]) == {1}
@@ -157,8 +167,8 @@ def test_a_run_that_stops_regrouping_in_an_overlap_ends_it(tmp_path: Path) -> No
     assert records(tmp_path, "assignment")[-1]["version"] == 1
 
 
-def test_statistics_outlive_a_restart(tmp_path: Path) -> None:
-    """Saved and restored, they are what an undisturbed run has gathered."""
+def test_statistics_survive_a_restart(tmp_path: Path) -> None:
+    """Saved and restored, they equal those of an uninterrupted run."""
     gathered = []
     for run in (fresh(tmp_path / "whole"), tmp_path / "resumed"):
         if not run.exists():
@@ -173,48 +183,54 @@ def test_statistics_outlive_a_restart(tmp_path: Path) -> None:
         np.testing.assert_allclose(gathered[1][key], array, rtol=1e-5, atol=1e-8, err_msg=key)
 
 
-# Ranks agree, whatever comes
+# Ranks agree for any status
 
 
-def good(version: int = 1, made: int = 5, **changes: Any) -> dict[str, Any]:
+def good(version: int = 1, made: int = 5, **changes: Any) -> PlanMade:
+    """Return a valid decision after step `made`; `changes` to the plan's fields can make it malformed."""
     rows = [list(row) for row in config().model.default_assignment()]
     rows[0][0], rows[0][5] = rows[0][5], rows[0][0]
-    plan = dict(
-        version=version, made_at_step=made, effective_step=made + 3, assignment=rows, reason="r", expected_gain=0.5
-    )
-    return {"kind": "plan", "plan": plan | changes}
+    plan = RemapPlan(version, made, made + 3, tuple(map(tuple, rows)), 0.5)
+    return PlanMade(replace(plan, **changes), 0.1, None)
 
 
-def answers(at: int, *decisions: Any, **changes: Any) -> Callable[[int], Any]:
-    """What the decisions are told as at poll `at`, which is after step `at`; before and after it, nothing."""
-    return lambda poll: (
-        replace(ClustererStatus(1, poll, decisions, 0), **changes) if poll == at else ClustererStatus(1, poll, (), 0)
-    )
+def statuses(at: int, *decisions: Any, **changes: Any) -> Callable[[int], Any]:
+    """Return the decisions with poll `at`, which follows step `at`, and no decisions with other polls."""
+
+    def decide(poll: int) -> ClustererStatus:
+        return replace(ClustererStatus(1, poll, decisions, 0), **changes) if poll == at else empty(poll)
+
+    return decide
 
 
-ROWS = [list(row) for row in config().model.default_assignment()]
-GARBAGE = {
-    "late": (answers(25, good()), "late"),
-    "stale": (answers(5, good(version=3)), "stale"),
-    "already applied": (answers(5, good(version=0)), "already applied"),
-    "unknown cluster": (answers(5, good(assignment=[[9, *ROWS[0][1:]], ROWS[1]])), "unknown clusters"),
-    "too few experts": (answers(5, good(assignment=[ROWS[0][:-1], ROWS[1][:-1]])), "malformed"),
-    "too few layers": (answers(5, good(assignment=ROWS[:1])), "malformed"),
-    "wrong sizes": (answers(5, good(assignment=[[1, 1, 0, *ROWS[0][3:]], ROWS[1]])), "sizes"),
-    "nothing": (answers(5, good(assignment=ROWS)), "nothing moves"),
-    "not a plan": (answers(5, {"kind": "plan", "plan": "garbage"}), "malformed"),
-    "NaN": (answers(5, good(expected_gain=float("nan"))), "malformed"),
-    "a huge version": (answers(5, good(version=10**400)), "malformed"),
-    "a huge cluster": (answers(5, good(assignment=[[10**400, *ROWS[0][1:]], ROWS[1]])), "malformed"),
-    "a far step": (answers(5, good(effective_step=10**6)), "malformed"),
-    "from the future": (answers(5, good(made=9)), "malformed"),
-    "no kind": (answers(5, {"plan": 3}), "malformed"),
-    "unknown kind": (answers(5, {"kind": "surprise"}), "malformed"),
-    "not an answer": (lambda poll: b"\x00" if poll == 5 else None, "malformed"),
+def empty(poll: int) -> ClustererStatus:
+    return ClustererStatus(1, poll, (), 0)
+
+
+ROWS = config().model.default_assignment()
+MALFORMED = {
+    "late": (statuses(25, good()), "late"),
+    "stale": (statuses(5, good(version=3)), "stale"),
+    "already applied": (statuses(5, good(version=0)), "already applied"),
+    "unknown cluster": (statuses(5, good(assignment=((9, *ROWS[0][1:]), ROWS[1]))), "unknown clusters"),
+    "too few experts": (statuses(5, good(assignment=(ROWS[0][:-1], ROWS[1][:-1]))), "malformed"),
+    "too few layers": (statuses(5, good(assignment=ROWS[:1])), "malformed"),
+    "wrong sizes": (statuses(5, good(assignment=((1, 1, 0, *ROWS[0][3:]), ROWS[1]))), "sizes"),
+    "nothing moves": (statuses(5, good(assignment=ROWS)), "nothing moves"),
+    "no plan": (statuses(5, PlanMade("garbage", 0.1, None)), "malformed"),  # type: ignore[arg-type]
+    "NaN": (statuses(5, good(expected_gain=float("nan"))), "malformed"),
+    "a huge version": (statuses(5, good(version=10**400)), "malformed"),
+    "a huge cluster": (statuses(5, good(assignment=((10**400, *ROWS[0][1:]), ROWS[1]))), "malformed"),
+    "another effective step": (statuses(5, good(effective_step=10**6)), "malformed"),
+    "a future step": (statuses(5, good(made=9)), "malformed"),
+    "a dict": (statuses(5, {"plan": 3}), "malformed"),
+    "a decision without fields": (statuses(5, NoPlanMade(None, None)), "malformed"),  # type: ignore[arg-type]
+    "an array as gain": (statuses(5, GainMeasured(1, np.zeros(2), None)), "malformed"),  # type: ignore[arg-type]
+    "no status": (lambda poll: b"\x00" if poll == 5 else None, "malformed"),
     "no decisions": (lambda poll: ClustererStatus(1, 1, None, 0) if poll == 5 else None, "malformed"),  # type: ignore[arg-type]
-    "endless messages": (answers(5, refused_messages=float("inf")), "malformed"),
-    "an array": (answers(5, incarnation=np.zeros(2)), "malformed"),
-    "a step that is none": (answers(5, step="x"), "malformed"),
+    "infinite messages": (statuses(5, refused_messages=float("inf")), "malformed"),
+    "an array": (statuses(5, incarnation=np.zeros(2)), "malformed"),
+    "a step that is no int": (statuses(5, step="x"), "malformed"),
 }
 
 
@@ -225,71 +241,73 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
     return losses(run)
 
 
-@pytest.mark.parametrize("what", GARBAGE)
-def test_garbage_is_refused_with_a_reason_and_training_goes_on(
-    what: str, undisturbed: list[float], tmp_path: Path
+@pytest.mark.parametrize("case", MALFORMED)
+def test_wrong_statuses_are_refused_with_a_reason_and_training_continues(
+    case: str, undisturbed: list[float], tmp_path: Path
 ) -> None:
-    decide, reason = GARBAGE[what]
+    decide, reason = MALFORMED[case]
     result = train(0, 1, str(tmp_path), ("regroup.mode=async", "train.steps=30"), decide)
-    refused = plans(tmp_path, "refused")
-    assert len(refused) == 1 and refused[0]["reason"].startswith(reason), refused
+    (refused,) = plans(tmp_path, "refused")
+    assert refused["reason"] == reason and isinstance(refused["detail"], str), refused
     assert not plans(tmp_path, "applied") and set(result["versions"]) == {0}
     assert losses(tmp_path) == undisturbed
 
 
 def two_plans(poll: int) -> ClustererStatus:
-    """A plan after step 5, and one that would change the same again while the first still waits or overlaps."""
-    rows = good()["plan"]["assignment"]
-    other = [[*rows[0]], [rows[1][9], *rows[1][1:9], rows[1][0]]]
-    return ClustererStatus(1, poll, {5: (good(),), 7: (good(version=2, made=7, assignment=other),)}.get(poll, ()), 0)
+    """Return a plan after step 5, and after step 7 another while the first is pending or overlaps."""
+    rows = good().plan.assignment
+    other = rows[0], (rows[1][9], *rows[1][1:9], rows[1][0])
+    decisions = {5: (good(),), 7: (good(version=2, made=7, assignment=other),)}
+    return replace(empty(poll), decisions=decisions.get(poll, ()))
 
 
-def one_rank_hears(poll: int) -> ClustererStatus | None:
-    """Rank 1's own client would have it otherwise; and rank 0's first plan comes when its step has begun."""
+def different_by_rank(poll: int) -> ClustererStatus:
+    """Return other plans to rank 1, which does not poll; the first plan of rank 0 is late."""
     if dist.get_rank():
-        return ClustererStatus(1, poll, (good(made=poll),), 0)
-    return ClustererStatus(1, poll, {12: (good(made=9),), 16: (good(made=16),)}.get(poll, ()), 0)
+        return replace(empty(poll), decisions=(good(made=poll),))
+    decisions = {12: (good(made=9),), 16: (good(made=16),)}
+    return replace(empty(poll), decisions=decisions.get(poll, ()))
 
 
-def garbage_on_rank_0(poll: int) -> Any:
-    """One bad answer after another."""
-    return list(GARBAGE.values())[poll // 2 % len(GARBAGE)][0](5 if poll % 2 else 25)
+def malformed_on_rank_0(poll: int) -> Any:
+    """Return one malformed status after another."""
+    return list(MALFORMED.values())[poll // 2 % len(MALFORMED)][0](5 if poll % 2 else 25)
 
 
 @pytest.mark.dist
-def test_ranks_never_disagree_on_the_version(tmp_path: Path) -> None:
+def test_all_ranks_have_the_same_version_at_every_step(tmp_path: Path) -> None:
     run = fresh(tmp_path / "late")
     results = processes.run(
-        2, train, str(run), ("regroup.mode=async", "train.steps=35"), one_rank_hears, folder=tmp_path
+        2, train, str(run), ("regroup.mode=async", "train.steps=35"), different_by_rank, folder=tmp_path
     )
     assert results[0]["versions"] == results[1]["versions"] == [0] * 19 + [1] * 16
-    assert [r["reason"].split(":")[0] for r in plans(run, "refused")] == ["late"]
+    assert [r["reason"] for r in plans(run, "refused")] == ["late"]
     run = fresh(tmp_path / "two")
     results = processes.run(2, train, str(run), ("regroup.mode=async", "train.steps=35"), two_plans, folder=tmp_path)
     assert results[0]["versions"] == results[1]["versions"] == [0] * 8 + [1] * 27
-    assert [r["reason"].split(":")[0] for r in plans(run, "refused")] == ["busy"]
+    assert [r["reason"] for r in plans(run, "refused")] == ["busy"]
     run = fresh(tmp_path / "garbage")
     changes = ("regroup.mode=async", "train.steps=45")
-    results = processes.run(2, train, str(run), changes, garbage_on_rank_0, folder=tmp_path)
+    results = processes.run(2, train, str(run), changes, malformed_on_rank_0, folder=tmp_path)
     assert results[0]["versions"] == results[1]["versions"] == [0] * 45
-    assert len(plans(run, "refused")) >= len(GARBAGE) and not plans(run, "applied")
+    assert len(plans(run, "refused")) >= len(MALFORMED) and not plans(run, "applied")
 
 
-def test_what_a_decision_calls_itself_does_not_change_the_record(tmp_path: Path) -> None:
-    decision = {"kind": "none", "step": "x", "reason": "r", "made_at_step": 5, "expected_gain": 0.0}
-    train(0, 1, str(tmp_path), ("regroup.mode=async", "train.steps=10"), answers(5, decision))
+def test_a_period_without_a_plan_is_recorded_and_nothing_is_refused(tmp_path: Path) -> None:
+    no_plan = NoPlan(5, NoPlanReason.NOTHING_TO_GAIN, "the best layer gains 0 of min_gain 0.01", 0.0)
+    train(0, 1, str(tmp_path), ("regroup.mode=async", "train.steps=10"), statuses(5, NoPlanMade(no_plan, 0.1)))
     (record,) = plans(tmp_path, "no_plan")
-    assert record["step"] == 5
-    train(0, 1, str(tmp_path), ("regroup.mode=off", "train.steps=12"))  # and the run goes on
+    assert (record["step"], record["reason"], record["detail"]) == (5, "nothing to gain", no_plan.detail)
+    assert not plans(tmp_path, "refused")
 
 
 class Queueing(DirectClient):
-    """As an actor takes calls: one by one, some time later, and an answer asked for early is of what was known then."""
+    """Executes calls in order and later, as an actor does. An early poll returns an early status."""
 
     def __init__(self, clusterer: Clusterer) -> None:
         super().__init__(clusterer)
         self.calls: list[Callable[[], Any]] = []
-        self.asked: list[ClustererStatus] = []
+        self.polled: list[ClustererStatus] = []
         self.waiting = False
 
     def run(self) -> None:
@@ -308,15 +326,14 @@ class Queueing(DirectClient):
     def poll(self, attempt: int) -> ClustererStatus | None:
         if not self.waiting:
             self.waiting = True
-            self.calls.append(lambda: self.asked.append(self.clusterer.poll(attempt)))
+            self.calls.append(lambda: self.polled.append(self.clusterer.poll(attempt)))
             return None
         self.run()
         self.waiting = False
-        return self.asked.pop()
+        return self.polled.pop()
 
     def wait_for_status(self, attempt: int) -> ClustererStatus | None:
-        answer = self.poll(attempt)
-        return answer or self.poll(attempt)
+        return self.poll(attempt) or self.poll(attempt)
 
 
 def test_lockstep_does_not_depend_on_the_clusterers_pace(tmp_path: Path) -> None:
@@ -332,8 +349,8 @@ def test_lockstep_does_not_depend_on_the_clusterers_pace(tmp_path: Path) -> None
     assert [r["step"] for r in plans(runs[0], "applied")] == [r["step"] for r in plans(runs[1], "applied")]
 
 
-def test_a_resume_at_the_step_of_a_plan_applies_it_once(tmp_path: Path) -> None:
-    """The checkpoint of a step is taken before what happens ahead of the next: such a record goes with the cut."""
+def test_a_resume_at_the_effective_step_applies_a_plan_once(tmp_path: Path) -> None:
+    """The checkpoint of a step precedes the plan of the next step; a resume removes the plan's record."""
     settings = ("train.steps=30", "regroup.plan_lag=5")
     whole = fresh(tmp_path / "whole")
     train(0, 1, str(whole), settings)
@@ -346,22 +363,20 @@ def test_a_resume_at_the_step_of_a_plan_applies_it_once(tmp_path: Path) -> None:
     assert versions == sorted(set(versions)) and [r["version"] for r in records(resumed, "assignment")].count(1) <= 1
 
 
-def test_a_step_that_diverges_leaves_no_trace_in_the_statistics(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_diverged_step_does_not_change_the_statistics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = Trainer.forward_backward
 
     def poisoned(self: Trainer, step: int) -> Any:
-        if step not in (5, 9):  # a watched step, and a period's last
+        if step not in (5, 9):  # a recorded step, and the last step of a period
             return real(self, step)
         weight = self.model.layers[0].ffn_norm  # type: ignore[union-attr]
         saved = weight.detach().clone()
         with torch.no_grad():
             weight.fill_(float("nan"))
-        said = real(self, step)
+        result = real(self, step)
         with torch.no_grad():
             weight.copy_(saved)
-        return said
+        return result
 
     monkeypatch.setattr(Trainer, "forward_backward", poisoned)
     settings = config("regroup.force=0", "train.steps=20")
@@ -385,8 +400,6 @@ def message(attempt: int, step: int, rank: int = 0, world: int = 1, version: int
     gram = vectors @ vectors.transpose(0, 2, 1)
     if world > 1:
         gram[[layer for layer in range(model.layers) if layer % world != rank]] = 0.0
-    from raymoe.clustering.statistics import Statistics
-
     empty = Statistics.empty(version, model.layers, model.n_experts, model.d_model, settings.regroup.beta, step)
     count = np.full((model.layers, model.n_experts), 7.0)
     stats = replace(
@@ -395,41 +408,46 @@ def message(attempt: int, step: int, rank: int = 0, world: int = 1, version: int
     return Message(attempt, rank, world, model.default_assignment(), True, stats)
 
 
-def kinds(answer: ClustererStatus) -> list[str]:
-    return [decision["kind"] for decision in answer.decisions]
+def kinds(status: ClustererStatus) -> list[type]:
+    return [type(decision) for decision in status.decisions]
 
 
-def test_the_clusterer_plans_once_a_period_when_all_workers_have_told() -> None:
+def only_plan(status: ClustererStatus) -> RemapPlan:
+    (decision,) = status.decisions
+    assert isinstance(decision, PlanMade)
+    return decision.plan
+
+
+def test_the_clusterer_plans_once_per_period_after_all_workers_reported() -> None:
     clusterer = Clusterer(config().to_dict())
     clusterer.observe(message(1, 8))
     assert kinds(clusterer.poll(1)) == []  # before the burn-in
     clusterer.observe(message(2, 10, rank=0, world=2))
     assert kinds(clusterer.poll(2)) == []
     clusterer.observe(message(2, 10, rank=1, world=2))
-    answer = clusterer.poll(2)
-    assert kinds(answer) == ["plan"] and answer.step == 10
-    assert answer.decisions[0]["plan"]["effective_step"] == 13
+    status = clusterer.poll(2)
+    assert kinds(status) == [PlanMade] and status.step == 10
+    assert only_plan(status).effective_step == 13
     assert kinds(clusterer.poll(2)) == []
     for rank in (0, 1):
         clusterer.observe(message(2, 16, rank=rank, world=2))
     assert kinds(clusterer.poll(2)) == []
-    clusterer.observe(message(1, 30))  # from a future that was rolled back
+    clusterer.observe(message(1, 30))  # from an attempt that was rolled back
     assert clusterer.poll(2).step == 16 and kinds(clusterer.poll(1)) == []
 
 
-def test_the_clusterer_tells_what_a_plan_has_gained_by_later_statistics() -> None:
+def test_the_clusterer_measures_the_gain_of_a_plan_on_later_statistics() -> None:
     clusterer = Clusterer(config().to_dict())
     clusterer.observe(message(1, 10))
-    plan = clusterer.poll(1).decisions[0]["plan"]
-    after = replace(message(1, 20, version=1), assignment=tuple(map(tuple, plan["assignment"])))
-    clusterer.observe(after)
-    seen = [d for d in clusterer.poll(1).decisions if d["kind"] == "seen"]
-    assert len(seen) == 1 and seen[0]["version"] == 1
-    assert seen[0]["gain"] == pytest.approx(plan["expected_gain"], rel=1e-9)  # the same statistics
+    plan = only_plan(clusterer.poll(1))
+    clusterer.observe(replace(message(1, 20, version=1), assignment=plan.assignment))
+    (measured,) = [d for d in clusterer.poll(1).decisions if isinstance(d, GainMeasured)]
+    assert measured.version == 1
+    assert measured.gain == pytest.approx(plan.expected_gain, rel=1e-9)  # the same statistics
 
 
-@pytest.mark.parametrize("what", ["nothing", "dictionary", "shapes", "nan", "negative"])
-def test_the_clusterer_counts_messages_that_are_not_messages(what: str) -> None:
+@pytest.mark.parametrize("case", ["nothing", "dictionary", "shapes", "nan", "negative"])
+def test_the_clusterer_counts_malformed_messages(case: str) -> None:
     clusterer = Clusterer(config().to_dict())
     sound = message(1, 10)
     stats = sound.statistics
@@ -439,18 +457,18 @@ def test_the_clusterer_counts_messages_that_are_not_messages(what: str) -> None:
         "shapes": replace(sound, statistics=replace(stats, count_LE=stats.count_LE[:, 1:])),
         "nan": replace(sound, statistics=replace(stats, count_LE=stats.count_LE * np.nan)),
         "negative": replace(sound, statistics=replace(stats, rows_LE=-stats.rows_LE)),
-    }[what]
+    }[case]
     clusterer.observe(bad)
     assert clusterer.poll(1).refused_messages == 1 and clusterer.poll(1).decisions == ()
     clusterer.observe(sound)
-    assert kinds(clusterer.poll(1)) == ["plan"]
+    assert kinds(clusterer.poll(1)) == [PlanMade]
 
 
-def test_a_clusterer_that_starts_again_is_told_all_again(tmp_path: Path) -> None:
-    """Killed at every phase of a period: the next plan comes, from statistics as if nothing had happened."""
+def test_a_restarted_clusterer_receives_all_statistics_again(tmp_path: Path) -> None:
+    """Killed in each phase of a period, it makes the next plan from complete statistics."""
 
     class Mortal(DirectClient):
-        """A clusterer that is another one from each given poll on."""
+        """Replaces the clusterer at given polls."""
 
         polls = 0
 
@@ -476,15 +494,15 @@ def test_a_clusterer_that_starts_again_is_told_all_again(tmp_path: Path) -> None
         np.testing.assert_allclose(known.count_LE, recorder.total.count_LE)
 
 
-def test_planted_swaps_are_found_by_answers_of_a_real_model() -> None:
-    """Residuals in families; two experts of two families stand in each other's cluster: the plan puts them back."""
+def test_swapped_experts_of_a_real_model_are_restored() -> None:
+    """Residuals form families, and two experts are in each other's cluster. The plan restores them."""
     settings = config("model.d_model=32", "model.d_expert=24", "model.n_experts=16", "regroup.force=0")
     model = settings.model
     true = model.default_assignment()
-    planted = [list(row) for row in true]
-    for row, (a, b) in zip(planted, ((1, 6), (9, 14)), strict=True):
+    swapped = [list(row) for row in true]
+    for row, (a, b) in zip(swapped, ((1, 6), (9, 14)), strict=True):
         row[a], row[b] = row[b], row[a]
-    sharded = shard(model, planted)
+    sharded = shard(model, swapped)
     sharded.transformer.initialize(0)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -505,9 +523,8 @@ def test_planted_swaps_are_found_by_answers_of_a_real_model() -> None:
     recorder.add(rows, seen)
     loads = seen.loads()
     load = RoutingLoad(loads.clusters_LC, loads.members_LM, loads.rows_L[:, None], model.n_experts)
-    assignment = tuple(map(tuple, planted))
+    assignment = tuple(map(tuple, swapped))
     recorder.read(10, load, assignment)
     clusterer = Clusterer(settings.to_dict())
     clusterer.observe(Message(1, 0, 1, assignment, False, recorder.total))
-    (decision,) = clusterer.poll(1).decisions
-    assert decision["kind"] == "plan" and decision["plan"]["assignment"] == [list(row) for row in true]
+    assert only_plan(clusterer.poll(1)).assignment == tuple(map(tuple, true))

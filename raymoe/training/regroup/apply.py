@@ -1,8 +1,8 @@
-"""A worker's side of regrouping: statistics out, plans in, clusters changed between two steps.
+"""Regrouping on a worker: sends statistics, receives plans, and applies them between two steps.
 
-Rank 0 hears of plans; what it has heard rides on the sum over ranks that every step makes anyway, so
-all ranks learn the same at the same step. From there each decides alike: a plan takes effect before
-exactly the step that it names, or is refused with a reason.
+Rank 0 polls the clusterer. Its offer of a plan is part of the all-reduce that every step performs, so all
+ranks receive it at the same step. Each rank then decides alike: it applies the plan before exactly the
+plan's effective step, or refuses it with a reason.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from raymoe.clustering.plan import RemapPlan, moves, validate
+from raymoe.clustering.plan import Refusal, RefusalReason, RemapPlan, moves, validate
 from raymoe.config import Config
 from raymoe.model.experts import ClusteredExperts
 from raymoe.parallel.gradients import Gradients
@@ -27,20 +27,18 @@ from raymoe.parallel.sharded import Sharded
 from raymoe.training.load import RoutingLoad
 from raymoe.training.optimizer import Optimizer
 from raymoe.training.regroup.clients import ClustererClient
-from raymoe.training.regroup.clusterer import ClustererStatus, Message
+from raymoe.training.regroup.clusterer import Decision, GainMeasured, Message, NoPlanMade, PlanMade
+from raymoe.training.regroup.offers import check_offer, check_status, decode, encode
 from raymoe.training.regroup.recorder import Recorder
 from raymoe.training.state import Position
 
-HEADER = ("announced", "version", "made_at_step", "effective_step", "expected_gain", "forced")
-"""What rank 0 says of a plan at a step, before the plan's assignment."""
-
 
 class Regrouping:
-    """Keeps a run's membership.
+    """Owns the membership of experts in a run.
 
-    `client` is how this rank reaches the clusterer; without one, what is on the move arrives and nothing
-    else happens. `log` takes a record of plans, `probe` measures the loss on a few held-out windows, `attempt` is
-    the number of this worker group.
+    `client` reaches the clusterer. Without a client an overlap in progress ends and no other plan is applied.
+    `log` writes a record of plans, `probe` measures the loss on a few held-out windows, and `attempt` is the
+    number of this worker group.
     """
 
     def __init__(
@@ -69,7 +67,7 @@ class Regrouping:
     # Before a step.
 
     def before_step(self, step: int) -> None:
-        """Change what changes between two steps: apply the plan whose step has come, fade ghosts, drop the faded."""
+        """Apply the pending plan if `step` is its effective step; fade or drop ghosts; arm the recorder. Collective."""
         position = self.position
         if self.pending and self.pending.effective_step == step:
             self._apply(self.pending)
@@ -84,22 +82,22 @@ class Regrouping:
             self.recorder.arm(step + 1)
 
     def _apply(self, plan: RemapPlan) -> None:
-        """Change clusters to those of the plan. A collective.
+        """Change the clusters to the plan's assignment. Collective.
 
-        `pause_ms` is the exchange and the change of parameters; the two probes around it come on top.
+        The recorded `pause_ms` covers the exchange and the change of parameters, without the two probes.
         """
         regroup, position, sharded = self.config.regroup, self.position, self.sharded
         self.pending = None
         before, probe = position.membership, self.probe()
         started = time.perf_counter()
         after = moved(before, plan.assignment)
-        # A swap of two clusters between ranks relieves a rank that the load of late has made heavy.
+        # One swap of two clusters between ranks balances the recent load.
         placed = [rebalance(p, row) for p, row in zip(sharded.placements, self._load_LC.tolist(), strict=False)]
         relocated = sum(a != b for p, q in zip(sharded.placements, placed, strict=True)
                         for a, b in zip(p.owners, q.owners, strict=True))  # fmt: skip
         sent = self._change(after, placed, refit=regroup.refit)
         position.version, position.overlap_from = plan.version, position.step
-        position.forced |= plan.reason == "forced"
+        position.forced |= plan.forced
         pause = time.perf_counter() - started
         self._fade(0.0)
         self.recorder.restart(position.version, position.step)
@@ -110,7 +108,7 @@ class Regrouping:
         )  # fmt: skip
 
     def _drop(self) -> None:
-        """The overlap is over: the ghosts go. A collective."""
+        """Drop all ghosts at the end of an overlap. Collective."""
         started = time.perf_counter()
         kept = replace(self.position.membership, ghosts=({},) * self.config.model.layers)
         self._change(kept, self.sharded.placements)
@@ -137,82 +135,75 @@ class Regrouping:
             dist.all_reduce(total)
         return int(total)
 
-    # With a step's own collective.
+    # With the all-reduce of a step.
 
     def encode_offer(self) -> list[float]:
-        """What this rank adds to the step's sum: rank 0 the plan that it offers, the others nothing."""
-        model = self.config.model
-        blank = [0.0] * (len(HEADER) + model.layers * model.n_experts)
-        if self.sharded.rank:
-            return blank
-        if not self._offers or self.pending:
-            return blank
-        plan = self._offers[0]
-        header = [1.0, plan.version, plan.made_at_step, plan.effective_step, plan.expected_gain]
-        assignment = [float(c) for row in plan.assignment for c in row]
-        return [*map(float, header), float(plan.reason == "forced"), *assignment]
+        """Return this rank's part of the step's all-reduce: rank 0 offers a plan, other ranks add zeros."""
+        is_free = self.sharded.rank == 0 and not self.pending
+        offer = self._offers[0] if is_free and self._offers else None
+        return encode(offer, self.config.model.layers, self.config.model.n_experts)
 
-    def decode_offer(self, said: Sequence[float]) -> None:
-        """What all ranks have heard after the step: a plan, accepted or refused by all alike."""
-        header = dict(zip(HEADER, said, strict=False))
-        if not header["announced"]:
+    def decode_offer(self, values: Sequence[float]) -> None:
+        """Accept or refuse the plan that the all-reduce delivered, if any; all ranks alike."""
+        plan = decode(values, self.config.model.layers, self.config.model.n_experts)
+        if plan is None:
             return
-        flat = torch.tensor(said[len(HEADER) :]).long().view(self.config.model.layers, -1).tolist()
-        plan = self._offers.popleft() if self._offers else None
-        plan = plan or RemapPlan(
-            int(header["version"]), int(header["made_at_step"]), int(header["effective_step"]),
-            tuple(map(tuple, flat)), "forced" if header["forced"] else "", header["expected_gain"],
-        )  # fmt: skip
-        reason = self._objection(plan)
-        if reason:
-            self._refuse(plan.to_dict(), reason)
+        if self._offers:  # rank 0
+            self._offers.popleft()
+        if refusal := self._check(plan):
+            self._refuse(plan, refusal)
         else:
             self.pending = plan
 
-    def _objection(self, plan: RemapPlan) -> str | None:
-        """Why this plan cannot be; the same on all ranks."""
+    def _check(self, plan: RemapPlan) -> Refusal | None:
+        """Return the refusal of a plan, the same on all ranks, or None."""
         model, position = self.config.model, self.position
         if self.pending:
-            return f"busy: version {self.pending.version} waits for step {self.pending.effective_step}"
+            detail = f"version {self.pending.version} takes effect at step {self.pending.effective_step}"
+            return Refusal(RefusalReason.BUSY, detail)
         overlap_to = position.overlap_from + self.config.regroup.overlap
         if any(position.membership.ghosts) and plan.effective_step < overlap_to:
-            return f"busy: experts are on the move until step {overlap_to}"
+            return Refusal(RefusalReason.BUSY, f"the overlap of the last plan ends at step {overlap_to}")
         return validate(
             plan, version=position.version, assignment=position.membership.assignment, step=position.step,
             n_clusters=model.n_clusters, max_moves=self.config.regroup.max_moves, min_members=model.experts_per_token,
         )  # fmt: skip
 
-    def _refuse(self, plan: Any, reason: str) -> None:
-        self.log("refused", reason=reason, plan=plan)
+    def _refuse(self, plan: RemapPlan | None, refusal: Refusal) -> None:
+        """Record a refusal; without the plan if it is malformed."""
+        malformed = refusal.reason is RefusalReason.MALFORMED
+        recorded = plan.to_dict() if plan and not malformed else None
+        self.log("refused", reason=refusal.reason.value, detail=refusal.detail, plan=recorded)
 
     # After a step.
 
     def after_step(self, load: RoutingLoad) -> None:
-        """Take in what the step showed, tell the clusterer, and hear what it has decided. Waits in lockstep only."""
+        """Record the step's statistics, send them, and receive decisions. Waits for the clusterer in lockstep only."""
         step, mode = self.position.step, self.config.regroup.mode
         if self.client is None:
             return
         if load.clusters.numel():
             self._load_LC = 0.9 * self._load_LC + load.clusters.numpy()
         self.recorder.read(step, load, self.position.membership.assignment)
-        due = step % self.config.regroup.stats_every == 0 or step % self.config.period == 0
-        if mode == "lockstep" and due:
-            self.client.flush()  # so that what is sent does not depend on the clusterer's pace
-        if due and mode != "replay":
+        is_period_end = step % self.config.period == 0
+        is_due = is_period_end or step % self.config.regroup.stats_every == 0
+        if mode == "lockstep" and is_due:
+            self.client.flush()  # so that the content of a message does not depend on the clusterer's pace
+        if is_due and mode != "replay":
             self._send_statistics(self.client)
-        answer = None
+        status = None
         if mode != "lockstep":
-            answer = self.client.poll(self._attempt) if self.sharded.rank == 0 else None
-        elif step % self.config.period == 0:
+            status = self.client.poll(self._attempt) if self.sharded.rank == 0 else None
+        elif is_period_end:
             self.client.flush()
             if self.sharded.world > 1:
                 dist.barrier()
-            answer = self.client.wait_for_status(self._attempt) if self.sharded.rank == 0 else None
-        if answer is not None:
-            self._receive(answer)
+            status = self.client.wait_for_status(self._attempt) if self.sharded.rank == 0 else None
+        if status is not None:
+            self._receive(status)
 
     def _send_statistics(self, client: ClustererClient) -> None:
-        """Send the statistics that are new; while the last message waits, they wait and merge into the next."""
+        """Send the gathered statistics. While the last message is in flight they merge into the next one."""
         position = self.position
         if client.ready():
             message = Message(
@@ -224,52 +215,39 @@ class Regrouping:
             self._merged += 1
         self.log("messages", merged=self._merged, lost=client.lost)
 
-    def _receive(self, answer: Any) -> None:
-        """Note what the clusterer decided. It is not trusted: what is not an answer is refused, whatever it is."""
+    def _receive(self, received: object) -> None:
+        """Record the clusterer's decisions and queue its plans. Untrusted: anything malformed is refused."""
         try:
-            if not isinstance(answer, ClustererStatus) or {type(answer.step), type(answer.incarnation)} != {int}:
-                raise ValueError(f"{type(answer).__name__} is not an answer")
-            if self._incarnation and answer.incarnation != self._incarnation:
+            status = check_status(received)
+            if self._incarnation and status.incarnation != self._incarnation:
                 self.log("clusterer_restarted")
-            self._incarnation = answer.incarnation
-            for decision in answer.decisions:
-                self._note(dict(decision))
-            lag = self.position.step - answer.step if answer.step >= 0 else None
-            self.log("status", lag_steps=lag, refused_messages=int(answer.refused_messages))
+            self._incarnation = status.incarnation
+            for decision in status.decisions:
+                self._receive_decision(decision)
+            lag = self.position.step - status.step if status.step >= 0 else None
+            self.log("status", lag_steps=lag, refused_messages=int(status.refused_messages))
         except Exception as error:
-            self._refuse(None, f"malformed: {error}")
+            self._refuse(None, Refusal(RefusalReason.MALFORMED, str(error)))
 
-    def _note(self, decision: dict[str, Any]) -> None:
-        kind = decision.pop("kind")
-        if kind == "plan":
-            raw = decision["plan"]
-            try:
-                plan = RemapPlan.from_dict(raw)
-                shape = {len(plan.assignment), *map(len, plan.assignment)}
-                model = self.config.model
-                if shape != {model.layers, model.n_experts}:
-                    raise ValueError(
-                        f"an assignment of {len(plan.assignment)} layers of {len(plan.assignment[0])} experts"
-                    )
-            except ValueError as error:
-                self._refuse(raw, f"malformed: {error}")
-                return
-            if self.config.regroup.mode == "replay":
-                if plan.version <= self.position.version:
-                    return  # applied before the checkpoint from which this run goes on
-            elif plan.effective_step != plan.made_at_step + self.config.regroup.plan_lag:
-                self._refuse(
-                    raw, f"malformed: effective_step is not plan_lag={self.config.regroup.plan_lag} after made_at_step"
-                )
-                return
-            elif plan.made_at_step > self.position.step:
-                self._refuse(raw, f"malformed: made at step {plan.made_at_step}, which is still to come")
-                return
-            self.log("made", **decision)
-            self._offers.append(plan)
-        elif kind == "none":
-            self.log("no_plan", **decision)
-        elif kind == "seen":
-            self.log("gain_measured", **decision)
+    def _receive_decision(self, decision: Decision) -> None:
+        if isinstance(decision, NoPlanMade):
+            found = decision.no_plan
+            self.log(
+                "no_plan", made_at_step=found.made_at_step, reason=found.reason.value, detail=found.detail,
+                expected_gain=found.expected_gain, seconds=decision.seconds,
+            )  # fmt: skip
+        elif isinstance(decision, GainMeasured):
+            self.log("gain_measured", version=decision.version, gain=decision.gain, similarity=decision.similarity)
         else:
-            raise ValueError(f"a decision of kind {kind!r}")
+            self._queue(decision)
+
+    def _queue(self, made: PlanMade) -> None:
+        """Queue a plan as an offer of rank 0, or refuse it."""
+        plan = made.plan
+        if refusal := check_offer(plan, self.config, self.position.step):
+            self._refuse(plan, refusal)
+            return
+        if self.config.regroup.mode == "replay" and plan.version <= self.position.version:
+            return  # applied before the checkpoint from which this run resumed
+        self.log("made", plan=plan.to_dict(), seconds=made.seconds, similarity=made.similarity)
+        self._offers.append(plan)
