@@ -1,12 +1,32 @@
-"""Configs: presets, strict overrides, round trips, and messages that name the field, the value and what is allowed."""
+"""Configs: presets, overrides, JSON and YAML round trips, and errors with the field, the value and the allowed values."""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import re
+import typing
+from pathlib import Path
 
 import pytest
+from hypothesis import event, given, settings
+from hypothesis import strategies as st
 
-from raymoe.config import PRESETS, Config, ModelSection, describe, from_dict, override, preset
+from raymoe.config import (
+    PRESETS,
+    Config,
+    ModelSection,
+    default_root,
+    describe,
+    expand,
+    from_dict,
+    from_yaml,
+    override,
+    preset,
+    repeatable_yaml,
+    to_yaml,
+)
+from raymoe.config.overrides import KEYS, hints
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -96,3 +116,139 @@ def test_a_range_of_workers() -> None:
     fixed = override(elastic, ["train.workers=4"])
     assert (fixed.train.workers, fixed.train.elastic) == (4, False)
     assert not override(preset("tiny"), ["train.workers=3,3"]).train.elastic
+
+
+def test_an_unset_auxiliary_loss_of_an_old_config_stays_unset() -> None:
+    old = preset("tiny").to_dict()
+    old["train"]["aux_loss"] = -1.0  # as version 0.1 wrote it
+    assert from_dict(old) == preset("tiny")
+    assert override(preset("tiny"), ["train.aux_loss=0.02", "train.aux_loss=none"]) == preset("tiny")
+    with pytest.raises(ValueError, match="must be 0 or more, or none"):
+        override(preset("tiny"), ["train.aux_loss=-1"])
+    with pytest.raises(ValueError, match="expected float or none"):
+        override(preset("tiny"), ["train.aux_loss=often"])
+
+
+def test_every_field_has_a_description_that_ends_in_a_sentence() -> None:
+    text = describe(Config())
+    paragraphs = re.split(r"^  (?=\w+\.\w+=)", text, flags=re.MULTILINE)[1:]
+    assert [paragraph.partition("=")[0] for paragraph in paragraphs] == list(KEYS)
+    assert all(len(paragraph.split()) >= 4 and paragraph.rstrip().endswith(".") for paragraph in paragraphs)
+
+
+# YAML
+
+
+def values(name: str) -> st.SearchStrategy[str]:
+    """Draw values of a field as text, valid by type."""
+    section, _, field = name.partition(".")
+    kind = hints(section)[field]
+    if typing.get_origin(kind) is typing.Literal:
+        return st.sampled_from(typing.get_args(kind))
+    if kind is str:
+        return st.text(max_size=20)
+    if kind is bool:
+        return st.sampled_from(["true", "false"])
+    numbers = st.integers(0, 1 << 20).map(str)
+    return numbers if kind is int else st.floats(0, 1e6, allow_nan=False).map(repr) | numbers | st.just("none")
+
+
+@given(st.dictionaries(st.sampled_from(KEYS), st.integers(), max_size=6).flatmap(
+    lambda chosen: st.tuples(*(values(key).map(lambda v, k=key: f"{k}={v}") for key in chosen))
+))  # fmt: skip
+@settings(max_examples=60, deadline=None)
+def test_yaml_is_the_inverse_of_to_yaml(assignments: tuple[str, ...]) -> None:
+    try:
+        config = override(preset("tiny"), assignments)
+    except ValueError:
+        return  # the values do not fit each other
+    event("accepted")
+    assert from_yaml(to_yaml(config)) == config
+    repeated = from_yaml(repeatable_yaml(config))
+    assert (repeated.run.name, repeated.train.resume) == ("", "")
+    assert (repeated.model, repeated.data, repeated.regroup) == (config.model, config.data, config.regroup)
+
+
+@pytest.mark.parametrize(
+    "item",
+    [
+        "train.workers=2,8",
+        "regroup.mode=off",
+        "train.gpu=no",
+        "data.path=null",
+        "run.name=1e3",
+        "data.path=~/a: b # c",
+        "train.aux_loss=0.5",
+    ],
+)
+def test_yaml_keeps_values_that_yaml_reads_as_something_else(item: str) -> None:
+    config = override(preset("tiny"), [item])
+    assert from_yaml(to_yaml(config)) == config
+
+
+def test_yaml_scalars_are_read_by_the_type_of_their_field() -> None:
+    text = "preset: tiny\ntrain: {gpu: no, lr: 3e-4, aux_loss: null}\nregroup: {mode: off}\nrun: {name:, seed: 7}\n"
+    config = from_yaml(text)
+    assert config == override(
+        preset("tiny"), ["train.gpu=no", "train.lr=0.0003", "regroup.mode=off", "run.seed=7", "train.aux_loss=none"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "must be a mapping"),
+        ("tiny", "must be a mapping"),
+        ("[1, 2]", "must be a mapping"),
+        ("model: 3", "model must be a mapping"),
+        ("model: {layer: 6}", "unknown key 'model.layer': did you mean 'model.layers'"),
+        ("modle: {layers: 6}", "unknown config section 'modle': did you mean 'model'"),
+        ("model: {layers: 6, layers: 7}", "has the key 'layers' twice"),
+        ("model: {layers: 6}\nmodel: {layers: 6}", "has the key 'model' twice"),
+        ("model: {layers: [6]}", "model.layers must be one value"),
+        ("model: {layers: many}", "expected int"),
+        ("model: {layers: 1.5}", "expected int"),
+        ("model: {layers: null}", "expected int"),
+        ("model: {layers: 0}", "must be greater than 0"),
+        ("model: {tied_head: maybe}", "true or false"),
+        ("train: {lr: .nan}", "expected float"),
+        ("train: {lr: nan}", "must be finite"),
+        ("preset: huge", "unknown preset 'huge'"),
+        ("preset: [tiny]", "preset must be one value"),
+        ("? [a]\n: b", "must be one value"),
+        ("run: &x {name: a}\ndata: *x", "line 1 of the YAML config has an anchor or alias"),
+        ("<<: {preset: tiny}", "unknown config section '<<'"),
+        ("data: {path: !!python/object/apply:os.system [ls]}", "has the tag"),
+        ("preset: tiny\n---\npreset: tiny", "single document"),
+        ("a: b: c", "not valid YAML"),
+        ("\x00", "not valid YAML"),
+        ("[" * 50000, "nested too deeply"),
+        ("{a: " * 9000 + "1" + "}" * 9000, "nested too deeply"),
+        ("# " + "x" * (1 << 16), "larger than 64 KiB"),
+    ],
+)  # fmt: skip
+def test_a_bad_yaml_config_is_refused(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        from_yaml(text)
+
+
+def test_an_alias_bomb_is_refused_at_once() -> None:
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 30)]
+    with pytest.raises(ValueError, match="anchor or alias"):
+        from_yaml("\n".join(lines))
+
+
+@given(st.text(max_size=200))
+@settings(max_examples=300, deadline=None)
+def test_any_text_is_a_config_or_a_value_error(text: str) -> None:
+    with contextlib.suppress(ValueError):
+        from_yaml(text)
+
+
+def test_expand_names_the_remedy_where_there_is_no_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="set RAYMOE_HOME or HOME"):
+        expand("~no_such_user_of_this_machine/runs")
+    assert expand("/mnt/raymoe") == Path("/mnt/raymoe")
+    monkeypatch.setenv("RAYMOE_HOME", "/mnt/raymoe")
+    assert default_root() == "/mnt/raymoe"

@@ -1,13 +1,17 @@
-"""Serve an export, or update what is being served to it without a failed request.
+"""Serve an artifact on Ray Serve, or replace the served one without failed requests.
 
-    raymoe serve                       the newest export, with services/raymoe.yaml
+    raymoe serve                        the newest export
     raymoe serve first --config my.yaml
-    raymoe serve second                beside the first; once it is ready requests go to it, and the first drains
+    raymoe serve second                 replaces the first when it is ready
 
-Needs a running Ray with a dashboard (`make head`), or starts one that stays, with --start; what serves stays too. An
-update starts a new application beside the old one, switches the route when it is ready, waits until the old one has
-answered what it was asked, and removes it; until the switch a failure changes nothing. `serve status` and `serve
-shutdown` work as always. Exit status: 0 serving, 1 it did not start, 2 refused.
+Needs a Ray cluster with a dashboard, or --start, which starts one on this machine. Ray and the application keep running
+after the command. `serve status` and `serve shutdown` are Ray Serve's own commands for them.
+
+A replacement starts next to the old application. When it is ready, the route switches to it, the old application
+completes its requests and is removed. A failure before the switch changes nothing.
+
+Without --config the application has the settings of services/raymoe.yaml. Exit status: 0 serving, 1 the application
+did not start, 2 refused.
 """
 
 from __future__ import annotations
@@ -18,36 +22,51 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
-from raymoe.commands.entry import new_parser
+from raymoe.commands.entry import new_parser, refuse
 
-REPO_ROOT = Path(__file__).resolve().parents[2]
+LARGEST_SERVE_CONFIG = 1 << 20
+"""Maximum size in bytes of a Serve config. The rest of a larger file is not read."""
 
 
 def parser(program: str | None = None) -> argparse.ArgumentParser:
     parse = new_parser(__doc__, program)
     parse.add_argument(
-        "artifact", nargs="?", help="the export of a run, or an artifact's folder (default: the config's)"
+        "artifact", nargs="?", help="name of an exported run, or folder of an artifact (default: the config's)"
     )
+    parse.add_argument("--config", type=Path, metavar="FILE", help="Serve config with one application, as YAML")
     parse.add_argument(
-        "--config", type=Path, default=REPO_ROOT / "services" / "raymoe.yaml", help="default: %(default)s"
+        "--root", help="folder of runs and exports (default: the config's, else $RAYMOE_HOME or ~/raymoe)"
     )
-    parse.add_argument("--root", help="where exports live (default: the config's, else $RAYMOE_HOME or ~/raymoe)")
     parse.add_argument(
         "--address",
         default=os.environ.get("RAY_DASHBOARD_ADDRESS", "http://127.0.0.1:8265"),
-        help="of Ray's dashboard (default: %(default)s)",
+        help="address of Ray's dashboard (default: %(default)s)",
     )
-    parse.add_argument("--start", action="store_true", help="start a Ray head, which stays, unless one answers")
-    parse.add_argument(
-        "--timeout", type=float, default=300, help="seconds that each step may take (default: %(default)s)"
-    )
+    parse.add_argument("--start", action="store_true", help="start a Ray head if no Ray answers at the address")
+    parse.add_argument("--timeout", type=float, default=300, help="seconds per step (default: %(default)s)")
     return parse
 
 
+def read_serve_config(path: Path | None) -> dict[str, Any]:
+    """Return the Serve config in a YAML file, or the default one. Raises ValueError or OSError."""
+    import yaml
+
+    from raymoe.serving.default_config import default_config
+
+    if path is None:
+        return default_config()
+    try:
+        with path.open("rb") as file:
+            return yaml.safe_load(file.read(LARGEST_SERVE_CONFIG))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+
+
 def start_head(dashboard: str) -> None:
-    """A head that stays, unless one is there. Raises RuntimeError when Ray does not start."""
+    """Start a Ray head that outlives this process, unless Ray answers already. Raises RuntimeError if it fails."""
     from raymoe.ops.ray_head import ENVIRONMENT, answers, authorisation
 
     environment = ENVIRONMENT | os.environ
@@ -55,29 +74,26 @@ def start_head(dashboard: str) -> None:
         return
     url = urlsplit(dashboard)
     if url.hostname not in ("127.0.0.1", "localhost"):
-        raise RuntimeError(f"no Ray answers at {dashboard}, and --start starts one on this machine alone")
+        raise RuntimeError(f"no Ray answers at {dashboard}: --start can start one on this machine only")
     port = url.port or 8265
     command = [str(Path(sys.executable).with_name("ray")), "start", "--head", f"--dashboard-port={port}"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(
-            f"no Ray answers at {dashboard}, and none starts:\n{done.stdout[-1000:]}{done.stderr[-1000:]}"
+            f"no Ray answers at {dashboard}, and `ray start` failed:\n{done.stdout[-1000:]}{done.stderr[-1000:]}"
         )
-    print(f"started a Ray head, which stays: its dashboard is {dashboard}; `ray stop` ends every Ray of this machine")
+    print(f"started a Ray head with the dashboard {dashboard}; `ray stop` stops all Ray processes of this machine")
 
 
 def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
     parse = parser(program)
     arguments = parse.parse_args(words)
-    import yaml
-
     from raymoe.serving.rollout import Rollout, pinned
 
     try:
-        config = pinned(yaml.safe_load(arguments.config.read_text()), arguments.artifact, arguments.root)
-    except (ValueError, OSError, yaml.YAMLError) as error:
-        print(f"{parse.prog}: {error}", file=sys.stderr)
-        return 2
+        config = pinned(read_serve_config(arguments.config), arguments.artifact, arguments.root)
+    except (ValueError, OSError) as error:
+        return refuse(parse.prog, error)
     try:
         if arguments.start:
             start_head(arguments.address)
@@ -87,7 +103,8 @@ def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
         print(f"{parse.prog}: {error}", file=sys.stderr)
         return 1
     args = rollout.application["args"]
-    print(f"{args['artifact']} is served as {args['name']!r} at {rollout.base}/v1 (application {rollout.name})")
+    print(f"model   {args['name']} ({args['artifact']})\napi     {rollout.base}/v1 (application {rollout.name})")
+    print("stop    serve shutdown")
     return 0
 
 

@@ -88,13 +88,14 @@ def requested(arguments: argparse.Namespace) -> tuple[Config, list[str]]:
 def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
     parse = parser(program)
     arguments = parse.parse_intermixed_args(words)
-    # These imports have neither torch nor Ray, so that a bad key or a missing file fails within a second.
-    from raymoe.data.sources import check_source
+    # Neither torch nor Ray is imported before the checks: a bad key or a missing file fails within a second.
     from raymoe.training.resolve import resolve
 
     try:
         config = resolve(*requested(arguments))
         if not config.train.resume:  # a resumed run has a copy of its text, tokenized
+            from raymoe.data.sources import check_source
+
             check_source(config.data)
     except (ValueError, OSError) as error:
         return refuse(parse.prog, error)

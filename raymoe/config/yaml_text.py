@@ -25,6 +25,9 @@ from raymoe.config.sections import SECTIONS, Config
 LARGEST_YAML = 1 << 16
 """Maximum size in bytes of a config in YAML."""
 
+DEPTH = 8
+"""Maximum depth of nested collections. A valid config needs 2; errors of a few more levels name the field."""
+
 NULL = "tag:yaml.org,2002:null"
 
 
@@ -73,9 +76,15 @@ def parse_yaml(text: str) -> tuple[str, list[str]]:
 
 def _compose(text: str) -> yaml.Node | None:
     """Return the root node of one YAML document without anchors, aliases and tags. Raises ValueError."""
+    depth = 0
     try:
         for event in yaml.parse(text, Loader=yaml.SafeLoader):
             line = event.start_mark.line + 1 if event.start_mark else 0
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > DEPTH:
+                raise ValueError(
+                    f"line {line} of the YAML config is nested too deeply: write section: {{field: value}}"
+                )
             if isinstance(event, yaml.NodeEvent) and event.anchor is not None:
                 raise ValueError(f"line {line} of the YAML config has an anchor or alias: write the value itself")
             if (tag := getattr(event, "tag", None)) is not None:
@@ -83,8 +92,6 @@ def _compose(text: str) -> yaml.Node | None:
         return yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.YAMLError as error:
         raise ValueError(f"the config is not valid YAML: {' '.join(str(error).split())}") from None
-    except RecursionError:
-        raise ValueError("the YAML config is nested too deeply: write section: {field: value}") from None
 
 
 def _pairs(node: yaml.Node | None, name: str) -> Iterator[tuple[str, yaml.Node]]:
