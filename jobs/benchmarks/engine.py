@@ -94,17 +94,17 @@ def answer(engine: Any, prompts: Prompts) -> tuple[Run, list[float], list[float]
     last: dict[int, float] = {}
     first, gaps, count = [], [], 0
     started = time.perf_counter()
-    for prompt in prompts:
-        engine.submit(Request(tuple(prompt), NEW, greedy, ignore_eos=True))
+    for i, prompt in enumerate(prompts):
+        engine.submit(i, Request(tuple(prompt), NEW, greedy, ignore_eos=True))
     while not engine.idle:
         increments = engine.step()
         now = time.perf_counter()
         for increment in increments:
-            if increment.request in last:
-                gaps.append(1000 * (now - last[increment.request]))
+            if increment.key in last:
+                gaps.append(1000 * (now - last[increment.key]))
             else:
                 first.append(1000 * (now - started))
-            last[increment.request] = now
+            last[increment.key] = now
         count += len(increments)
     seconds = time.perf_counter() - started
     assert count == NEW * len(prompts)

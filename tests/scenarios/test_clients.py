@@ -103,13 +103,13 @@ def local(model: Artifact, prompts: Sequence[str], tokens: int, stop: tuple[str,
     """The greedy answers of an engine in this process; with `stop` they end with the text, too."""
     clusters = LocalClusters(model, range(model.model.n_clusters), torch.float32)
     engine = Engine(Trunk(model, clusters, torch.float32, model.model.context), tokenizer())
-    texts: dict[int, str] = {}
-    for prompt in prompts:
+    texts = dict.fromkeys(range(len(prompts)), "")
+    for i, prompt in enumerate(prompts):
         ids, sampling = tuple(tokenizer().encode(prompt).ids), Sampling(temperature=0, stop=stop)
-        texts[engine.submit(Request(ids, tokens, sampling, ignore_eos=not stop))] = ""
+        engine.submit(i, Request(ids, tokens, sampling, ignore_eos=not stop))
     while not engine.idle:
         for increment in engine.step():
-            texts[increment.request] += increment.text
+            texts[increment.key] += increment.text
     return list(texts.values())
 
 

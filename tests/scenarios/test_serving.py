@@ -56,13 +56,13 @@ def texts_of(model: Artifact) -> list[str]:
         Trunk(model, LocalClusters(model, range(model.model.n_clusters), torch.float32), torch.float32, 128),
         tokenizer(),
     )
-    texts: dict[int, str] = {}
-    for prompt in PROMPTS:
+    texts = dict.fromkeys(range(len(PROMPTS)), "")
+    for i, prompt in enumerate(PROMPTS):
         ids = tuple(tokenizer().encode(prompt).ids)
-        texts[engine.submit(Request(ids, TOKENS, Sampling(temperature=0), ignore_eos=True))] = ""
+        engine.submit(i, Request(ids, TOKENS, Sampling(temperature=0), ignore_eos=True))
     while not engine.idle:
         for increment in engine.step():
-            texts[increment.request] += increment.text
+            texts[increment.key] += increment.text
     return list(texts.values())
 
 

@@ -7,7 +7,7 @@ import dataclasses
 import itertools
 import queue
 import threading
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Hashable
 from pathlib import Path
 
 import torch
@@ -80,8 +80,7 @@ class LocalService:
         self.engine = Engine(trunk, self.tokenizer, EngineSettings(**(standard | changes)))
         self.paused, self.up, self.failing = False, True, False
         self._keys, self._commands = itertools.count(), queue.SimpleQueue[Callable[[], object] | None]()
-        self._numbers: dict[int, int] = {}
-        self._deliver: dict[int, Callable[[object], object]] = {}
+        self._deliver: dict[Hashable, Callable[[object], object]] = {}
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
@@ -115,15 +114,14 @@ class LocalService:
 
     def _submit(self, key: int, request: Request, deliver: Callable[[object], object]) -> None:
         try:
-            self._numbers[key] = number = self.engine.submit(request)
-            self._deliver[number] = deliver
+            self.engine.submit(key, request)
+            self._deliver[key] = deliver
         except Exception as error:
             deliver(error)
 
     def _cancel(self, key: int) -> None:
-        if (number := self._numbers.pop(key, None)) is not None:
-            self.engine.cancel(number)
-            self._deliver.pop(number, None)
+        if self._deliver.pop(key, None):
+            self.engine.cancel(key)
 
     def _run(self) -> None:
         while True:
@@ -137,10 +135,10 @@ class LocalService:
             except queue.Empty:
                 pass
             if self.failing:
-                for number, deliver in list(self._deliver.items()):
-                    self.engine.cancel(number)
+                for key, deliver in list(self._deliver.items()):
+                    self.engine.cancel(key)
                     deliver(RuntimeError("the engine failed"))
                 self._deliver.clear()
             for increment in self.engine.step():
-                if deliver := self._deliver.get(increment.request):
+                if deliver := self._deliver.get(increment.key):
                     deliver(increment)

@@ -1,14 +1,14 @@
-"""Continuous batching: requests join and leave at every step, and a step does a little for each.
+"""Continuous batching: requests join and leave the batch at every step.
 
-A step has a budget of tokens. Who makes an answer needs one, who still has a prompt to read shares the rest
-evenly, so that a long prompt delays nobody. A request is admitted when the blocks of its whole length are
-free: nothing is ever put back. One thread calls everything here.
+A step has a budget of tokens. Each decoding request takes one token of it; requests in prefill share the rest evenly,
+so that a long prompt does not delay the others. A request is admitted when the blocks of its whole length are free:
+nothing is ever preempted. All methods belong to one thread.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -26,21 +26,21 @@ from raymoe.serving.engine.trunk import Segment, Trunk
 
 
 class QueueFull(Exception):
-    """As many requests wait as may: try again later, or elsewhere."""
+    """The queue has `max_queued` requests. Retry later, or on another engine."""
 
 
 @dataclass(frozen=True)
 class EngineSettings:
     kv_bytes: int = 256 << 20
-    """Budget for keys and values."""
+    """Bytes of the KV cache."""
     block: int = 16
     """Tokens in a block of the KV cache."""
     max_running: int = 32
-    """Requests that are computed together."""
+    """Requests in the batch, at most."""
     max_queued: int = 128
-    """Requests that may wait beside them."""
+    """Requests in the queue, at most."""
     step_tokens: int = 128
-    """Tokens of all requests in one step: what a prompt may delay the others by."""
+    """Tokens of all requests in one step. More tokens process prompts faster and delay the other requests more."""
 
     def __post_init__(self) -> None:
         require = partial(check_field, self)
@@ -52,10 +52,10 @@ class EngineSettings:
 
 
 class _Running:
-    """A request on its way through the engine."""
+    """The state of an active request."""
 
-    def __init__(self, number: int, request: Request, tokenizer: Tokenizer) -> None:
-        self.number, self.request = number, request
+    def __init__(self, key: Hashable, request: Request, tokenizer: Tokenizer) -> None:
+        self.key, self.request = key, request
         self.tokens = [*request.prompt, *request.resumed]
         self.computed = 0
         """Tokens whose keys and values are in the cache."""
@@ -71,7 +71,7 @@ class _Running:
         return len(self.tokens) - self.computed
 
     @property
-    def answer(self) -> list[int]:
+    def completion(self) -> list[int]:
         return self.tokens[len(self.request.prompt) :]
 
     @property
@@ -81,27 +81,29 @@ class _Running:
 
     @property
     def wants_prompt(self) -> bool:
-        """Whether log-probabilities of the prompt are still to be computed."""
+        """Whether log-probabilities of prompt tokens remain to be computed."""
         return self.request.echo and self.request.logprobs is not None and self.computed < len(self.request.prompt) - 1
 
-    def may_end(self, answered: int) -> bool:
-        """Whether something other than max_tokens may end the answer at its token number `answered`."""
-        return answered > self.request.min_tokens
+    def may_end(self, count: int) -> bool:
+        """Whether something other than max_tokens may end the completion at its token number `count`."""
+        return count > self.request.min_tokens
 
-    def _read(self, text: str, answered: int) -> str:
-        """What can be released when `text` follows, with token number `answered`."""
-        return self.stops.push(text) if self.may_end(answered) else text
+    def _read(self, text: str, count: int) -> str:
+        """Return the text that can be released when `text` follows with token number `count`."""
+        return self.stops.push(text) if self.may_end(count) else text
 
     def extend(self, token: int) -> str:
+        """Append a token. Return the text that can be released."""
         self.tokens.append(token)
         return self._read(self.detokenizer.push(token), len(self.tokens) - len(self.request.prompt))
 
     def end_text(self) -> str:
+        """Return all text that was held back."""
         return self._read(self.detokenizer.flush(), len(self.tokens) - len(self.request.prompt)) + self.stops.flush()
 
 
 class Engine:
-    """Requests in, increments out, a step at a time."""
+    """Generates the completions of many requests, a step at a time. Callers choose the requests' keys."""
 
     def __init__(self, trunk: Trunk, tokenizer: Tokenizer, settings: EngineSettings | None = None) -> None:
         self.trunk, self.tokenizer = trunk, tokenizer
@@ -110,7 +112,6 @@ class Engine:
         self.end = tokenizer.token_to_id(END_OF_TEXT)
         self._waiting: deque[_Running] = deque()
         self._running: list[_Running] = []
-        self._number = 0
 
     @property
     def waiting(self) -> int:
@@ -124,20 +125,28 @@ class Engine:
     def idle(self) -> bool:
         return not self._waiting and not self._running
 
-    def submit(self, request: Request) -> int:
-        """The request's number in increments. Raises QueueFull, or ValueError for one that can never be served."""
+    @property
+    def keys(self) -> list[Hashable]:
+        """Keys of all active requests: running, then waiting."""
+        return [state.key for state in (*self._running, *self._waiting)]
+
+    def submit(self, key: Hashable, request: Request) -> None:
+        """Queue a request. Its increments carry `key`.
+
+        Raises QueueFull, and ValueError for a request that can never be served or a key that is active.
+        """
+        if key in self.keys:
+            raise ValueError(f"key {key!r} is active: wait until its request ends, or use another key")
         self._check(request)
         if self.waiting >= self.settings.max_queued and (self.waiting or not self._fits(request)):
             raise QueueFull(f"{self.running} requests are running and {self.waiting} are waiting")
-        self._number += 1
-        self._waiting.append(_Running(self._number, request, self.tokenizer))
+        self._waiting.append(_Running(key, request, self.tokenizer))
         self._admit()
-        return self._number
 
     def _check(self, request: Request) -> None:
-        def require(within: bool, what: str) -> None:
-            if not within:
-                raise ValueError(what)
+        def require(valid: bool, message: str) -> None:
+            if not valid:
+                raise ValueError(message)
 
         model = self.trunk.model
         biased = [token for token, _ in request.sampling.logit_bias]
@@ -164,22 +173,22 @@ class Engine:
             f"make {request.length}: at most {limit}",
         )
 
-    def cancel(self, number: int) -> Increment | None:
-        """End a request and free its blocks now; None when it has ended already."""
+    def cancel(self, key: Hashable) -> Increment | None:
+        """End a request and free its blocks. Return its last increment, or None if no such request is active."""
         for place in (self._running, self._waiting):
             for state in place:
-                if state.number == number:
+                if state.key == key:
                     if place is self._running:
-                        self.cache.release(number)
+                        self.cache.release(key)
                     place.remove(state)
                     self._admit()
-                    return Increment(number, None, "", state.usage, finish="abort")
+                    return Increment(key, None, "", state.usage, finish="abort")
         return None
 
     def step(self) -> list[Increment]:
-        """Compute one step; what it adds to answers, in the order of admission. Nothing to do: an empty list.
+        """Compute one step. Return its increments in the order of admission; an empty list if there is no request.
 
-        What the clusters raise passes through; nothing has changed then, and the step can be tried again.
+        An exception of the clusters passes through and changes nothing: the step can be retried.
         """
         self._admit()
         if not self._running:
@@ -187,8 +196,8 @@ class Engine:
         segments, wanted, row = [], [], 0
         shares = self._shares()
         for state in self._running:
-            n = shares[state.number]
-            segments.append(Segment(state.number, state.computed, state.tokens[state.computed : state.computed + n]))
+            n = shares[state.key]
+            segments.append(Segment(state.key, state.computed, state.tokens[state.computed : state.computed + n]))
             if state.wants_prompt:
                 wanted.append(range(row, row + n))
             else:
@@ -205,39 +214,39 @@ class Engine:
             if not state.pending:
                 ready.append((state, part[-1]))
         increments = self._sample(ready) if ready else []
-        ended = {increment.request for increment in increments if increment.finish}
-        for number in ended:
-            self.cache.release(number)
-        self._running = [state for state in self._running if state.number not in ended]
+        ended = {increment.key for increment in increments if increment.finish}
+        for key in ended:
+            self.cache.release(key)
+        self._running = [state for state in self._running if state.key not in ended]
         return increments
 
     def _fits(self, request: Request) -> bool:
         return self.running < self.settings.max_running and self.cache.fits(request.length)
 
     def _admit(self) -> None:
-        """In order of arrival: one that has to wait for blocks is overtaken by nobody."""
+        """Admit requests in order of arrival. A request that waits for blocks blocks those behind it."""
         while self._waiting and self._fits(self._waiting[0].request):
             state = self._waiting.popleft()
-            self.cache.allocate(state.number, state.request.length)
+            self.cache.allocate(state.key, state.request.length)
             self._running.append(state)
 
-    def _shares(self) -> dict[int, int]:
-        """Tokens of each running request in the next step: at least one, evenly, and no more than it has."""
-        left, shares = self.settings.step_tokens, {}
+    def _shares(self) -> dict[Hashable, int]:
+        """Return the tokens of each running request in the next step: an even share, at least one."""
+        left, shares = self.settings.step_tokens, dict[Hashable, int]()
         order = sorted(self._running, key=lambda state: state.pending)
         for i, state in enumerate(order):
-            shares[state.number] = min(state.pending, left // (len(order) - i))
-            left -= shares[state.number]
+            shares[state.key] = min(state.pending, left // (len(order) - i))
+            left -= shares[state.key]
         return shares
 
     def _read_prompt(self, state: _Running, logits_NV: Tensor) -> None:
-        """Log-probabilities of the prompt's tokens that follow the rows just computed."""
+        """Collect log-probabilities of the prompt tokens that follow the rows just computed."""
         following = state.request.prompt[state.computed + 1 : state.computed + 1 + logits_NV.shape[0]]
         top = [state.request.logprobs or 0] * len(following)
         state.prompt_logprobs += logprobs(logits_NV[: len(following)], torch.tensor(following), top)
 
     def _sample(self, ready: Sequence[tuple[_Running, Tensor]]) -> list[Increment]:
-        """The next token of those whose tokens are all computed, and what follows from it."""
+        """Sample the next token of each request whose tokens are all computed."""
         logits = torch.stack([last for _, last in ready])
         tokens = choose(logits, [self._draw(state) for state, _ in ready])
         reported = [i for i, (state, _) in enumerate(ready) if state.request.logprobs is not None]
@@ -251,28 +260,28 @@ class Engine:
         ]
 
     def _draw(self, state: _Running) -> Draw:
-        request, answer = state.request, state.answer
-        early = not request.ignore_eos and not state.may_end(len(answer) + 1)
-        return Draw(request.sampling, request.prompt, answer, banned=self.end if early else None)
+        request, completion = state.request, state.completion
+        early = not request.ignore_eos and not state.may_end(len(completion) + 1)
+        return Draw(request.sampling, request.prompt, completion, banned=self.end if early else None)
 
     def _extend(self, state: _Running, token: int, logprob: LogProb | None) -> Increment:
         request, echo = state.request, self._echo(state)
         if request.max_tokens == 0:
-            return Increment(state.number, None, "", state.usage, echo=echo, finish="length")
+            return Increment(state.key, None, "", state.usage, echo=echo, finish="length")
         finish: Finish | None = None
-        answered = len(state.answer) + 1
+        count = len(state.completion) + 1
         ends = token in request.stop_token_ids or (token == self.end and not request.ignore_eos)
-        if ends and state.may_end(answered):
+        if ends and state.may_end(count):
             state.tokens.append(token)
             finish, text = "stop", state.end_text()
         else:
             text = state.extend(token)
             if state.stops.found:
                 finish = "stop"
-            elif answered >= request.max_tokens:
+            elif count >= request.max_tokens:
                 finish, text = "length", text + state.end_text()
                 finish = "stop" if state.stops.found else finish
-        return Increment(state.number, token, text, state.usage, logprob, echo, finish)
+        return Increment(state.key, token, text, state.usage, logprob, echo, finish)
 
     def _echo(self, state: _Running) -> Echo | None:
         if not state.echo:

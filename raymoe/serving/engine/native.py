@@ -45,6 +45,19 @@ def library() -> CDLL | None:
     return None if os.environ.get("RAYMOE_NATIVE") == "0" else _library(os.environ.get("CC", ""))
 
 
+def kernel_name() -> str:
+    """Return a name for the code that computes rows here. Processes with equal names compute bit-equal outputs.
+
+    It is the hash of the compiled library and the version of the C library, whose `expf` it calls; without a
+    library, torch's version and the processor's instruction set.
+    """
+    found = library()
+    if found is None:
+        return f"torch-{torch.__version__}-{torch.backends.cpu.get_cpu_capability()}"
+    code = hashlib.sha256(Path(found._name).read_bytes()).hexdigest()[:16]
+    return f"native-{code}-{'-'.join(platform.libc_ver())}"
+
+
 @cache
 def _library(compiler: str) -> CDLL | None:
     try:

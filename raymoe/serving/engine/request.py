@@ -1,7 +1,8 @@
-"""What goes into the engine and what comes out of it: plain values."""
+"""The engine's input and output as plain values."""
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -12,52 +13,61 @@ Finish = Literal["stop", "length", "abort"]
 
 @dataclass(frozen=True)
 class Request:
+    """A prompt and how to continue it."""
+
     prompt: tuple[int, ...]
+    """Token ids."""
     max_tokens: int = 16
-    """Of the answer. 0: only read the prompt."""
+    """Most tokens to generate. 0: only process the prompt."""
     sampling: Sampling = field(default_factory=Sampling)
     logprobs: int | None = None
-    """How many of the most likely tokens to report with each; None: no log-probabilities."""
+    """Number of the most likely tokens to report at each position. None: no log-probabilities."""
     echo: bool = False
-    """Report the prompt too, with log-probabilities where they are asked for."""
+    """Report the prompt too, with log-probabilities if `logprobs` is set."""
     ignore_eos: bool = False
+    """Treat the end-of-text token as any other token."""
     stop_token_ids: tuple[int, ...] = ()
-    """Tokens that end the answer, and whose text is not part of it."""
+    """Tokens that end the completion. Their text is not part of it."""
     min_tokens: int = 0
-    """Of the answer, before anything but `max_tokens` ends it: until then end-of-text is not chosen (unless it is
-    ignored), and a stop token or a stop string is text like any other."""
+    """Tokens before which only `max_tokens` ends the completion: end-of-text is not sampled (unless `ignore_eos`),
+    and stop tokens and stop strings have no effect."""
     resumed: tuple[int, ...] = ()
-    """The answer's tokens that another engine has made; their text is not given again."""
+    """Tokens that another engine has generated for this request. Their text is not reported again."""
 
     @property
     def length(self) -> int:
-        """Tokens of prompt and answer, at most."""
+        """Most tokens of prompt and completion."""
         return len(self.prompt) + self.max_tokens
 
 
 @dataclass(frozen=True)
 class Usage:
+    """Token counts of a request so far."""
+
     prompt_tokens: int
     completion_tokens: int
 
 
 @dataclass(frozen=True)
 class Echo:
+    """The prompt as reported with `Request.echo`."""
+
     text: str
     logprobs: tuple[LogProb | None, ...] | None
-    """Of each token of the prompt; nothing precedes the first."""
+    """One for each token of the prompt. The first has None: nothing precedes it."""
 
 
 @dataclass(frozen=True)
 class Increment:
-    """What a step adds to an answer."""
+    """What a step adds to a completion."""
 
-    request: int
+    key: Hashable
+    """The caller's key of the request."""
     token: int | None
     text: str
-    """What can be said for sure: a part of a character or of a stop string is held back."""
+    """Text that later tokens cannot change: an incomplete character or stop string is held back."""
     usage: Usage
     logprob: LogProb | None = None
     echo: Echo | None = None
-    """With the first increment."""
+    """Only in the first increment."""
     finish: Finish | None = None

@@ -1,4 +1,4 @@
-"""Drives an engine from a thread of its own: requests in from anywhere, what each step adds out in one batch."""
+"""A thread that runs an engine: requests in from any thread, the increments of each step out in one batch."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from raymoe.serving.engine.engine import Engine, QueueFull
 from raymoe.serving.engine.request import Increment, Request
@@ -17,45 +18,48 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Rejected:
-    """A request that was not taken."""
+    """A request that the engine did not accept."""
 
+    key: Hashable
     full: bool
-    """Another engine may take it; else none can."""
+    """True: the queue was full, and another engine may accept it. False: the request is invalid."""
     reason: str
 
 
-Delivery = tuple[Hashable, "Increment | Rejected"]
-Deliver = Callable[[Sequence[Delivery]], None]
-"""Called in the engine's thread with (key, what became of it) of a step."""
+Deliver = Callable[[Sequence["Increment | Rejected"]], None]
+"""Called in the engine's thread with the increments of a step, or with a rejection."""
 
 
 class EngineThread:
-    """`submit` and `cancel` never wait. Requests are known by keys of the caller's.
+    """Runs an engine in its own thread. `submit` and `cancel` never wait.
 
-    `failed`: the exception that ended the thread, if one did; nothing is computed after it.
+    `failed`: the exception that ended the thread, if one did. `stepped`: monotonic time of the last completed step.
     """
 
     def __init__(self, engine: Engine, deliver: Deliver) -> None:
         self.engine, self.deliver = engine, deliver
         self.failed: Exception | None = None
         self.stepped = time.monotonic()
-        self._commands: queue.SimpleQueue[tuple[Hashable, Request | None] | None] = queue.SimpleQueue()
-        self._numbers: dict[Hashable, int] = {}
-        self._keys: dict[int, Hashable] = {}
+        self._commands: queue.Queue[Callable[[], object] | None] = queue.Queue()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
     def submit(self, key: Hashable, request: Request) -> None:
-        self._commands.put((key, request))
+        """Start a request under a key that no other active request has."""
+        self._commands.put(partial(self._submit, key, request))
 
     def cancel(self, key: Hashable) -> None:
-        """End it if it has not ended; nothing more of it is delivered."""
-        self._commands.put((key, None))
+        """End a request if it is active. An increment that is already on its way is still delivered."""
+        self._commands.put(partial(self.engine.cancel, key))
+
+    def cancel_all(self, matches: Callable[[Hashable], bool]) -> None:
+        """End all active requests with matching keys."""
+        self._commands.put(partial(self._cancel_all, matches))
 
     @property
     def idle(self) -> bool:
-        """Whether nothing is asked or computed."""
-        return self._commands.empty() and not self._keys
+        """Whether no request is queued or active."""
+        return not self._commands.unfinished_tasks and self.engine.idle
 
     def close(self) -> None:
         self._commands.put(None)
@@ -63,16 +67,16 @@ class EngineThread:
 
     def _run(self) -> None:
         try:
-            while self._obey():
-                if not self.engine.idle:
-                    self._give(self.engine.step())
+            while self._run_commands():
+                if increments := self.engine.step():
+                    self.deliver(increments)
                 self.stepped = time.monotonic()
         except Exception as error:
-            log.exception("the engine ended")
+            log.exception("the engine failed")
             self.failed = error
 
-    def _obey(self) -> bool:
-        """Carry out the commands; wait for one when there is nothing to compute. False when it is over."""
+    def _run_commands(self) -> bool:
+        """Run the queued commands; wait for one while the engine is idle. Return False after `close`."""
         while True:
             try:
                 command = self._commands.get(block=self.engine.idle)
@@ -80,35 +84,21 @@ class EngineThread:
                 return True
             if command is None:
                 return False
-            key, request = command
-            if request is not None:
-                self._begin(key, request)
-            elif (number := self._numbers.get(key)) is not None:
-                self.engine.cancel(number)
-                self._forget(key)
+            command()
+            self._commands.task_done()
 
-    def _begin(self, key: Hashable, request: Request) -> None:
+    def _submit(self, key: Hashable, request: Request) -> None:
         try:
-            number = self.engine.submit(request)
+            self.engine.submit(key, request)
         except QueueFull as error:
-            self.deliver([(key, Rejected(True, str(error)))])
+            self.deliver([Rejected(key, True, str(error))])
         except ValueError as error:
-            self.deliver([(key, Rejected(False, str(error)))])
-        except Exception as error:  # an odd request must not end the others', here and at the next engine
-            log.exception("a request could not be begun")
-            self.deliver([(key, Rejected(False, f"{type(error).__name__}: {error}"))])
-        else:
-            self._numbers[key], self._keys[number] = number, key
+            self.deliver([Rejected(key, False, str(error))])
+        except Exception as error:  # an invalid request must not end the others, here and at the next engine
+            log.exception("a request could not be started")
+            self.deliver([Rejected(key, False, f"{type(error).__name__}: {error}")])
 
-    def _give(self, increments: Sequence[Increment]) -> None:
-        given: list[Delivery] = []
-        for increment in increments:
-            key = self._keys[increment.request]
-            given.append((key, increment))
-            if increment.finish:
-                self._forget(key)
-        if given:
-            self.deliver(given)
-
-    def _forget(self, key: Hashable) -> None:
-        del self._keys[self._numbers.pop(key)]
+    def _cancel_all(self, matches: Callable[[Hashable], bool]) -> None:
+        for key in self.engine.keys:
+            if matches(key):
+                self.engine.cancel(key)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from dataclasses import replace
+from itertools import count
 
 import pytest
 import torch
@@ -78,16 +79,26 @@ class Answer:
         return self.increments[-1].finish if self.increments else None
 
 
-def drain(engine: Engine, answers: dict[int, Answer] | None = None) -> dict[int, Answer]:
+def drain(engine: Engine, answers: dict[Hashable, Answer] | None = None) -> dict[Hashable, Answer]:
     answers = {} if answers is None else answers
     while not engine.idle:
         for increment in engine.step():
-            answers.setdefault(increment.request, Answer()).increments.append(increment)
+            answers.setdefault(increment.key, Answer()).increments.append(increment)
     return answers
 
 
+KEYS = count()
+
+
+def submit(engine: Engine, request: Request) -> int:
+    """Submit a request under a new key; return the key."""
+    key = next(KEYS)
+    engine.submit(key, request)
+    return key
+
+
 def ask(engine: Engine, request: Request) -> Answer:
-    number = engine.submit(request)
+    number = submit(engine, request)
     return drain(engine)[number]
 
 
@@ -154,7 +165,7 @@ def test_one_call_for_all_active_clusters_of_a_layer(artifact: Artifact, trunk: 
 
     engine = make_engine(Trunk(artifact, compute, torch.float32, 128), step_tokens=20)
     for i in range(3):
-        engine.submit(Request(random_tokens(5, i), 4))
+        submit(engine, Request(random_tokens(5, i), 4))
     engine.step()
     assert [layer for layer, _ in calls] == [0, 1]
     assert all(sum(rows.values()) == 15 and min(rows.values()) > 0 for _, rows in calls)
@@ -234,14 +245,14 @@ def test_whoever_comes_and_goes_answers_are_those_of_the_whole_model(
     trunk: Trunk, model: Transformer, joins: list[tuple[Request, int, int | None]], step_tokens: int
 ) -> None:
     engine = make_engine(trunk, max_running=3, step_tokens=step_tokens, kv_bytes=100 * 256)
-    answers: dict[int, Answer] = {}
+    answers: dict[Hashable, Answer] = {}
     requests: dict[int, Request] = {}
     cancels: dict[int, list[int]] = {}
     last = max(joined + (cancelled or 0) for _, joined, cancelled in joins)
     for step in range(last + 1):
         for request, joined, cancelled in joins:
             if joined == step:
-                number = engine.submit(request)
+                number = submit(engine, request)
                 requests[number] = request
                 if cancelled:
                     cancels.setdefault(step + cancelled, []).append(number)
@@ -253,7 +264,7 @@ def test_whoever_comes_and_goes_answers_are_those_of_the_whole_model(
             answers.setdefault(number, Answer()).increments.append(increment)
             assert increment.finish == "abort" and engine.cancel(number) is None
         for increment in engine.step():
-            answers.setdefault(increment.request, Answer()).increments.append(increment)
+            answers.setdefault(increment.key, Answer()).increments.append(increment)
     drain(engine, answers)
     assert engine.cache.free == engine.cache.capacity
     assert answers.keys() == requests.keys()
@@ -292,11 +303,11 @@ def check(model: Transformer, request: Request, answer: Answer) -> None:
 
 def test_a_long_prompt_delays_nobody(trunk: Trunk) -> None:
     engine = make_engine(trunk, step_tokens=8)
-    talking = engine.submit(Request(random_tokens(3), 30, GREEDY, ignore_eos=True))
+    talking = submit(engine, Request(random_tokens(3), 30, GREEDY, ignore_eos=True))
     engine.step()
-    long = engine.submit(Request(random_tokens(80, 1), 2, GREEDY, ignore_eos=True))
-    short = engine.submit(Request(random_tokens(6, 2), 2, GREEDY, ignore_eos=True))
-    seen = [[i.request for i in engine.step()] for _ in range(20)]
+    long = submit(engine, Request(random_tokens(80, 1), 2, GREEDY, ignore_eos=True))
+    short = submit(engine, Request(random_tokens(6, 2), 2, GREEDY, ignore_eos=True))
+    seen = [[i.key for i in engine.step()] for _ in range(20)]
     assert all(talking in step for step in seen)
     assert next(i for i, step in enumerate(seen) if short in step) == 1  # 3 or 4 tokens of 6 a step
     assert next(i for i, step in enumerate(seen) if long in step) >= 10
@@ -306,7 +317,7 @@ def test_greedy_answers_alone_and_among_others(trunk: Trunk) -> None:
     requests = [Request(random_tokens(5 + 7 * i, i), 20, GREEDY, ignore_eos=True) for i in range(6)]
     alone = [ask(make_engine(trunk), request).tokens for request in requests]
     engine = make_engine(trunk)
-    numbers = [engine.submit(request) for request in requests]
+    numbers = [submit(engine, request) for request in requests]
     together = drain(engine)
     assert [together[n].tokens for n in numbers] == alone
 
@@ -316,26 +327,26 @@ def test_greedy_answers_alone_and_among_others(trunk: Trunk) -> None:
 
 def test_a_full_queue_refuses_and_takes_again_when_there_is_room(trunk: Trunk) -> None:
     engine = make_engine(trunk, max_running=1, max_queued=1)
-    first, second = (engine.submit(Request(random_tokens(3), 5, GREEDY)) for _ in range(2))
+    first, second = (submit(engine, Request(random_tokens(3), 5, GREEDY)) for _ in range(2))
     with pytest.raises(QueueFull, match="1 requests are running and 1 are waiting"):
-        engine.submit(Request(random_tokens(3), 5, GREEDY))
+        submit(engine, Request(random_tokens(3), 5, GREEDY))
     assert engine.cancel(second) is not None
-    third = engine.submit(Request(random_tokens(3), 5, GREEDY))
+    third = submit(engine, Request(random_tokens(3), 5, GREEDY))
     assert {*drain(engine)} == {first, third}
     none_waits = make_engine(trunk, max_running=1, max_queued=0)
-    none_waits.submit(Request(random_tokens(3), 5))
+    submit(none_waits, Request(random_tokens(3), 5))
     with pytest.raises(QueueFull):
-        none_waits.submit(Request(random_tokens(3), 5))
+        submit(none_waits, Request(random_tokens(3), 5))
 
 
 def test_requests_wait_for_blocks_in_their_order(trunk: Trunk) -> None:
     engine = make_engine(trunk, kv_bytes=10 * 4 * 256)  # 40 tokens
     assert engine.cache.capacity == 40
-    engine.submit(Request(random_tokens(10), 20, GREEDY, ignore_eos=True))
-    engine.submit(Request(random_tokens(10), 10, GREEDY, ignore_eos=True))
-    engine.submit(Request(random_tokens(2), 2, GREEDY, ignore_eos=True))
+    first = submit(engine, Request(random_tokens(10), 20, GREEDY, ignore_eos=True))
+    submit(engine, Request(random_tokens(10), 10, GREEDY, ignore_eos=True))
+    submit(engine, Request(random_tokens(2), 2, GREEDY, ignore_eos=True))
     assert (engine.running, engine.waiting) == (1, 2)
-    assert engine.cancel(1) is not None
+    assert engine.cancel(first) is not None
     assert (engine.running, engine.waiting) == (2, 0)
     drain(engine)
     assert engine.cache.free == 40
@@ -343,13 +354,24 @@ def test_requests_wait_for_blocks_in_their_order(trunk: Trunk) -> None:
 
 def test_cancelling_frees_the_blocks_at_once(trunk: Trunk) -> None:
     engine = make_engine(trunk)
-    number = engine.submit(Request(random_tokens(10), 22))
+    number = submit(engine, Request(random_tokens(10), 22))
     assert engine.cache.free == engine.cache.capacity - 32
     engine.step()
     aborted = engine.cancel(number)
     assert aborted and aborted.finish == "abort" and aborted.usage.completion_tokens == 1
     assert engine.idle and engine.cache.free == engine.cache.capacity
     assert engine.cancel(number) is None
+
+
+def test_a_key_belongs_to_one_active_request(trunk: Trunk) -> None:
+    engine = make_engine(trunk, max_running=1)
+    for key in (("api", 1), ("api", 2)):
+        engine.submit(key, Request(random_tokens(3), 5, GREEDY))
+        with pytest.raises(ValueError, match="is active"):
+            engine.submit(key, Request(random_tokens(3), 5, GREEDY))
+    assert engine.keys == [("api", 1), ("api", 2)]
+    assert {*drain(engine)} == {("api", 1), ("api", 2)} and engine.keys == []
+    engine.submit(("api", 1), Request(random_tokens(3), 5, GREEDY))
 
 
 def test_what_can_never_be_served_is_refused(trunk: Trunk) -> None:
@@ -368,7 +390,7 @@ def test_what_can_never_be_served_is_refused(trunk: Trunk) -> None:
         (Request((1,), sampling=Sampling(logit_bias=((320, 1.0),))), "token 320 is not in the vocabulary"),
     ]:
         with pytest.raises(ValueError, match=what):
-            engine.submit(request)
+            submit(engine, request)
     assert engine.idle and engine.step() == []
     with pytest.raises(ValueError, match="step_tokens=3"):
         EngineSettings(max_running=4, step_tokens=3)
@@ -384,7 +406,7 @@ def test_a_step_that_failed_can_be_tried_again(artifact: Artifact, trunk: Trunk)
 
     engine = make_engine(Trunk(artifact, unreliable, torch.float32, 128), step_tokens=5)
     request = Request(random_tokens(12), 8, Sampling(seed=3), logprobs=0, echo=True)
-    number, increments = engine.submit(request), []
+    number, increments = submit(engine, request), []
     while not engine.idle:
         try:
             increments += engine.step()
@@ -484,8 +506,8 @@ def test_a_request_goes_on_elsewhere_with_the_same_text(trunk: Trunk, seed: int,
     if len(before) < at or before[-1].finish:
         return
     elsewhere = make_engine(trunk, block=8, step_tokens=5)
-    elsewhere.submit(Request(random_tokens(30, 1), 30))  # and it is not alone there
-    number = elsewhere.submit(replace(request, resumed=tuple(undisturbed.tokens[:at])))
+    submit(elsewhere, Request(random_tokens(30, 1), 30))  # and it is not alone there
+    number = submit(elsewhere, replace(request, resumed=tuple(undisturbed.tokens[:at])))
     after = drain(elsewhere)[number]
     assert after.tokens == undisturbed.tokens[at:]
     assert "".join(i.text for i in before) + after.text == undisturbed.text
