@@ -141,9 +141,10 @@ class Echo:
     def __init__(self, width: int) -> None:
         import torch
 
-        from raymoe.serving.transport.rows import RowServer
+        from raymoe.serving.transport.rows import RowServer, row_identity
 
-        self.server = RowServer(lambda layer, rows: rows, bytes(32), 0, width, torch.float32, ("127.0.0.1", 0))
+        identity = row_identity(bytes(32), 0, torch.float32, "echo")
+        self.server = RowServer(lambda layer, rows: rows, identity, width, torch.float32, ("127.0.0.1", 0))
         self.zmq_port = 0
         try:
             import zmq
@@ -177,10 +178,11 @@ class Caller:
         import numpy as np
         import torch
 
-        from raymoe.serving.transport.rows import RowConnection
+        from raymoe.serving.transport.rows import RowConnection, row_identity
 
         port, zmq_port = await self.echo.ports.remote()
-        connection = RowConnection(("127.0.0.1", port), bytes(32), 0, width, torch.float32, 5.0)
+        identity = row_identity(bytes(32), 0, torch.float32, "echo")
+        connection = RowConnection(("127.0.0.1", port), identity, width, torch.float32, 5.0)
         array = np.random.default_rng(0).standard_normal((rows, width), dtype=np.float32)
         tensor = torch.from_numpy(array)
         by_value = self.echo.options(_by_reference=False)

@@ -16,6 +16,7 @@ __all__ = [
     "authentication_mode",
     "discover_address",
     "refresh_cluster_resources",
+    "serve_http_host",
     "session_folder",
     "train_state",
 ]
@@ -62,3 +63,13 @@ def refresh_cluster_resources() -> None:
     with contextlib.suppress(Exception):  # the actor is optional, and Ray may be shutting down
         coordinator = ray.get_actor("AutoscalingCoordinator", namespace="AutoscalingCoordinator")
         ray.get(coordinator.get_reserved_resources.remote("raymoe", recompute=True), timeout=2)
+
+
+def serve_http_host() -> str | None:
+    """Return the host on which Serve's HTTP proxies listen; None in a process without a Ray that runs Serve."""
+    if not ray.is_initialized():
+        return None
+    from ray.serve import context
+
+    client = context._get_global_client(raise_if_no_controller_running=False)
+    return client.http_config.host if client else None

@@ -1,4 +1,4 @@
-"""What an application is built from: the `args` of a Serve config, checked before anything starts."""
+"""Settings of an application: the `args` of a Serve config, validated before anything starts."""
 
 from __future__ import annotations
 
@@ -22,43 +22,54 @@ ALL = "all"
 
 @dataclass(frozen=True)
 class ServeSettings:
-    """Raises ValueError with the field, the value and what is allowed."""
+    """Raises ValueError with the field, its value and the allowed values."""
 
     artifact: str = NEWEST
-    """The export of a run, an artifact's folder, or `newest`: the export that was written last."""
+    """Name of a run with an export, folder of an artifact, or `newest`: the export with the latest manifest."""
     root: str = dataclasses.field(default_factory=default_root)
-    """Where exports live, on every node."""
+    """Folder of runs and exports, the same on every node."""
     name: str = ""
-    """How clients call the model. Empty: as the artifact's folder is called."""
+    """Model name in the API. Empty: the name of the artifact's folder."""
     precision: str = "float32"
-    """Type to compute in: float32 or bfloat16."""
+    """Compute type: float32 or bfloat16."""
     threads: int = 1
     """Compute threads of each replica."""
     length: int = 0
-    """Tokens of a prompt and its answer together, at most. 0: the context of the training."""
+    """Maximum tokens of a prompt and its completion together. 0: the context length of the training."""
     apis: int = 1
+    """Replicas of the api."""
     trunks: int = 1
-    """Replicas of these deployments; those of the clusters follow their load."""
+    """Replicas of the trunk."""
     min_replicas: int = 0
+    """Minimum replicas of each cluster; between both limits they follow the cluster's load."""
     max_replicas: int = 4
-    """Replicas of each cluster, at least and at most."""
+    """Maximum replicas of each cluster."""
     resident_bytes: int | str = ALL
-    """Weights of clusters that each trunk keeps in its own process: `all`, 0, or bytes."""
+    """Bytes of cluster weights that each trunk keeps in its own process: `all`, 0, or a number."""
     split_rows: int = ClusterPoolSettings.split_rows
+    """Rows above which a call is split over the replicas of its cluster."""
     call_timeout_s: float = ClusterPoolSettings.call_timeout_s
+    """Seconds after which a call to a replica is retried elsewhere."""
     kv_bytes: int = EngineSettings.kv_bytes
+    """Bytes of each trunk's KV cache."""
     max_running: int = EngineSettings.max_running
+    """Maximum requests in each trunk's batch."""
     max_queued: int = EngineSettings.max_queued
+    """Maximum requests in each trunk's queue."""
     step_tokens: int = EngineSettings.step_tokens
-    """See `ClusterPoolSettings` and `EngineSettings`; of each trunk."""
+    """Maximum tokens of all requests in one step of a trunk."""
     wait_timeout_s: float = 60.0
-    """A request waits so long for a trunk, should all have died."""
+    """Seconds that a request waits for a trunk while there is none."""
     drain_s: float = 60.0
-    """A trunk or an api that is to end has so long to finish its answers."""
+    """Seconds that an ending trunk or api has to complete its requests."""
     host: str = "127.0.0.1"
-    """Address on which replicas answer each other and Prometheus. `node`: that of their node, for several nodes."""
+    """Address on which replicas listen for each other and for Prometheus. `node`: that of their node, which an
+    application on several nodes needs."""
     cpus: float = 0
-    """CPUs of Ray's that each trunk and each replica of a cluster takes."""
+    """Ray CPUs that each trunk and each cluster replica reserves."""
+    allow_unauthenticated: bool = False
+    """Allow clients on other machines without RAYMOE_API_KEY. Without it an application with `http_options.host` other
+    than loopback and without a key is refused."""
 
     def __post_init__(self) -> None:
         require = partial(check_field, self)
@@ -92,12 +103,12 @@ class ServeSettings:
         return PRECISIONS[self.precision]
 
     def folder(self) -> Path:
-        """Of the artifact. Raises FileNotFoundError when there is none."""
+        """Return the artifact's folder. Raises FileNotFoundError."""
         return find_artifact(self.root, self.artifact)
 
 
 def from_dict(args: dict[str, Any]) -> ServeSettings:
-    """Raises ValueError for a key that is unknown, a value of the wrong type, or one out of range."""
+    """Return the settings. Raises ValueError for an unknown key, a wrong type or a value out of range."""
     known = [field.name for field in dataclasses.fields(ServeSettings)]
     for key in args:
         if key not in known:

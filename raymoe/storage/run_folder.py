@@ -148,6 +148,11 @@ def artifact_folder(root: str, name: str) -> Path:
     return expand(root).resolve() / "exports" / name
 
 
+def serving_targets(root: str, application: str) -> Path:
+    """Return the scrape targets file of a Serve application, in the folder of its name."""
+    return Path(root).expanduser() / "serving" / application / "prometheus_targets.json"
+
+
 NEWEST = "newest"
 
 

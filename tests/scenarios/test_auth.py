@@ -82,11 +82,11 @@ def test_what_listens_listens_on_this_machine_alone(tmp_path: Path, monkeypatch:
     loopback = {"127.0.0.1"}
     assert {host, TrainSection().metrics_host} == loopback
     assert hosts(serve(CollectorRegistry())) == loopback
-    with closing(RowServer(lambda layer, x: x, bytes(32), 0, 8, torch.float32, (host, 0))) as server:
+    with closing(RowServer(lambda layer, x: x, {}, 8, torch.float32, (host, 0))) as server:
         assert hosts(server.port) == loopback
 
     async def session() -> None:
-        server = RequestServer("d")
+        server = RequestServer({})
         await server.start((host, 0), None)  # type: ignore[arg-type]
         assert hosts(server.port) == loopback
         await server.close()

@@ -21,7 +21,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raymoe.serving.engine.cluster import Cluster, LocalClusters, Product, cluster_sizes
-from raymoe.serving.residency import Residency, ResidencySettings, wanted
+from raymoe.serving.residency import Residency
+from raymoe.serving.residency_policy import ResidencySettings, wanted
 from raymoe.storage.artifact import Artifact, CorruptArtifact
 from raymoe.storage.artifact_layout import cluster_file
 from tests.support import served
@@ -153,7 +154,7 @@ def steps(residency: Residency[Value], n: int, **rows: int) -> None:
     """n steps with rows of keys `k0`, `k1`, …, and the loads that follow."""
     for _ in range(n):
         residency.observe({int(key[1:]): count for key, count in rows.items()})
-        assert residency.settle(LONG)
+        assert residency.wait_for_loads(LONG)
 
 
 def resident(residency: Residency[Value]) -> tuple[int, ...]:
@@ -396,9 +397,9 @@ def test_only_need_waits_for_a_load() -> None:
         assert residency.need(0).key == 0
         assert residency.get(1) is None, "room was made before the load began"
         assert residency.need(1).key == 1, "another is loaded beside it, in the caller's thread"
-        assert residency.stats().resident == (0,) and not residency.settle(0)
+        assert residency.stats().resident == (0,) and not residency.wait_for_loads(0)
         loads.gates[2].set()
-        assert residency.settle(LONG) and resident(residency) == (0, 2)
+        assert residency.wait_for_loads(LONG) and resident(residency) == (0, 2)
 
 
 def test_the_least_used_goes_first() -> None:
@@ -410,7 +411,7 @@ def test_the_least_used_goes_first() -> None:
         assert loads.begun[2].wait(LONG)
         assert residency.get(0) is not None and residency.get(1) is None
         gate.set()
-        assert residency.settle(LONG) and resident(residency) == (2, 3)
+        assert residency.wait_for_loads(LONG) and resident(residency) == (2, 3)
         assert loads.calls == [0, 1, 2, 3]
 
 
@@ -421,7 +422,7 @@ def test_what_was_needed_in_between_is_neither_loaded_again_nor_evicted_before_t
         assert loads.begun[0].wait(LONG)
         assert residency.need(2) is residency.get(2)
         gate.set()
-        assert residency.settle(LONG) and resident(residency) == (0, 2)
+        assert residency.wait_for_loads(LONG) and resident(residency) == (0, 2)
         steps(residency, 16, k0=9, k1=2)
         assert resident(residency) == (0, 1)
     with table([5, 5], 10) as (residency, loads):
@@ -430,7 +431,7 @@ def test_what_was_needed_in_between_is_neither_loaded_again_nor_evicted_before_t
         assert loads.begun[0].wait(LONG)
         residency.need(1)
         gate.set()
-        assert residency.settle(LONG) and loads.calls == [0, 1]
+        assert residency.wait_for_loads(LONG) and loads.calls == [0, 1]
 
 
 @pytest.mark.parametrize("ahead", [True, False])
@@ -463,7 +464,7 @@ def test_a_load_under_way_is_waited_for(ahead: bool, fails: bool) -> None:
         assert waiting.wait(LONG)
         assert residency.stats().misses == (1 if ahead else 2)
         gate.set()
-        assert ended(follower) and residency.settle(LONG)
+        assert ended(follower) and residency.wait_for_loads(LONG)
         assert loads.calls == [0]
         if fails:
             assert result == [loads.errors[0]] and residency.stats().failed == 1
@@ -501,7 +502,7 @@ def test_many_callers() -> None:
         threads = [call(partial(work, seed)) for seed in range(4)]
         assert all(ended(thread) for thread, _ in threads)
         assert [result for _, result in threads] == [[0]] * 4
-        assert residency.settle(LONG)
+        assert residency.wait_for_loads(LONG)
         assert loads.live == residency.stats().resident_bytes <= 12
         assert residency.stats().loads == len(loads.calls)
 
@@ -519,7 +520,7 @@ def test_close_ends_the_thread_and_lets_go() -> None:
         assert residency.need(0).key == 0
         assert loads.live == 0
         residency.observe({0: 1})
-        assert residency.settle(0)
+        assert residency.wait_for_loads(0)
 
 
 def test_close_during_a_load_keeps_nothing() -> None:
@@ -568,7 +569,7 @@ def test_a_failed_load_ahead_is_told_once_and_tried_again_later(caplog: pytest.L
         assert tried == [0, 1, 3, 7, 11, 15, 19]
         assert residency.stats().failed == 7 and residency._thread.is_alive()
         assert [record.message for record in caplog.records] == [
-            "0 could not be loaded ahead of its use, and is tried again later: SystemExit('whatever it is')"
+            "loading 0 ahead of its use failed; retrying later: SystemExit('whatever it is')"
         ]
         error = loads.errors.pop(0)
         loads.now = 23.0
@@ -601,7 +602,7 @@ def test_a_failed_load_leaves_nothing_behind() -> None:
                 )
             residency._failing.clear()
             residency.observe({0: 1})
-            assert residency.settle(LONG)
+            assert residency.wait_for_loads(LONG)
             assert len(partly) == 2 and [ref() for ref in partly] == [None, None]
     finally:
         gc.enable()
@@ -685,7 +686,7 @@ def test_answers_do_not_depend_on_what_is_resident(artifact: Artifact, dtype: to
                 held = residency.need(c)
                 residency.observe({c: rows.shape[0]})  # it may be evicted while it computes
                 assert torch.equal(held[layer](rows), whole(layer, {c: rows})[c])
-            assert residency.settle(LONG)
+            assert residency.wait_for_loads(LONG)
             assert residency.stats().resident_bytes <= (sum(sizes.values()) if budget is None else budget)
 
     with torch.inference_mode():
@@ -698,7 +699,7 @@ def test_a_damaged_cluster(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> 
     sizes = cluster_sizes(artifact, torch.float32)
     with Residency(sizes, lambda c: LocalClusters(artifact, [c], torch.float32), sum(sizes.values())) as residency:
         residency.observe({0: 1, 1: 9, 2: 1})
-        assert residency.settle(LONG)
+        assert residency.wait_for_loads(LONG)
         assert residency.stats().resident == (0, 2) and residency.stats().failed == 1
         with pytest.raises(CorruptArtifact):
             residency.need(1)

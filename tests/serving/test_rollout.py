@@ -18,9 +18,10 @@ from ray.serve._private.common import DeploymentID
 from ray.serve.exceptions import RayServeException
 
 import raymoe.commands.serve
-from raymoe.serving.app import _scaled
+from raymoe.serving.app import _scaled, api_settings, build
 from raymoe.serving.autoscaling import Policy
-from raymoe.serving.replicas import _endpoints
+from raymoe.serving.discovery import endpoints
+from raymoe.serving.http.server import ApiSettings
 from raymoe.serving.rollout import Rollout, pinned
 from raymoe.serving.serve_policy import Scaler
 from raymoe.serving.settings import ServeSettings, from_dict
@@ -154,6 +155,34 @@ def test_bad_settings_say_what_is_allowed(args: dict[str, Any], message: str) ->
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.7", "node.example"])
+def test_a_host_that_others_reach_needs_a_key_or_an_explicit_setting(host: str) -> None:
+    with pytest.raises(ValueError, match=f"http_options.host={host} serves /v1 .* set RAYMOE_API_KEY"):
+        api_settings(ServeSettings(), None, host)
+    with pytest.raises(ValueError, match="allow_unauthenticated: true"):
+        api_settings(ServeSettings(), "", host)
+    assert api_settings(ServeSettings(), "key", host).api_key == "key"
+    assert api_settings(ServeSettings(allow_unauthenticated=True), None, host).api_key is None
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost", None])
+def test_loopback_needs_no_key(host: str | None) -> None:
+    assert api_settings(ServeSettings(), None, host).api_key is None
+
+
+def test_the_api_receives_the_key_of_the_process_that_builds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not that of its own node, which may have none: /v1 would be open there."""
+    made = artifact(tmp_path).folder
+    monkeypatch.setenv("RAYMOE_API_KEY", "the key")
+    with pytest.raises(ValueError, match="api_key is not allowed"):
+        build({"artifact": str(made)})
+    monkeypatch.setenv("RAYMOE_API_KEY", "canary")
+    application = build({"artifact": str(made)})
+    bound = application._bound_deployment.init_args
+    (settings,) = [each for each in bound if isinstance(each, ApiSettings)]
+    assert settings.api_key == "canary" and "canary" not in repr(bound)
+
+
 def test_the_newest_export_is_found(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="there is no export under"):
         ServeSettings(root=str(tmp_path)).folder()
@@ -202,7 +231,7 @@ def test_looking_for_replicas_never_ends(fails: Exception, expected: list[Any] |
         raise fails
 
     handle: Any = SimpleNamespace(broadcast=lambda name: SimpleNamespace(results_async=results_async))
-    assert asyncio.run(_endpoints(handle)) == expected
+    assert asyncio.run(endpoints(handle)) == expected
 
 
 # Rollouts
@@ -215,11 +244,14 @@ def nobody(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Serving(Rollout):
-    """Of a Serve that does at once what it is told. `broken`: applications that do not answer."""
+    """A rollout on a Serve that deploys at once. `broken`: applications that do not respond."""
+
+    running_at = ("127.0.0.1", 8000)
 
     def __init__(self, name: str, there: dict[str, str], broken: Sequence[str] = ()) -> None:
         one = {"name": name, "import_path": "raymoe.serving.app:build", "args": {}}
-        super().__init__("nobody", {"applications": [one]}, timeout=0.5)
+        options = {"host": "127.0.0.1", "port": 8000}
+        super().__init__("http://here", {"applications": [one], "http_options": options}, timeout=0.5)
         self.broken, self.history = broken, [there]
 
     def applications(self) -> dict[str, Any]:
@@ -233,10 +265,19 @@ class Serving(Rollout):
             for name, route in self.history[-1].items()
         }  # fmt: skip
 
+    def details(self) -> dict[str, Any]:
+        host, port = self.running_at
+        options = {"host": host, "port": port}
+        return {"controller_info": {"pid": 1}, "http_options": options, "applications": self.applications()}
+
     def get(self, path: str) -> str | None:
         prefix = path.rpartition("/")[0] or "/"
         answers = [name for name, route in self.history[-1].items() if route == prefix and name not in self.broken]
-        return "raymoe_num_requests_running{} 0.0" if answers else None
+        return (
+            '# TYPE raymoe_num_requests_running gauge\nraymoe_num_requests_running{model_name="m"} 0.0\n'
+            if answers
+            else None
+        )
 
     def _deploy(self, applications: list[dict[str, Any]]) -> None:
         known = self.history[-1]
@@ -262,6 +303,41 @@ def test_a_rollout_ends_alone_and_never_leaves_the_route_empty(
     assert all("/" in routes.values() for routes in rollout.history[not there :])
     assert rollout.history[-1] == {"other": "/other", "new": "/"}
     assert all(routes["other"] == "/other" for routes in rollout.history)
+
+
+@pytest.mark.parametrize("running", [("127.0.0.1", 8001), ("0.0.0.0", 8000)])
+def test_other_http_options_than_those_of_a_running_serve_are_refused_at_once(
+    nobody: None, running: tuple[str, int]
+) -> None:
+    """Serve would keep its own, and nothing would ever respond at the config's address."""
+    rollout = Serving("new", {"old": "/"})
+    rollout.running_at = running
+    with pytest.raises(RuntimeError) as caught:
+        rollout.up()
+    assert f"already listens on {running[0]}:{running[1]} and serves old" in str(caught.value)
+    assert "the config has 127.0.0.1:8000" in str(caught.value) and "serve shutdown -a http://here" in str(caught.value)
+    assert rollout.history == [{"old": "/"}]
+
+
+def test_a_serve_that_does_not_run_takes_the_options_of_the_config(nobody: None) -> None:
+    rollout = Serving("new", {})
+    rollout.details = lambda: {"controller_info": {}, "proxies": {}, "applications": {}}  # type: ignore[method-assign]
+    rollout.check_http_options()
+
+
+@pytest.mark.parametrize(
+    ("metrics", "drained"),
+    [
+        ("", False),
+        ("raymoe_num_requests_running{model_name=\"a b\"} 0.0\nraymoe_num_requests_running 1.0\n", False),
+        ("# HELP raymoe_num_requests_running x\n# TYPE raymoe_num_requests_running gauge\nraymoe_num_requests_running{m=\"} 1\"} 0 1700000000\n", True),
+        ("raymoe_num_requests_running_more 0\n", False),
+    ],
+)  # fmt: skip
+def test_an_application_is_drained_when_it_runs_no_request(nobody: None, metrics: str, drained: bool) -> None:
+    rollout = Serving("new", {})
+    rollout.get = lambda path: metrics  # type: ignore[method-assign]
+    assert rollout._is_drained("old") == drained
 
 
 def test_an_application_that_does_not_start_changes_nothing(nobody: None) -> None:
@@ -291,6 +367,7 @@ def test_what_is_pinned_is_checked_and_absolute(tmp_path: Path, monkeypatch: pyt
     (application,) = pinned(config, root=tmp_path.name)["applications"]
     assert application["args"]["root"] == str(tmp_path)
     assert application["args"]["artifact"] == str(tmp_path / "exports" / "one")
+    assert application["name"].startswith("raymoe-one-")  # as Ray's dashboard shows it
     config["applications"][0]["autoscaling_policy"]["policy_kwargs"] = {"tarjet": 0.5}
     with pytest.raises(ValueError, match="unknown key 'tarjet'"):
         pinned(config, root=tmp_path.name)

@@ -413,7 +413,7 @@ def test_a_step_that_failed_can_be_tried_again(artifact: Artifact, trunk: Trunk)
         except ConnectionError:
             continue
     assert next(failures, None) is None
-    assert increments == [replace(i, request=number) for i in ask(make_engine(trunk), request).increments]
+    assert increments == [replace(i, key=number) for i in ask(make_engine(trunk), request).increments]
 
 
 def test_only_reading_a_prompt(trunk: Trunk, model: Transformer) -> None:

@@ -665,10 +665,10 @@ def test_a_full_server_says_so_at_once_and_forgets_nobody(artifact: Artifact) ->
 def test_one_answer_that_cannot_be_given_ends_the_others(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     submit = site.service.engine.submit
 
-    def reject_second(request: Request) -> int:
+    def reject_second(key: int, request: Request) -> None:
         if request.prompt == (7,):
             raise ValueError("7 cannot be served")
-        return submit(request)
+        return submit(key, request)
 
     monkeypatch.setattr(site.service.engine, "submit", reject_second)
     site.service.pause()
