@@ -95,7 +95,8 @@ class Discovery:
     def check(self) -> None:
         """Raises RuntimeError when the task has ended."""
         if self._task.done():
-            raise RuntimeError("replica discovery has stopped; Serve restarts this replica")
+            cause = None if self._task.cancelled() else self._task.exception()
+            raise RuntimeError("replica discovery has stopped; Serve restarts this replica") from cause
 
     def close(self) -> None:
         self._task.cancel()
