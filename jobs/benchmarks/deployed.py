@@ -1,8 +1,8 @@
-"""What serving gives on a real Ray Serve: parts `http`, `planes` and `memory` of the name `serve` of `jobs/benchmark.py`.
+"""Serving on a real Ray Serve: parts `http`, `planes` and `memory` of `jobs/benchmark.py serve`.
 
-`http`: applications of one artifact with all, half and none of the clusters resident, one at a time and in turns: the
-idle processes of one would take from another. `planes`: ways for rows to get from one replica to another and back, in
-turns. `memory`: what a trunk holds.
+`http`: applications of one artifact with all, half and none of the clusters resident, one at a time and alternating,
+so that idle processes do not affect the others. `planes`: round trips of rows between replicas, by transport.
+`memory`: resident memory of a trunk.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from benchmarks.engine import say, spread
 
 REPO_ROOT = Path(__file__).resolve().parents[2]
 NEW = 64
-"""Tokens of an answer."""
+"""Tokens of a completion."""
 RESIDENT = ("all", "half", "none")
 
 
@@ -30,7 +30,7 @@ RESIDENT = ("all", "half", "none")
 
 
 def applications(artifact: str, root: str) -> dict[str, dict[str, Any]]:
-    """Serve configs of the artifact by what is resident; a cluster has one replica from its first row elsewhere."""
+    """Return Serve configs of the artifact by residency. A cluster that is not resident scales to one replica."""
     import torch
     import yaml
 
@@ -51,7 +51,7 @@ def applications(artifact: str, root: str) -> dict[str, dict[str, Any]]:
 
 
 def http(artifact: str, root: str, text: str, domain: str, rounds: int) -> dict[str, Any]:
-    """Tokens/s and latency by how much is resident, 16 streams with most prompts from one domain; by streams for `all`."""
+    """Measure tokens/s and latency by residency at 16 streams, most prompts from one domain, and by streams for `all`."""
     import psutil
 
     from raymoe.commands.load import load, pieces, summary
@@ -82,10 +82,10 @@ def http(artifact: str, root: str, text: str, domain: str, rounds: int) -> dict[
                 rollout.up()
                 asked = time.monotonic()
                 first = run(rollout, 1, 1)["p50_ttft_s"]
-                run(rollout, 16, 48)  # what is hot becomes resident, what is not gets a replica
+                run(rollout, 16, 48)  # hot clusters become resident, others scale to one replica
                 rollout.wait(lambda r=rollout, n=name: _whole(r, n), "to have its replicas")
                 cold[name].append((first, time.monotonic() - asked))
-                run(rollout, 16, 48)  # for longer than a trunk takes to find them
+                run(rollout, 16, 48)  # longer than a trunk takes to discover them
                 rows[name] += [run(rollout, 16, 48) for _ in range(2)]
                 if name == "all":
                     for streams, made in by_streams.items():
@@ -112,7 +112,7 @@ def http(artifact: str, root: str, text: str, domain: str, rounds: int) -> dict[
 
 
 def _whole(rollout: Any, resident: str) -> bool:
-    """Whether the clusters that are not resident have their replicas."""
+    """Whether the clusters that are not resident have a replica."""
     targets = rollout.targets()
     wanted = [n > 0 for name, n in targets.items() if name.startswith("cluster-")]
     least = {"all": 0, "half": 1, "none": len(wanted)}[resident]
@@ -136,7 +136,7 @@ def _say(label: str, row: dict[str, Any], more: str = "") -> None:
 
 
 class Echo:
-    """Gives back what it is given, in every way that is measured."""
+    """Returns its input, by every transport that is measured."""
 
     def __init__(self, width: int) -> None:
         import torch
@@ -169,7 +169,7 @@ class Echo:
 
 
 class Caller:
-    """Measures round trips to an Echo from inside a replica, ways in turn."""
+    """Measures round trips to an Echo from inside a replica, alternating transports."""
 
     def __init__(self, echo: Any, actor: Any) -> None:
         self.echo, self.actor = echo, actor
@@ -187,7 +187,7 @@ class Caller:
         tensor = torch.from_numpy(array)
         by_value = self.echo.options(_by_reference=False)
 
-        async def frames() -> None:
+        async def rows_over_tcp() -> None:
             connection.send(0, tensor)
             connection.receive()
 
@@ -201,7 +201,7 @@ class Caller:
             await self.actor.echo.remote(array)
 
         ways: dict[str, Callable[[], Any]] = {
-            "frames over TCP": frames, "actor call": direct, "Serve handle, by value": value,
+            "row transport": rows_over_tcp, "actor call": direct, "Serve handle, by value": value,
             "Serve handle, by reference": reference,
         }  # fmt: skip
         if zmq_port:
@@ -227,7 +227,7 @@ class Caller:
 
 
 def planes(rounds: int, width: int = 256) -> dict[str, Any]:
-    """Round trips of 16 rows (a decoding step of 16 streams) and of 128 (a step with prompts), of D=256, float32."""
+    """Measure round trips of 16 rows (a decoding step of 16 streams) and 128 (a step with prompts); D=256, float32."""
     import ray
     from ray import serve
 
@@ -265,7 +265,7 @@ def planes(rounds: int, width: int = 256) -> dict[str, Any]:
 
 
 def empty(*more: str) -> int:
-    """Resident bytes of a process that has done nothing but import torch (and `more`), and multiply."""
+    """Return the resident bytes of a process that imports torch and `more`, and multiplies once."""
     code = "; ".join((
         *(f"import {module}" for module in ("torch", "psutil", *more)), "torch.set_num_threads(1)",
         "torch.ones(8, 8) @ torch.ones(8, 8)", "print(psutil.Process().memory_info().rss)",
@@ -274,7 +274,7 @@ def empty(*more: str) -> int:
 
 
 def memory(artifact: str, root: str, measured: dict[str, list[int]]) -> dict[str, Any]:
-    """Resident memory of a trunk with all clusters, beside its weights in the compute type and its KV budget."""
+    """Compare the resident memory of a trunk with all clusters to its weights in the compute type and KV budget."""
     import torch
 
     from raymoe.serving.engine.cluster import cluster_sizes

@@ -1,9 +1,9 @@
-"""What it saves to scale clusters instead of whole models: part `scaling` of the name `serve` of `jobs/benchmark.py`.
+"""Memory saved by scaling clusters instead of whole models: part `scaling` of `jobs/benchmark.py serve`.
 
-The engine answers a skewed load in this process, and the time that each cluster computes is taken. The autoscaling
-policy then says how many replicas that load wants when it is so and so heavy: of each cluster by its own share of
-the time, and of a model that is scaled as a whole by all of it. A replica is one process either way, and as many
-are wanted, but for rounding and the policy's tolerance; what differs is what each of them holds.
+The engine serves a skewed load in this process while the compute time of each cluster is measured. The autoscaling
+policy then computes replicas for several total loads: of each cluster by its share of the time, and of whole models by
+all of it. A replica is one process either way, and the numbers are equal except for rounding and the policy's
+tolerance. What differs is the weights in each process.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from raymoe.serving.settings import ServeSettings
 from raymoe.storage.artifact import Artifact
 
 DEMANDS = (0.5, 2.0, 8.0, 32.0)
-"""Busy replicas that a load is worth, of all clusters together."""
+"""Total loads, in busy replicas of all clusters together."""
 ROUNDS = 4
 
 
 def scaling(artifact: str, root: str, text: str, domain: str | None) -> dict[str, Any]:
-    """Replicas and bytes of weights by how heavy the load is, clusters scaled and whole models scaled."""
+    """Measure replicas and bytes of weights by load, with clusters scaled and with whole models scaled."""
     torch.set_num_threads(1)
     opened = Artifact.open(ServeSettings(artifact=artifact, root=root).folder())
     shares = shares_of_time(opened, text, domain)
@@ -51,18 +51,18 @@ def scaling(artifact: str, root: str, text: str, domain: str | None) -> dict[str
 
 
 def shares_of_time(artifact: Artifact, text: str, domain: str | None) -> list[float]:
-    """Of the time that all clusters compute, with most prompts from one domain: each cluster's share."""
+    """Return each cluster's share of the compute time, with most prompts from one domain."""
     model, tokenizer = artifact.model, artifact.tokenizer()
     local = LocalClusters(artifact, range(model.n_clusters), torch.float32)
     seconds: Counter[int] = Counter()
 
     def timed(layer: int, rows: Mapping[int, Tensor]) -> dict[int, Tensor]:
-        said = {}
+        outputs = {}
         for c, part in rows.items():
             started = time.perf_counter()
-            said |= local(layer, {c: part})
+            outputs |= local(layer, {c: part})
             seconds[c] += time.perf_counter() - started  # type: ignore[assignment]
-        return said
+        return outputs
 
     length = min(PROMPT + NEW, model.context)
     engine = Engine(Trunk(artifact, timed, torch.float32, length), tokenizer)
@@ -74,7 +74,7 @@ def shares_of_time(artifact: Artifact, text: str, domain: str | None) -> list[fl
 
 
 def steady(sizes: Sequence[int], demands: Sequence[float]) -> list[int]:
-    """Replicas on which the policy comes to rest, for a load that keeps so many replicas busy and does not change."""
+    """Return the replicas at which the policy settles, for constant loads in busy replicas."""
     policy = replace(Policy(), maximum=1_000_000)
     now, states = 0.0, start(policy, sizes, 0.0)
     for _ in range(100):

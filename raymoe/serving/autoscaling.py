@@ -1,8 +1,8 @@
-"""How many replicas each cluster should have: loads in, numbers out. Nothing here looks at a clock or starts anything.
+"""The number of replicas of each cluster, as a pure function of its load: no clock, no side effects.
 
-ClusterDemand is measured in busy replicas: three replicas that compute half of the time are 1.5. A cluster gets so
-many that each is busy for `target` of the time. It rises at once, falls when the highest load of a whole
-cool-down would let it, and sleeps after `idle_s` without a row. What all wish is cut to a byte budget.
+Load is measured in busy replicas: three replicas that compute half of the time are a load of 1.5. A cluster receives
+as many replicas as keep each busy for `target` of the time. It scales up at once, down when the peak load of a whole
+cool-down permits it, and to zero after `idle_s` without a row. A byte budget limits all clusters together.
 """
 
 from __future__ import annotations
@@ -18,27 +18,28 @@ from raymoe.config import check_field
 @dataclass(frozen=True)
 class Policy:
     target: float = 0.6
-    """Share of the time that a replica should be busy."""
+    """Share of time that a replica should be busy."""
     minimum: int = 0
-    """Replicas of each cluster at least. 0: an idle cluster has none."""
+    """Minimum replicas of each cluster. 0: an idle cluster scales to zero."""
     maximum: int = 4
-    """Replicas of each cluster at most."""
+    """Maximum replicas of each cluster."""
     tolerance: float = 0.15
-    """Change nothing while the load is within this share of what the replicas are for."""
+    """Relative deviation from the load at which replicas are busy for `target`, within which nothing changes."""
     up_cooldown_s: float = 5.0
-    """Seconds from one raise to the next. Waking from none neither waits nor counts."""
+    """Seconds between two scale-ups. Scaling up from zero neither waits nor counts."""
     down_cooldown_s: float = 60.0
-    """Seconds from any change to a cut, and of the loads that a cut looks back on."""
+    """Seconds between any change and a scale-down, and the window of loads whose peak a scale-down must serve."""
     idle_s: float = 300.0
-    """Seconds without a row until the last replica goes."""
+    """Seconds without a row until a cluster scales to zero."""
     saturated: float = 0.95
-    """Busy share from which the load is more than can be seen."""
+    """Busy share above which the load is larger than can be measured."""
     surge: float = 4.0
-    """Then the replicas are multiplied by this."""
+    """Factor by which replicas grow then."""
     latency_s: float = math.inf
-    """A call should not take longer; replicas that do, and are at least half as busy as they should be, are too few."""
+    """Target for the latency of a call, in seconds. A cluster above it, whose replicas are at least half as busy as
+    `target`, scales up."""
     budget_bytes: int | None = None
-    """Of all replicas of all clusters together. None: as many as there are."""
+    """Memory of all replicas of all clusters together. None: no limit."""
 
     def __post_init__(self) -> None:
         require = partial(check_field, self)
@@ -55,37 +56,40 @@ class Policy:
 
 @dataclass(frozen=True)
 class ClusterDemand:
-    """What a cluster did since the last decision."""
+    """Load of a cluster since the last decision."""
 
     replicas: int
-    """That answered."""
+    """Replicas that reported."""
     rows_per_s: float
-    """Asked of the cluster, whoever computed them."""
+    """Rows routed to the cluster while it was not resident, wherever they were computed."""
     busy: float
-    """Mean share of the time that its replicas were computing."""
+    """Mean share of time that its replicas were computing."""
     latency_s: float = 0.0
-    """Of a call."""
+    """Mean latency of a call."""
 
 
 @dataclass(frozen=True)
 class ClusterState:
-    """What the policy remembers of a cluster; `desired` is its decision."""
+    """State of the policy for one cluster. Times are in seconds of the caller's clock."""
 
     desired: int
+    """The decision: number of replicas."""
     active_at: float
-    """When it last had rows."""
+    """Time of the last rows."""
     raised_at: float = -math.inf
+    """Time of the last scale-up."""
     lowered_at: float = -math.inf
+    """Time of the last scale-down."""
     rows_per_busy_s: float = 0.0
-    """What one replica computes in a busy second. 0: not known yet."""
+    """Rows that one replica computes in a busy second. 0: unknown."""
     recent: tuple[tuple[float, float], ...] = ()
-    """(time, busy replicas) of the last cool-down."""
+    """(time, load in busy replicas) within the last cool-down."""
 
 
 def start(policy: Policy, replica_bytes: Sequence[int], now: float) -> tuple[ClusterState, ...]:
-    """The state before the first decision: the minimum of each cluster. replica_bytes [C]: memory of a replica.
+    """Return the state before the first decision: the minimum of each cluster.
 
-    Raises ValueError when the budget does not hold the minimum.
+    replica_bytes [C]: memory of a replica. Raises ValueError when the budget is too small for the minimum.
     """
     least = policy.minimum * sum(replica_bytes)
     if policy.budget_bytes is not None and least > policy.budget_bytes:
@@ -103,10 +107,13 @@ def decide(
     loads: Sequence[ClusterDemand | None],
     now: float,
 ) -> tuple[ClusterState, ...]:
-    """The next state of every cluster. `now` in seconds of any clock that does not go back; no load: not known."""
+    """Return the next state of every cluster.
+
+    loads [C]: None where unknown. now: seconds of a monotonic clock.
+    """
     seen = [_observe(policy, s, load, now) for s, load in zip(states, loads, strict=True)]
-    wishes = [s.desired if load is None else _wish(policy, s, now) for s, load in zip(seen, loads, strict=True)]
-    granted = _within_budget(policy, replica_bytes, seen, wishes)
+    requested = [s.desired if load is None else _request(policy, s, now) for s, load in zip(seen, loads, strict=True)]
+    granted = _within_budget(policy, replica_bytes, seen, requested)
     return tuple(
         replace(
             s,
@@ -119,7 +126,7 @@ def decide(
 
 
 def _observe(policy: Policy, state: ClusterState, load: ClusterDemand | None, now: float) -> ClusterState:
-    """The state with this load remembered."""
+    """Return the state with this load recorded."""
     if load is None:
         return state
     speed = state.rows_per_busy_s
@@ -136,26 +143,26 @@ def _observe(policy: Policy, state: ClusterState, load: ClusterDemand | None, no
 
 
 def _demand(policy: Policy, load: ClusterDemand, speed: float) -> float:
-    """Busy replicas that the load asks for, at most the maximum."""
+    """Return the load in busy replicas, at most the maximum."""
     if load.rows_per_s <= 0:
         return 0.0
-    fine = load.replicas * policy.target
+    balanced = load.replicas * policy.target
     if load.replicas == 0:
         demand = load.rows_per_s / speed if speed else policy.target
     elif load.busy >= policy.saturated:
-        demand = fine * policy.surge
+        demand = balanced * policy.surge
     elif load.latency_s > policy.latency_s and load.busy >= policy.target / 2:
-        demand = max(load.replicas * load.busy, fine * min(policy.surge, load.latency_s / policy.latency_s))
+        demand = max(load.replicas * load.busy, balanced * min(policy.surge, load.latency_s / policy.latency_s))
     else:
         demand = load.replicas * load.busy
     return min(demand, policy.maximum)
 
 
-def _wish(policy: Policy, state: ClusterState, now: float) -> int:
-    """Replicas that the cluster should have if there were enough for all."""
+def _request(policy: Policy, state: ClusterState, now: float) -> int:
+    """Return the replicas that the cluster needs, regardless of the budget."""
     desired, demand = state.desired, state.recent[-1][1]
-    asleep = policy.minimum == 0 and now - state.active_at >= policy.idle_s
-    least = 0 if asleep or (desired == 0 and demand == 0) else max(1, policy.minimum)
+    idle = policy.minimum == 0 and now - state.active_at >= policy.idle_s
+    least = 0 if idle or (desired == 0 and demand == 0) else max(1, policy.minimum)
     if demand > desired * policy.target * (1 + policy.tolerance):
         if desired and now - state.raised_at < policy.up_cooldown_s:
             return desired
@@ -167,30 +174,30 @@ def _wish(policy: Policy, state: ClusterState, now: float) -> int:
 
 
 def _ceil(x: float) -> int:
-    """Without a replica for a rounding error."""
+    """Round up, ignoring rounding errors."""
     return math.ceil(x - 1e-9)
 
 
 def _within_budget(
-    policy: Policy, replica_bytes: Sequence[int], states: Sequence[ClusterState], wishes: Sequence[int]
+    policy: Policy, replica_bytes: Sequence[int], states: Sequence[ClusterState], requested: Sequence[int]
 ) -> list[int]:
-    """The wishes cut to the budget: the minimum for all, one for each that has work, then where a replica bears most.
+    """Reduce the requested replicas to the budget: the minimum of all, then one for each loaded cluster, then by load.
 
-    (The last by D'Hondt's divisors. A replica that is there counts a tolerance more than one that would be
-    started, so that clusters of equal load do not take it from each other.)
+    The last are divided by D'Hondt's method. A running replica counts more than a new one, by the tolerance, so that
+    clusters of equal load do not alternate.
     """
     if policy.budget_bytes is None:
-        return list(wishes)
-    granted = [min(policy.minimum, wish) for wish in wishes]
+        return list(requested)
+    granted = [min(policy.minimum, request) for request in requested]
     left = policy.budget_bytes - sum(n * size for n, size in zip(granted, replica_bytes, strict=True))
     peaks = [max((demand for _, demand in s.recent), default=0.0) for s in states]
 
-    def claim(c: int) -> tuple[bool, float, int]:
+    def priority(c: int) -> tuple[bool, float, int]:
         present = 1 + policy.tolerance if granted[c] < states[c].desired else 1
         return granted[c] == 0, present * peaks[c] / (granted[c] + 1), -c
 
-    while open_to := [c for c, wish in enumerate(wishes) if granted[c] < wish and replica_bytes[c] <= left]:
-        c = max(open_to, key=claim)
+    while candidates := [c for c, request in enumerate(requested) if granted[c] < request and replica_bytes[c] <= left]:
+        c = max(candidates, key=priority)
         granted[c] += 1
         left -= replica_bytes[c]
     return granted

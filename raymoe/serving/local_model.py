@@ -61,11 +61,13 @@ class LocalModel:
         body = parse(json.dumps({"prompt": list(prompts), **options}).encode(), CompletionBody)
         requests = completion_requests(body, self._codec, self.context, len(prompts))
         engine = Engine(self._trunk, self.tokenizer, EngineSettings(max_queued=len(requests)))
-        index = {engine.submit(request): i for i, request in enumerate(requests)}
-        return _pieces(engine, index)
+        for i, request in enumerate(requests):
+            engine.submit(i, request)
+        return _pieces(engine)
 
 
-def _pieces(engine: Engine, index: dict[int, int]) -> Iterator[tuple[int, str]]:
+def _pieces(engine: Engine) -> Iterator[tuple[int, str]]:
     while not engine.idle:
         for increment in engine.step():
-            yield index[increment.request], increment.text
+            assert isinstance(increment.key, int)
+            yield increment.key, increment.text

@@ -1,8 +1,8 @@
-"""Serve's interface to the autoscaling policy: one decision for all clusters of an application.
+"""The autoscaling policy as Serve calls it: one decision for all clusters of an application.
 
-Named in a Serve config as the application's `autoscaling_policy`, so that one decision sees the load of every
-deployment and a byte budget over all of them can be kept. Requests and queues, by which Serve scales by itself,
-play no part: clusters are not called through Serve.
+A Serve config names it as the application's `autoscaling_policy`: one decision sees the load of every deployment, and
+can respect a byte budget over all of them. Serve's own signals, requests and queues, are not used: clusters are not
+called through Serve.
 """
 
 from __future__ import annotations
@@ -16,18 +16,19 @@ from typing import Any
 from raymoe.serving.autoscaling import ClusterDemand, ClusterState, Policy, decide
 
 PREFIX = "cluster-"
-"""Names of the clusters' deployments: with the cluster's number behind."""
+"""Prefix of the names of the clusters' deployments. The cluster's id follows it."""
 METRICS_INTERVAL_S = 0.5
+"""Seconds between reports of a replica."""
 LOOK_BACK_S = 2.0
-"""How often replicas report, and over what Serve averages."""
+"""Seconds over which Serve averages reports."""
 
 
 class Scaler:
-    """Called by Serve's controller about ten times a second with the contexts of all deployments.
+    """Serve's controller calls it about ten times per second with the contexts of all deployments.
 
-    `interval_s`: from one decision to the next; between them the last one stands. The rest are fields of
-    `Policy`, without minimum and maximum, which are those of the deployments. Raises ValueError for what is not
-    allowed; Serve's controller only logs that, and goes on without a policy, so it is asked before it is deployed.
+    interval_s: seconds between decisions; calls in between return the last one. policy: fields of `Policy` except
+    minimum and maximum, which come from the deployments. Raises ValueError for unknown or invalid fields. Serve's
+    controller only logs that and continues without a policy, so `rollout.pinned` validates it before a deployment.
     """
 
     def __init__(self, interval_s: float = LOOK_BACK_S, clock: Callable[[], float] = time.monotonic, **policy: Any):
@@ -40,7 +41,7 @@ class Scaler:
         self._decided = -float("inf")
 
     def between(self, minimum: int, maximum: int) -> Policy:
-        """The policy for deployments of so many replicas. Raises ValueError."""
+        """Return the policy for deployments with these limits of replicas. Raises ValueError."""
         return replace(self._policy, minimum=minimum, maximum=maximum)
 
     def __call__(self, contexts: Mapping[Any, Any]) -> tuple[dict[Any, int], dict[Any, dict[str, Any]]]:
@@ -58,7 +59,7 @@ class Scaler:
             context.aggregated_metrics for key, context in contexts.items() if not key.name.startswith(PREFIX)
         ]
 
-        def of_trunks(name: str) -> list[float]:
+        def from_trunks(name: str) -> list[float]:
             return [value for report in reports for value in report.get(name, {}).values()]
 
         loads: list[ClusterDemand | None] = []
@@ -68,17 +69,15 @@ class Scaler:
         for c, key in clusters.items():
             context = contexts[key]
             config = context.config
-            asked, size = of_trunks(f"remote_{c}"), of_trunks(f"bytes_{c}")
+            rows, size = from_trunks(f"remote_{c}"), from_trunks(f"bytes_{c}")
             sizes.append(int(max(size, default=0)))
             states.append(self._states.get(c) or ClusterState(context.target_num_replicas, now))
             own = context.aggregated_metrics
             busy, latency = list(own.get("busy", {}).values()), list(own.get("latency_s", {}).values())
             loads.append(
-                ClusterDemand(
-                    len(busy), sum(asked), statistics.fmean(busy or [0.0]), statistics.fmean(latency or [0.0])
-                )
-                if asked
-                else None  # no trunk has said anything yet
+                ClusterDemand(len(busy), sum(rows), statistics.fmean(busy or [0.0]), statistics.fmean(latency or [0.0]))
+                if rows
+                else None  # no trunk has reported yet
             )
         assert config is not None
         policy = self.between(config.min_replicas, config.max_replicas)

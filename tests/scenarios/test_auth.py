@@ -1,4 +1,4 @@
-"""Who is let in: a Ray with a token, an application with a key, and nothing that listens for more than this machine."""
+"""Authentication: a Ray with a token, an application with a key, and listeners on loopback only."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ from tests.support.served import artifact
 CANARIES = {
     name: f"canary-{name.lower()}-{secrets.token_hex(12)}" for name in ("RAYMOE_API_KEY", "RAY_AUTH_TOKEN", "HF_TOKEN")
 }
-"""Secrets that must be found nowhere."""
+"""Secrets that must appear in no output, file or response."""
 
 DENIED = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 
 
-# Where the token comes from
+# The token
 
 
-def test_the_token_is_taken_from_where_ray_takes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_token_is_read_from_the_same_places_as_by_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert authorisation({}) == authorisation({"RAY_AUTH_MODE": "disabled", "RAY_AUTH_TOKEN": "x"}) == {}
     token = {"RAY_AUTH_MODE": "token"}
     (tmp_path / "file").write_text("from a file\n")
@@ -57,7 +57,7 @@ def test_the_token_is_taken_from_where_ray_takes_it(tmp_path: Path, monkeypatch:
 
 
 @pytest.mark.parametrize("mode", ["token", "disabled"])
-def test_make_keeps_the_mode_that_the_environment_asks_for(mode: str, tmp_path: Path) -> None:
+def test_make_keeps_the_mode_of_the_environment(mode: str, tmp_path: Path) -> None:
     made = (REPO_ROOT / "Makefile").read_text() + "\nmode:\n\t@echo $$RAY_AUTH_MODE\n"
     (tmp_path / "Makefile").write_text(made)
     for environment, expected in (
@@ -68,16 +68,16 @@ def test_make_keeps_the_mode_that_the_environment_asks_for(mode: str, tmp_path: 
         assert done.stdout.split() == [expected]
 
 
-# Where raymoe itself listens
+# Listeners
 
 
 def hosts(port: int) -> set[str]:
-    """Addresses of this process on which something listens at `port`."""
+    """Return the addresses on which this process listens at `port`."""
     connections = psutil.Process().net_connections("inet")
     return {c.laddr.ip for c in connections if c.status == psutil.CONN_LISTEN and c.laddr.port == port}
 
 
-def test_what_listens_listens_on_this_machine_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_listeners_use_loopback_by_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     host = ServeSettings().host
     loopback = {"127.0.0.1"}
     assert {host, TrainSection().metrics_host} == loopback
@@ -102,7 +102,7 @@ def test_what_listens_listens_on_this_machine_alone(tmp_path: Path, monkeypatch:
     assert "--web.listen-address=127.0.0.1:9090" in started[0]
 
 
-# A head that asks for one
+# A head that requires a token
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +130,7 @@ def run(ray: Head, environment: Mapping[str, str], *command: str) -> subprocess.
 
 
 @pytest.mark.soak
-def test_the_dashboard_asks_for_the_token(ray: Head) -> None:
+def test_the_dashboard_requires_the_token(ray: Head) -> None:
     for path in ("/api/jobs/", "/api/version", "/api/serve/applications/", "/nodes?view=summary"):
         assert status(ray.dashboard + path)[0] == 401, path
         assert status(ray.dashboard + path, "a guess")[0] == 403, path
@@ -138,7 +138,7 @@ def test_the_dashboard_asks_for_the_token(ray: Head) -> None:
 
 
 @pytest.mark.soak
-def test_jobs_of_strangers_are_refused_and_ours_run(ray: Head, tmp_path: Path) -> None:
+def test_jobs_without_the_token_are_refused(ray: Head, tmp_path: Path) -> None:
     said = tmp_path / "said"
     touch = ["python", "-c", f"open({str(said)!r}, 'w').write('ran')"]
     bare = {name: value for name, value in ray.environment.items() if name not in DENIED}
@@ -153,8 +153,8 @@ def test_jobs_of_strangers_are_refused_and_ours_run(ray: Head, tmp_path: Path) -
 
 
 @pytest.mark.soak
-def test_a_run_and_an_application_behind_the_token_work_and_tell_no_secret(ray: Head, tmp_path: Path) -> None:
-    """Two workers and the clusterer; then `jobs/serve.py`, whose calls to the dashboard carry the token."""
+def test_a_run_and_an_application_with_a_token_work_and_leak_no_secret(ray: Head, tmp_path: Path) -> None:
+    """Two workers and the clusterer; then `jobs/serve.py`, which sends the token to the dashboard."""
     (tmp_path / "text.txt").write_text("\n".join(p.read_text() for p in sorted((REPO_ROOT / "raymoe").rglob("*.py"))))
     quick = ["train.steps=4", "train.global_batch=8", "train.grain=4", "model.context=64", "model.vocabulary=512"]
     options = ["run.name=first", f"run.root={tmp_path}", f"data.path={tmp_path / 'text.txt'}", *quick]

@@ -1,4 +1,4 @@
-"""The application on a real Serve: deployed as a person does it, asked, killed, scaled, updated."""
+"""The application on a real Serve: deployed from the command line, under load, killed, scaled and replaced."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def expected(model: Artifact) -> list[str]:
 
 
 def texts_of(model: Artifact) -> list[str]:
-    """The greedy answers of an engine in this process, by prompt."""
+    """Return the greedy completions of an engine in this process, by prompt."""
     engine = Engine(
         Trunk(model, LocalClusters(model, range(model.model.n_clusters), torch.float32), torch.float32, 128),
         tokenizer(),
@@ -76,7 +76,7 @@ def check(answers: Sequence[Answer], expected: Sequence[str]) -> None:
 
 
 async def while_killing(rollout: Rollout, name: str, victims: Sequence[str], requests: int) -> list[Answer]:
-    """Answers to a load during which one replica of each of `victims` is killed."""
+    """Return the completions of a load during which one replica of each of `victims` is killed."""
     loading = asyncio.create_task(load(rollout.base, PROMPTS, streams=4, requests=requests, body=greedy(name)))
     for victim in victims:
         await asyncio.to_thread(kill, rollout, victim)
@@ -85,13 +85,13 @@ async def while_killing(rollout: Rollout, name: str, victims: Sequence[str], req
 
 
 def addresses(pid: int) -> set[str]:
-    """On which a process listens for connections of ours: Ray's own are on the node's address."""
+    """Return the addresses on which a process listens. Ray's own listeners use the node's address."""
     listening = [c for c in psutil.Process(pid).net_connections("tcp") if c.status == psutil.CONN_LISTEN]
     return {c.laddr.ip for c in listening}
 
 
 def check_likelihoods(rollout: Rollout, model: Artifact) -> None:
-    """What is served of a prompt's tokens is what evaluation computes from the same artifact."""
+    """Compare the served log-probabilities of a prompt with those that evaluation computes from the artifact."""
     ids = tokenizer().encode(" ".join(PROMPTS)).ids[:100]
     body = {"model": model.folder.name, "prompt": ids, "max_tokens": 1, "echo": True, "logprobs": 1, "temperature": 0}
     status, answer = post(rollout, "/v1/completions", body)
@@ -103,7 +103,9 @@ def check_likelihoods(rollout: Rollout, model: Artifact) -> None:
 
 
 @pytest.mark.ray
-def test_the_application_serves_and_survives(ray: Head, model: Artifact, expected: list[str], tmp_path: Path) -> None:
+def test_the_application_serves_through_killed_replicas(
+    ray: Head, model: Artifact, expected: list[str], tmp_path: Path
+) -> None:
     args = {"artifact": str(model.folder), "root": str(tmp_path), "resident_bytes": 0, "min_replicas": 1}
     rollout = deploy(ray, tmp_path, config(args))
     name = model.folder.name
@@ -126,7 +128,7 @@ def test_the_application_serves_and_survives(ray: Head, model: Artifact, expecte
 
 
 def run(*command: str, environment: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    """A job, as a person runs it."""
+    """Run a job from the command line."""
     environment = os.environ | (environment or {})
     line = [sys.executable, *command]
     return subprocess.run(line, cwd=REPO_ROOT, env=environment, capture_output=True, text=True, timeout=500)
@@ -137,8 +139,8 @@ def job(ray: Head, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.soak
-def test_an_update_fails_no_request(ray: Head, model: Artifact, expected: list[str], tmp_path: Path) -> None:
-    """A second artifact takes over under load; one that cannot start does not."""
+def test_a_rollout_fails_no_request(ray: Head, model: Artifact, expected: list[str], tmp_path: Path) -> None:
+    """A second artifact replaces the first under load; an invalid one is refused."""
     second = artifact(tmp_path / "second", seed=1)
     made = config({"name": "m", "max_replicas": 1, "root": str(tmp_path)})
     file = tmp_path / "serve.yaml"
@@ -174,7 +176,7 @@ def test_an_update_fails_no_request(ray: Head, model: Artifact, expected: list[s
 
 @pytest.mark.soak
 @pytest.mark.parametrize("share", [1.0, 0.5])
-def test_likelihoods_do_not_depend_on_what_is_resident(
+def test_likelihoods_do_not_depend_on_residency(
     ray: Head, model: Artifact, expected: list[str], tmp_path: Path, share: float
 ) -> None:
     sizes = cluster_sizes(model, torch.float32)
@@ -193,8 +195,8 @@ def test_likelihoods_do_not_depend_on_what_is_resident(
 
 
 @pytest.mark.soak
-def test_clusters_sleep_wake_and_scale_by_their_own_load(ray: Head, model: Artifact, tmp_path: Path) -> None:
-    """From none, to the maximum of a cluster under load, to none again; nothing is lost on the way."""
+def test_clusters_scale_by_their_own_load_to_zero_and_back(ray: Head, model: Artifact, tmp_path: Path) -> None:
+    """From zero to the maximum of a cluster under load and back to zero; no request fails."""
     args = {"artifact": str(model.folder), "root": str(tmp_path), "resident_bytes": 0, "max_replicas": 2}
     rollout = deploy(ray, tmp_path, config(args, {"target": 0.01, "down_cooldown_s": 6.0, "idle_s": 8.0}))
     name = model.folder.name
@@ -225,7 +227,7 @@ def test_clusters_sleep_wake_and_scale_by_their_own_load(ray: Head, model: Artif
 
 @pytest.fixture(scope="module")
 def long(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    """With room for prompts of real text, of which its tokenizer makes many tokens."""
+    """An artifact with a context for real text, which its small tokenizer splits into many tokens."""
     return artifact(tmp_path_factory.mktemp("long"), replace(MODEL, context=512))
 
 

@@ -1,4 +1,4 @@
-"""What is resident: the decision in tables and properties, the table under fake loads, and real clusters through it."""
+"""Residency: decisions in tables and properties, the table with fake loads, and with real clusters."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from raymoe.storage.artifact_layout import cluster_file
 from tests.support import served
 
 LONG = 30.0
-"""Seconds until a test that waits gives up."""
+"""Seconds after which a waiting test fails."""
 
 # The decision
 
@@ -52,13 +52,11 @@ LONG = 30.0
         ([2, 1, 1], [4.7, 2, 2], [1, 2], 2, {1, 2}),
     ],
 )
-def test_what_is_wanted(
-    sizes: list[int], use: list[float], resident: list[int], budget: int, expected: set[int]
-) -> None:
+def test_wanted_keys(sizes: list[int], use: list[float], resident: list[int], budget: int, expected: set[int]) -> None:
     assert wanted(dict(enumerate(sizes)), dict(enumerate(use)), set(resident), budget, 0.2) == expected
 
 
-def test_what_is_to_be_kept_stays() -> None:
+def test_keys_to_keep_stay() -> None:
     assert wanted({0: 2, 1: 1, 2: 1}, {0: 0.0, 1: 5.0, 2: 4.0}, {0}, 3, 0.2, {0}) == {0, 1}
 
 
@@ -76,7 +74,7 @@ def situations(draw: st.DrawFn) -> tuple[dict[int, int], dict[int, float], set[i
 
 @settings(max_examples=300, deadline=None)
 @given(situations())
-def test_it_fits_and_is_stable(situation: tuple) -> None:
+def test_wanted_keys_fit_and_are_stable(situation: tuple) -> None:
     sizes, use, resident, budget, margin, keep = situation
     chosen = wanted(sizes, use, resident, budget, margin, keep)
     free = budget - sum(sizes[key] for key in chosen)
@@ -94,14 +92,14 @@ def test_it_fits_and_is_stable(situation: tuple) -> None:
 
 
 class Value:
-    """What a load gives."""
+    """The value of a fake load."""
 
     def __init__(self, key: int) -> None:
         self.key = key
 
 
 class Loads:
-    """Fake loads that a test can hold back and make fail, and that count the bytes alive."""
+    """Fake loads that a test can delay and fail. They count the bytes of live values."""
 
     def __init__(self, sizes: Mapping[int, int]) -> None:
         self.sizes, self.lock = sizes, threading.Lock()
@@ -151,7 +149,7 @@ def table(
 
 
 def steps(residency: Residency[Value], n: int, **rows: int) -> None:
-    """n steps with rows of keys `k0`, `k1`, …, and the loads that follow."""
+    """Observe n steps with rows of keys `k0`, `k1`, …, and wait for the loads that follow."""
     for _ in range(n):
         residency.observe({int(key[1:]): count for key, count in rows.items()})
         assert residency.wait_for_loads(LONG)
@@ -181,7 +179,7 @@ def test_without_a_budget_a_failed_load_is_raised_at_once() -> None:
 
 
 @pytest.mark.parametrize("budget", [0, 4])
-def test_what_never_fits_is_loaded_for_each_use_and_freed(budget: int) -> None:
+def test_a_value_that_never_fits_is_loaded_for_each_use_and_freed(budget: int) -> None:
     with table([5, 5], budget) as (residency, loads):
         steps(residency, 3, k0=1)
         for n in range(1, 4):
@@ -193,14 +191,14 @@ def test_what_never_fits_is_loaded_for_each_use_and_freed(budget: int) -> None:
         assert residency.stats().resident_bytes == residency.stats().evictions == 0
 
 
-def test_need_keeps_what_there_is_room_for() -> None:
+def test_need_keeps_values_that_fit() -> None:
     with table([5, 5, 5], 10) as (residency, loads):
         assert residency.need(2) is residency.get(2) is residency.need(2)
         stats = residency.stats()
         assert (stats.hits, stats.misses, stats.loads, stats.resident) == (2, 1, 1, (2,))
 
 
-def test_need_takes_the_place_of_what_is_used_less() -> None:
+def test_need_replaces_less_used_values() -> None:
     with table([5, 5, 5], 10, ResidencySettings(half_life=4, interval=100, min_steps=0)) as (residency, loads):
         steps(residency, 1, k0=9, k1=1)
         assert resident(residency) == (0, 1)
@@ -212,7 +210,7 @@ def test_need_takes_the_place_of_what_is_used_less() -> None:
         assert residency.stats().evictions == 1
 
 
-def test_the_busiest_are_loaded_ahead() -> None:
+def test_the_most_used_keys_are_loaded_ahead() -> None:
     with table([5, 5, 5, 5], 10) as (residency, loads):
         steps(residency, 1, k3=4, k1=9, k0=1)
         assert loads.calls == [1, 3] and resident(residency) == (1, 3)
@@ -223,7 +221,7 @@ def test_the_busiest_are_loaded_ahead() -> None:
         assert residency.stats().stall_s == 0
 
 
-def test_spare_room_is_filled_and_yields() -> None:
+def test_free_budget_is_filled_and_reused() -> None:
     with table([5, 5, 5], 10) as (residency, loads):
         steps(residency, 1, k2=1)
         assert loads.calls == [2, 0]
@@ -232,8 +230,8 @@ def test_spare_room_is_filled_and_yields() -> None:
 
 
 @pytest.mark.parametrize(("margin", "expected"), [(0.25, range(3)), (0.0, range(100, 1000))])
-def test_equals_do_not_take_turns(margin: float, expected: range) -> None:
-    """Three alike in turn, room for two: it is the margin that keeps them."""
+def test_equally_used_keys_do_not_alternate(margin: float, expected: range) -> None:
+    """Three keys in turn, room for two: the margin prevents evictions."""
     chosen = ResidencySettings(half_life=64, interval=1, min_steps=0, margin=margin)
     with table([5, 5, 5], 10, chosen) as (residency, _):
         for step in range(400):
@@ -241,7 +239,7 @@ def test_equals_do_not_take_turns(margin: float, expected: range) -> None:
         assert residency.stats().evictions in expected
 
 
-def test_a_newcomer_stays_for_a_while() -> None:
+def test_a_new_value_stays_for_min_steps() -> None:
     with table([5, 5], 5, ResidencySettings(half_life=1, interval=1, min_steps=10)) as (residency, _):
         steps(residency, 1, k0=1)
         steps(residency, 8, k0=1, k1=50)
@@ -254,14 +252,14 @@ def test_a_newcomer_stays_for_a_while() -> None:
         assert resident(residency) == (0,)
 
 
-def test_a_newcomer_that_is_not_used_does_not() -> None:
+def test_a_new_value_without_use_does_not_stay() -> None:
     with table([5, 5], 5, ResidencySettings(half_life=1, interval=1, min_steps=1000)) as (residency, _):
         residency.need(0)
         steps(residency, 1, k1=1)
         assert resident(residency) == (1,)
 
 
-def test_decisions_are_made_every_so_many_steps() -> None:
+def test_decisions_are_made_at_the_interval() -> None:
     with table([5, 5], 5, ResidencySettings(half_life=1, interval=16, min_steps=0)) as (residency, _):
         steps(residency, 1, k0=1)
         steps(residency, 15, k1=9)
@@ -271,7 +269,7 @@ def test_decisions_are_made_every_so_many_steps() -> None:
 
 
 def test_the_average_has_its_half_life() -> None:
-    """After h steps without rows a key is at half of its use: one that began at just under half takes over at h + 1."""
+    """After h steps without rows a key has half of its use: a key of just under half replaces it at h + 1."""
     for h in (1, 8, 64):
         with table([1, 1], 1, ResidencySettings(half_life=h, interval=1, min_steps=0, margin=0)) as (residency, _):
             steps(residency, 40 * h, k0=1000)
@@ -283,7 +281,7 @@ def test_the_average_has_its_half_life() -> None:
 
 
 @pytest.mark.parametrize("budget", [10, None])
-def test_the_idle_give_their_memory_back_and_return(budget: int | None) -> None:
+def test_idle_values_are_evicted_and_loaded_again(budget: int | None) -> None:
     chosen = ResidencySettings(half_life=1, interval=1, min_steps=0, floor=0.01, idle_steps=20)
     with table([5, 5], budget, chosen) as (residency, loads):
         steps(residency, 1, k0=1, k1=1)
@@ -299,8 +297,8 @@ def test_the_idle_give_their_memory_back_and_return(budget: int | None) -> None:
 
 
 @pytest.mark.parametrize(("half_life", "every"), [(1, 18), (100, 1000)])
-def test_what_is_used_now_and_then_is_not_idle(half_life: float, every: int) -> None:
-    """Rarely, for an average of one step; or not for a while, but much before."""
+def test_rarely_used_keys_are_not_idle(half_life: float, every: int) -> None:
+    """Rare use with an average over one step, or no recent use but much before."""
     chosen = ResidencySettings(half_life=half_life, interval=1, floor=0.01, idle_steps=20)
     with table([5], 5, chosen) as (residency, _):
         for step in range(100):
@@ -308,14 +306,14 @@ def test_what_is_used_now_and_then_is_not_idle(half_life: float, every: int) -> 
         assert residency.stats().loads == 1 and residency.stats().evictions == 0
 
 
-def test_the_idle_stay_unless_told() -> None:
+def test_idle_values_stay_by_default() -> None:
     with table([5, 5], 10, ResidencySettings(half_life=1, interval=1)) as (residency, _):
         steps(residency, 1, k0=1)
         steps(residency, 2000)
         assert resident(residency) == (0, 1)
 
 
-def test_eviction_leaves_the_caller_its_value() -> None:
+def test_eviction_keeps_the_values_of_callers() -> None:
     with table([5, 5], 5) as (residency, loads):
         steps(residency, 1, k0=1)
         held = residency.need(0)
@@ -333,7 +331,7 @@ def test_eviction_leaves_the_caller_its_value() -> None:
     uses=st.lists(st.tuples(st.sampled_from(["need", "get", "observe"]), st.integers(0, 5)), max_size=40),
     failing=st.sets(st.integers(0, 5), max_size=2),
 )
-def test_the_budget_holds_whatever_happens(
+def test_the_budget_holds_for_any_sequence(
     sizes: list[int], budget: int, idle: int | None, uses: list[tuple[str, int]], failing: set[int]
 ) -> None:
     chosen = ResidencySettings(half_life=3, interval=2, min_steps=3, floor=0.05, idle_steps=idle, backoff_s=0)
@@ -367,7 +365,7 @@ def test_the_budget_holds_whatever_happens(
 
 
 def call(work: Callable[[], object]) -> tuple[threading.Thread, list[object]]:
-    """A thread that does it, and what it gave or raised."""
+    """A thread with a call, and its result or exception."""
     result: list[object] = []
 
     def run() -> None:
@@ -402,7 +400,7 @@ def test_only_need_waits_for_a_load() -> None:
         assert residency.wait_for_loads(LONG) and resident(residency) == (0, 2)
 
 
-def test_the_least_used_goes_first() -> None:
+def test_the_least_used_value_is_evicted_first() -> None:
     with table([5, 5, 5, 5], 10) as (residency, loads):
         steps(residency, 1, k0=3, k1=2)
         gate = loads.gates[2] = threading.Event()
@@ -415,7 +413,7 @@ def test_the_least_used_goes_first() -> None:
         assert loads.calls == [0, 1, 2, 3]
 
 
-def test_what_was_needed_in_between_is_neither_loaded_again_nor_evicted_before_the_next_decision() -> None:
+def test_a_value_needed_between_decisions_is_neither_reloaded_nor_evicted() -> None:
     with table([5, 5, 5], 10, ResidencySettings(interval=16, min_steps=0)) as (residency, loads):
         gate = loads.gates[0] = threading.Event()
         residency.observe({0: 9, 1: 2})
@@ -436,8 +434,8 @@ def test_what_was_needed_in_between_is_neither_loaded_again_nor_evicted_before_t
 
 @pytest.mark.parametrize("ahead", [True, False])
 @pytest.mark.parametrize("fails", [True, False])
-def test_a_load_under_way_is_waited_for(ahead: bool, fails: bool) -> None:
-    """Whether the thread began it, or another caller; and its failure is everyone's."""
+def test_callers_wait_for_a_load_in_progress(ahead: bool, fails: bool) -> None:
+    """Started by the loader thread or by another caller. All of them receive its exception."""
     loads, waiting = Loads({0: 5}), threading.Event()
     gate = loads.gates[0] = threading.Event()
     if fails:
@@ -473,7 +471,7 @@ def test_a_load_under_way_is_waited_for(ahead: bool, fails: bool) -> None:
         assert first is None or (ended(first[0]) and first[1] == result)
 
 
-def test_the_time_that_callers_wait_is_counted() -> None:
+def test_stall_time_is_counted() -> None:
     with table([5, 5], 5) as (residency, loads):
         loads.cost_s = 2.0
         residency.need(0)
@@ -484,7 +482,7 @@ def test_the_time_that_callers_wait_is_counted() -> None:
         assert loads.calls == [0, 1] and residency.stats().stall_s == 2.0
 
 
-def test_many_callers() -> None:
+def test_concurrent_callers() -> None:
     sizes = [3, 5, 2, 7, 1, 4]
     with table(sizes, 12, ResidencySettings(half_life=8, interval=2, min_steps=2)) as (residency, loads):
         barrier = threading.Barrier(4)
@@ -507,7 +505,7 @@ def test_many_callers() -> None:
         assert residency.stats().loads == len(loads.calls)
 
 
-def test_close_ends_the_thread_and_lets_go() -> None:
+def test_close_ends_the_thread_and_drops_values() -> None:
     with table([5, 5], 10) as (residency, loads):
         thread = residency._thread
         assert thread.daemon and thread.is_alive()
@@ -553,7 +551,7 @@ def test_need_raises_what_the_load_raises() -> None:
         assert residency.need(0) is residency.get(0), "its room was given back"
 
 
-def test_a_failed_load_ahead_is_told_once_and_tried_again_later(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_failed_load_ahead_is_logged_once_and_retried(caplog: pytest.LogCaptureFixture) -> None:
     chosen = ResidencySettings(half_life=4, interval=1, min_steps=0, backoff_s=1, backoff_max_s=4)
     with table([5, 5], 5, chosen) as (residency, loads), caplog.at_level(logging.WARNING):
         loads.errors[0] = SystemExit("whatever it is")
@@ -581,8 +579,8 @@ def test_a_failed_load_ahead_is_told_once_and_tried_again_later(caplog: pytest.L
         assert len(caplog.records) == 2, "it had worked in between"
 
 
-def test_a_failed_load_leaves_nothing_behind() -> None:
-    """Not even until the next collection: what it had read may be large."""
+def test_a_failed_load_frees_its_memory() -> None:
+    """At once, not at the next garbage collection: the partial value may be large."""
     partly: list[weakref.ref[Value]] = []
 
     def load(key: int) -> Value:
@@ -608,7 +606,7 @@ def test_a_failed_load_leaves_nothing_behind() -> None:
         gc.enable()
 
 
-def test_unknown_keys_and_bad_settings() -> None:
+def test_unknown_keys_and_invalid_settings() -> None:
     with table([1], 1) as (residency, _):
         for use in (lambda: residency.need(7), lambda: residency.observe({7: 1})):
             with pytest.raises(KeyError):
@@ -635,7 +633,7 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
 @pytest.mark.parametrize("kernels", ["native", "packed", "plain"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("width", [4, 0])
-def test_sizes_are_those_of_the_loaded(
+def test_sizes_are_those_of_loaded_values(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, width: int, kernels: str
 ) -> None:
     def choose() -> None:
@@ -666,7 +664,7 @@ def rows_of(seed: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_answers_do_not_depend_on_what_is_resident(artifact: Artifact, dtype: torch.dtype) -> None:
+def test_outputs_do_not_depend_on_residency(artifact: Artifact, dtype: torch.dtype) -> None:
     sizes, whole = cluster_sizes(artifact, dtype), LocalClusters(artifact, range(3), dtype)
 
     def load(c: int) -> dict[int, Cluster]:
@@ -693,7 +691,7 @@ def test_answers_do_not_depend_on_what_is_resident(artifact: Artifact, dtype: to
         check()
 
 
-def test_a_damaged_cluster(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_damaged_cluster_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     artifact = served.artifact(tmp_path)
     (artifact.folder / cluster_file(1)).write_bytes(b"not this")
     sizes = cluster_sizes(artifact, torch.float32)

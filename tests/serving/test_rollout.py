@@ -1,4 +1,4 @@
-"""The policy as Serve calls it, with contexts as its controller makes them, and what an application is built from."""
+"""The policy as Serve's controller calls it, the settings and construction of an application, and rollouts."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ ROOT = Path(__file__).parents[2]
 
 @dataclass(frozen=True)
 class Key:
-    """As Serve's DeploymentID."""
+    """Stands for Serve's DeploymentID."""
 
     name: str
     app_name: str = "raymoe"
@@ -64,7 +64,7 @@ class Contexts:
         return made
 
     def run(self, scaler: Scaler, seconds: float) -> list[list[int]]:
-        """Serve's loop ten times a second; replicas are there at once. The replicas after each call."""
+        """Run Serve's loop, ten calls per second; replicas start at once. Return the replicas after each call."""
         history = []
         for _ in range(round(seconds * 10)):
             decisions, _ = scaler(self.contexts())
@@ -79,7 +79,7 @@ def scaler(contexts: Contexts, **policy: Any) -> Scaler:
     return Scaler(interval_s=2.0, clock=lambda: contexts.now, **policy)
 
 
-def test_hot_clusters_rise_within_two_decisions_and_return_and_cold_ones_stay() -> None:
+def test_hot_clusters_scale_up_in_two_decisions_and_back_and_cold_ones_stay() -> None:
     contexts = Contexts([0.0] * 4, replicas=[0] * 4)
     policy = scaler(contexts, target=0.5, down_cooldown_s=10, idle_s=30)
     assert contexts.run(policy, 10)[-1] == [0, 0, 0, 0]
@@ -95,7 +95,7 @@ def test_hot_clusters_rise_within_two_decisions_and_return_and_cold_ones_stay() 
     assert contexts.run(policy, 60)[-1] == [0, 0, 0, 0]
 
 
-def test_a_decision_stands_until_the_next() -> None:
+def test_calls_between_decisions_return_the_last_one() -> None:
     contexts = Contexts([900.0], replicas=[1])
     policy = scaler(contexts)
     calls = []
@@ -104,12 +104,12 @@ def test_a_decision_stands_until_the_next() -> None:
     assert calls == pytest.approx([0.0, 2.0, 4.0], abs=0.11)
 
 
-def test_a_new_controller_goes_on_from_what_is_there() -> None:
+def test_a_new_controller_starts_from_the_running_replicas() -> None:
     contexts = Contexts([600.0, 10.0], replicas=[3, 1])
     assert contexts.run(scaler(contexts), 3)[-1] == [3, 1]
 
 
-def test_without_a_word_from_a_trunk_nothing_changes() -> None:
+def test_without_a_report_of_a_trunk_nothing_changes() -> None:
     contexts = Contexts([500.0, 10.0], replicas=[2, 1])
     made = contexts.contexts()
     made[Key("trunk")].aggregated_metrics = {}
@@ -117,13 +117,13 @@ def test_without_a_word_from_a_trunk_nothing_changes() -> None:
     assert {key.name: n for key, n in decisions.items()} == {"cluster-0": 2, "cluster-1": 1}
 
 
-def test_the_budget_is_of_all_clusters_together() -> None:
+def test_the_budget_limits_all_clusters_together() -> None:
     contexts = Contexts([2000.0, 2000.0, 0.0], replicas=[1, 1, 0])
     history = contexts.run(scaler(contexts, budget_bytes=500), 30)
     assert all(sum(n) <= 5 for n in history) and sum(history[-1]) == 5
 
 
-def test_bad_policies_are_refused_at_once() -> None:
+def test_invalid_policies_are_refused_at_once() -> None:
     with pytest.raises(ValueError, match="target=2 is not allowed"):
         Scaler(target=2)
     for name in ("no_such", "minimum", "maximum"):
@@ -149,7 +149,7 @@ def test_bad_policies_are_refused_at_once() -> None:
         ({"cpus": "1"}, "cpus='1' is not allowed: expected int or float"),
     ],
 )
-def test_bad_settings_say_what_is_allowed(args: dict[str, Any], message: str) -> None:
+def test_invalid_settings_are_refused_with_the_allowed_values(args: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError) as caught:
         from_dict(args)
     assert message in str(caught.value)
@@ -171,7 +171,7 @@ def test_loopback_needs_no_key(host: str | None) -> None:
 
 
 def test_the_api_receives_the_key_of_the_process_that_builds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not that of its own node, which may have none: /v1 would be open there."""
+    """An api on a node without the variable would otherwise serve /v1 without a key."""
     made = artifact(tmp_path).folder
     monkeypatch.setenv("RAYMOE_API_KEY", "the key")
     with pytest.raises(ValueError, match="api_key is not allowed"):
@@ -211,8 +211,8 @@ def test_the_shipped_config_is_valid() -> None:
         Policy(**application.autoscaling_policy["policy_kwargs"])
 
 
-def test_a_redeployment_keeps_the_replicas_that_there_are() -> None:
-    """What Serve makes of the numbers of a deployment that is new (-1), and of one that has changed."""
+def test_a_redeployment_keeps_the_running_replicas() -> None:
+    """Serve's initial replicas of a new deployment (-1), and of one that has changed."""
     deployment_config = SimpleNamespace(autoscaling_config=_scaled(1, 4), gang_scheduling_config=None)
     info: Any = SimpleNamespace(
         deployment_config=deployment_config, target_capacity=None, target_capacity_direction=None,
@@ -226,7 +226,7 @@ def test_a_redeployment_keeps_the_replicas_that_there_are() -> None:
     ("fails", "expected"),
     [(RayServeException("none"), []), (TimeoutError(), None), (RayError(), None), (RuntimeError("odd"), None)],
 )
-def test_looking_for_replicas_never_ends(fails: Exception, expected: list[Any] | None) -> None:
+def test_discovery_survives_every_failure_of_serve(fails: Exception, expected: list[Any] | None) -> None:
     async def results_async(**_: Any) -> list[Any]:
         raise fails
 
@@ -238,8 +238,8 @@ def test_looking_for_replicas_never_ends(fails: Exception, expected: list[Any] |
 
 
 @pytest.fixture
-def nobody(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Behind the dashboard's address."""
+def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No Ray behind the dashboard's address."""
     monkeypatch.setattr("raymoe.serving.rollout.ServeSubmissionClient", lambda address: None)
 
 
@@ -290,13 +290,13 @@ class Serving(Rollout):
         ({}, []),
         ({"new": "/"}, []),
         ({"old": "/"}, []),
-        ({"old": "/"}, ["old"]),  # it never started: nothing is waited for
-        ({"old": "/old", "new": "/"}, []),  # an update that was given up while the old one drained
+        ({"old": "/"}, ["old"]),  # it does not respond: nothing to wait for
+        ({"old": "/old", "new": "/"}, []),  # an interrupted rollout, while the old one drained
         ({"old": "/", "new": "/new"}, []),
     ],
 )
-def test_a_rollout_ends_alone_and_never_leaves_the_route_empty(
-    nobody: None, there: dict[str, str], broken: list[str]
+def test_a_rollout_replaces_the_others_and_always_serves_the_route(
+    no_ray: None, there: dict[str, str], broken: list[str]
 ) -> None:
     rollout = Serving("new", there | {"other": "/other"}, broken)
     rollout.up()
@@ -307,9 +307,9 @@ def test_a_rollout_ends_alone_and_never_leaves_the_route_empty(
 
 @pytest.mark.parametrize("running", [("127.0.0.1", 8001), ("0.0.0.0", 8000)])
 def test_other_http_options_than_those_of_a_running_serve_are_refused_at_once(
-    nobody: None, running: tuple[str, int]
+    no_ray: None, running: tuple[str, int]
 ) -> None:
-    """Serve would keep its own, and nothing would ever respond at the config's address."""
+    """Serve would keep its own, and nothing would respond at the config's address."""
     rollout = Serving("new", {"old": "/"})
     rollout.running_at = running
     with pytest.raises(RuntimeError) as caught:
@@ -319,7 +319,7 @@ def test_other_http_options_than_those_of_a_running_serve_are_refused_at_once(
     assert rollout.history == [{"old": "/"}]
 
 
-def test_a_serve_that_does_not_run_takes_the_options_of_the_config(nobody: None) -> None:
+def test_a_serve_that_does_not_run_takes_the_options_of_the_config(no_ray: None) -> None:
     rollout = Serving("new", {})
     rollout.details = lambda: {"controller_info": {}, "proxies": {}, "applications": {}}  # type: ignore[method-assign]
     rollout.check_http_options()
@@ -334,13 +334,13 @@ def test_a_serve_that_does_not_run_takes_the_options_of_the_config(nobody: None)
         ("raymoe_num_requests_running_more 0\n", False),
     ],
 )  # fmt: skip
-def test_an_application_is_drained_when_it_runs_no_request(nobody: None, metrics: str, drained: bool) -> None:
+def test_an_application_is_drained_when_it_runs_no_request(no_ray: None, metrics: str, drained: bool) -> None:
     rollout = Serving("new", {})
     rollout.get = lambda path: metrics  # type: ignore[method-assign]
     assert rollout._is_drained("old") == drained
 
 
-def test_an_application_that_does_not_start_changes_nothing(nobody: None) -> None:
+def test_an_application_that_does_not_start_changes_nothing(no_ray: None) -> None:
     rollout = Serving("new", {"old": "/"}, ["new"])
     with pytest.raises(RuntimeError, match="to be ready"):
         rollout.up()
@@ -358,7 +358,7 @@ def test_serving_from_the_command_line(tmp_path: Path, monkeypatch: pytest.Monke
     assert raymoe.commands.serve.main() == 0 and started == (["here"] if start else [])
 
 
-def test_what_is_pinned_is_checked_and_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pinned_config_is_validated_and_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = artifact(tmp_path / "made").folder
     (tmp_path / "exports").mkdir()
     made.rename(tmp_path / "exports" / "one")

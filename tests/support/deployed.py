@@ -1,4 +1,4 @@
-"""The shipped Serve config on a port of its own, for tests."""
+"""The shipped Serve config on a free port, for tests."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def config(args: dict[str, Any], policy: dict[str, Any] | None = None) -> Config
 
 
 def serve(head: Head, *arguments: str) -> str:
-    """What a `serve` command prints."""
+    """Run a `serve` command and return its output."""
     command = [str(Path(sys.executable).with_name("serve")), *arguments, "-a", head.dashboard]
     done = subprocess.run(command, env=head.environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -38,7 +38,7 @@ def serve(head: Head, *arguments: str) -> str:
 
 
 def deploy(head: Head, folder: Path, config: Config) -> Rollout:
-    """By `serve deploy`; returns when the application is ready and all of its replicas run."""
+    """Run `serve deploy` and wait until the application is ready and all of its replicas run."""
     file = folder / "serve.yaml"
     file.write_text(yaml.safe_dump(config))
     serve(head, "deploy", str(file))
@@ -48,7 +48,7 @@ def deploy(head: Head, folder: Path, config: Config) -> Rollout:
 
 
 def kill(rollout: Rollout, deployment: str) -> int:
-    """SIGKILL one replica of a deployment that runs; its pid."""
+    """SIGKILL one running replica of a deployment and return its pid."""
     pid = until(lambda: rollout.pids(deployment), f"a replica of {deployment}")[0]
     os.kill(pid, signal.SIGKILL)
     return pid
