@@ -244,7 +244,7 @@ def test_a_request_that_can_never_be_served_is_rejected(served: Artifact) -> Non
         await trunks.update([trunk.address])
         with pytest.raises(ValueError, match="at most 128"):
             await collect(trunks, request(0, max_tokens=1000))
-        assert trunk.engine_thread.idle
+        await eventually(lambda: trunk.engine_thread.idle)
         trunks.close()
         await trunk.close()
 
