@@ -1,24 +1,27 @@
 """The experts' arithmetic, forward and backward, as one autograd function per layer.
 
-All K experts of a row share a cluster, so the base products are done once per row, and the down
-projection, being linear, once per row after the sum over experts:
+All K experts of a row share a cluster. The base products are done once per row; the down projection
+is linear, so it is done once per row after the sum over experts:
 
     a = X base_gate                  b = X base_up                       once per row
     h_k = silu(a + (X gate_in_k) gate_out_k) * (b + (X up_in_k) up_out_k)
     y = (Σ_k g_k h_k) base_down + Σ_k g_k (h_k down_in_k) down_out_k
 
-An exact identity with the sum over independent experts (tests compare both in float64). The work goes
-cluster by cluster so that intermediates stay in cache, and expert by expert into slices of buffers
-that exist once, so that no weight gradient is zero-filled per expert.
+This is an exact identity with the sum over independent experts (tests compare both in float64). The work
+goes cluster by cluster so that intermediates stay in the cache, and expert by expert into slices of
+preallocated buffers, so that no weight gradient is zero-filled per expert.
 
-On a CPU, oneDNN compiles a bfloat16 product for each new shape, which costs more than the product: there
-parts are padded to a few sizes (`bucket`). Padding rows have weight zero, so they add nothing to any sum.
+On a CPU, oneDNN compiles a bfloat16 product for each new shape, which costs more than the product. There,
+row counts are padded to a few sizes (`bucket`). Padding rows have weight zero and add nothing to any sum.
+
+Suffixes: R rows of a cluster, N (row, expert) pairs sorted by expert, c and e local clusters and members.
+`2` marks gate and up side by side: `wide_2NF`, `narrow_N2W`. Both R and N count the padding.
 """
 
 from __future__ import annotations
 
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,104 +31,243 @@ Span = tuple[int, int]
 
 
 def spans(counts: list[int]) -> list[Span]:
-    """Half-open ranges of consecutive groups of these sizes."""
+    """Return the half-open ranges of consecutive groups of these sizes."""
     ends = list(accumulate(counts, initial=0))
     return list(zip(ends, ends[1:], strict=False))
 
 
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """The autocast type where autocast is on, else x's own."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+def compute_dtype(x_TD: Tensor) -> torch.dtype:
+    """Return the autocast type where autocast is on, else the type of x."""
+    kind = x_TD.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x_TD.dtype
 
 
-def _times(rows: Tensor, weights: Tensor, parts: list[Span], *, transpose: bool = False) -> Tensor:
-    """Each part of `rows` times its own matrix: rows [n, I], weights [e, I, J] (or [e, J, I] transposed) -> [n, J]."""
-    out = rows.new_empty(rows.shape[0], weights.shape[1 if transpose else 2])
+def _times(rows_NI: Tensor, weights_eIJ: Tensor, parts: list[Span], *, transpose: bool = False) -> Tensor:
+    """Multiply each part of the rows by its own matrix: [N, J]. With `transpose` the weights are [e, J, I]."""
+    out_NJ = rows_NI.new_empty(rows_NI.shape[0], weights_eIJ.shape[1 if transpose else 2])
     for e, (start, stop) in enumerate(parts):
         if stop > start:
-            torch.mm(rows[start:stop], weights[e].t() if transpose else weights[e], out=out[start:stop])
-    return out
+            weight_IJ = weights_eIJ[e].t() if transpose else weights_eIJ[e]
+            torch.mm(rows_NI[start:stop], weight_IJ, out=out_NJ[start:stop])
+    return out_NJ
 
 
-def _add_times(out: Tensor, rows: Tensor, weights: Tensor, parts: list[Span], *, transpose: bool = False) -> None:
-    """out += each part of `rows` times its own matrix, in place."""
+def _add_times(out_NJ: Tensor, rows_NI: Tensor, weights_eIJ: Tensor, parts: list[Span]) -> None:
+    """Add each part of the rows times its own transposed matrix (weights [e, J, I]), in place."""
     for e, (start, stop) in enumerate(parts):
         if stop > start:
-            out[start:stop].addmm_(rows[start:stop], weights[e].t() if transpose else weights[e])
+            out_NJ[start:stop].addmm_(rows_NI[start:stop], weights_eIJ[e].t())
 
 
-def _weight_gradient(grad: Tensor, left: Tensor, right: Tensor, parts: list[Span]) -> None:
-    """grad[e] = left_eᵀ right_e for each part; grad [e, I, J] may be of a wider type."""
+def _weight_gradient(grad_eIJ: Tensor, left_NI: Tensor, right_NJ: Tensor, parts: list[Span]) -> None:
+    """Set grad[e] = left_eᵀ right_e for each part. The gradient may have a wider type."""
     for e, (start, stop) in enumerate(parts):
         if stop > start:
-            grad[e] = left[start:stop].t() @ right[start:stop]
+            grad_eIJ[e] = left_NI[start:stop].t() @ right_NJ[start:stop]
 
 
-def _sum_pairs(values: Tensor, position: Tensor, weight: Tensor | None = None) -> Tensor:
-    """Σ_k weight[n, k] · values[position[n, k]]: pairs [N, J] back to rows [n, J]."""
-    return F.embedding_bag(position, values, mode="sum", per_sample_weights=weight)
+def _sum_pairs(values_NJ: Tensor, position_RK: Tensor, weight_RK: Tensor | None = None) -> Tensor:
+    """Sum pairs back to rows: Σ_k weight[r, k] · values[position[r, k]], [R, J]."""
+    return F.embedding_bag(position_RK, values_NJ, mode="sum", per_sample_weights=weight_RK)
 
 
-def bucket(rows: int, x: Tensor) -> int:
-    """`rows` rounded up to three significant bits where products are compiled by shape, else as it is."""
-    if x.device.type != "cpu" or x.dtype != torch.bfloat16 or rows == 0:
+def bucket(rows: int, x_TD: Tensor) -> int:
+    """Round a row count up to three significant bits where products are compiled by shape; else return it."""
+    if x_TD.device.type != "cpu" or x_TD.dtype != torch.bfloat16 or rows == 0:
         return rows
     step = max(8, 1 << max(0, rows.bit_length() - 4))
     return -(-rows // step) * step
 
 
-def padded(rows: Tensor, size: int) -> Tensor:
-    """`rows` [n, ·] with zero rows up to `size`."""
-    return rows if rows.shape[0] == size else F.pad(rows, (0, 0, 0, size - rows.shape[0]))
+def padded(rows_RD: Tensor, size: int) -> Tensor:
+    """Append zero rows up to `size`."""
+    return rows_RD if rows_RD.shape[0] == size else F.pad(rows_RD, (0, 0, 0, size - rows_RD.shape[0]))
 
 
 class Pairs:
     """The (row, expert) pairs of one cluster, sorted by expert, each expert's part padded to its bucket.
 
-    expert [n, K]: each row's experts, numbered within the cluster; size: experts in the cluster; x: the
-    rows that will be computed with. Pairs that pad belong to row 0; rows that pad have pair 0.
+    expert_RK: the experts of each row, numbered within the cluster. size: experts in the cluster. x_RD: the
+    rows of the computation. Padding pairs refer to row 0; padding rows refer to pair 0.
     """
 
-    def __init__(self, expert: Tensor, size: int, x: Tensor) -> None:
-        n, self.k = expert.shape
-        flat = expert.flatten()
-        counts = torch.bincount(flat, minlength=size)
-        self.counts: list[int] = counts.tolist()
-        sizes = [bucket(count, x) for count in self.counts]
+    def __init__(self, expert_RK: Tensor, size: int, x_RD: Tensor) -> None:
+        n, self.k = expert_RK.shape
+        flat_N = expert_RK.flatten()
+        counts_e = torch.bincount(flat_N, minlength=size)
+        self.counts: list[int] = counts_e.tolist()
+        sizes = [bucket(count, x_RD) for count in self.counts]
         self.parts = spans(sizes)
-        order = torch.argsort(flat, stable=True)
-        shift = torch.tensor([0, *sizes[:-1]], device=flat.device).cumsum(0) - (counts.cumsum(0) - counts)
-        position = torch.empty_like(order)
-        position[order] = torch.arange(n * self.k, device=flat.device) + shift[flat[order]]
-        self.position = padded(position.view(n, self.k), bucket(n, x))
-        """[n padded, K] int64: where each row's pairs stand."""
-        self.row = torch.zeros(sum(sizes), dtype=torch.int64, device=flat.device)
-        """[N padded] int64: the row of each pair."""
-        self.row[position] = torch.arange(n * self.k, device=flat.device) // max(self.k, 1)
-        self.real = position
+        order_N = torch.argsort(flat_N, stable=True)
+        starts_e = torch.tensor([0, *sizes[:-1]], device=flat_N.device).cumsum(0)
+        shift_e = starts_e - (counts_e.cumsum(0) - counts_e)
+        position_N = torch.empty_like(order_N)
+        position_N[order_N] = torch.arange(n * self.k, device=flat_N.device) + shift_e[flat_N[order_N]]
+        self.position_RK = padded(position_N.view(n, self.k), bucket(n, x_RD))
+        """int64: the positions of each row's pairs; padded."""
+        self.row_N = torch.zeros(sum(sizes), dtype=torch.int64, device=flat_N.device)
+        """int64: the row of each pair; padded."""
+        self.row_N[position_N] = torch.arange(n * self.k, device=flat_N.device) // max(self.k, 1)
+        self.real_N = position_N
+        """int64: the positions of the pairs that are no padding, in the order of the rows."""
 
-    def spread(self, gate_nK: Tensor) -> Tensor:
-        """[n, K] -> [N padded, 1]: each pair's own value, zero where it pads."""
-        out = gate_nK.new_zeros(self.row.shape[0], 1)
-        out[self.real, 0] = gate_nK.flatten()
-        return out
+    def spread(self, gate_RK: Tensor) -> Tensor:
+        """Return the value of each pair, [N, 1], zero for padding."""
+        out_N1 = gate_RK.new_zeros(self.row_N.shape[0], 1)
+        out_N1[self.real_N, 0] = gate_RK.flatten()
+        return out_N1
 
 
 RESIDUALS = ("gate_in", "gate_out", "up_in", "up_out", "down_in", "down_out")
 
 
-class ClusteredFFN(torch.autograd.Function):
-    """Rows sorted by cluster -> the gated sum of each row's experts.
+class _Bases(NamedTuple):
+    """The base of one cluster, or its gradient."""
 
-    x [R, D]; gates: for each cluster [n_c, K_c] float32; base_* [c, ·, ·]; residual factors [e, ·, ·]
-    with the experts of a cluster consecutive. Returns [R, D] in x's type.
+    gate_DF: Tensor
+    up_DF: Tensor
+    down_FD: Tensor
+
+
+class _Residuals(NamedTuple):
+    """Residual factors of a cluster's members, or their gradients: gate and up joined, one product does both."""
+
+    narrow_in_eD2W: Tensor
+    wide_out_e2WF: Tensor
+    down_in_eFW: Tensor
+    down_out_eWD: Tensor
+
+    @classmethod
+    def join(cls, factors: tuple[Tensor, ...], dtype: torch.dtype) -> _Residuals:
+        """Join factors in the order of `RESIDUALS`."""
+        gate_in, gate_out, up_in, up_out, down_in, down_out = (factor.to(dtype) for factor in factors)
+        return cls(torch.cat((gate_in, up_in), 2), torch.stack((gate_out, up_out), 1), down_in, down_out)
+
+    def part(self) -> list[Tensor]:
+        """Return the factors in the order of `RESIDUALS`."""
+        gate_in, up_in = self.narrow_in_eD2W.chunk(2, 2)
+        gate_out, up_out = self.wide_out_e2WF.unbind(1)
+        return [gate_in, gate_out, up_in, up_out, self.down_in_eFW, self.down_out_eWD]
+
+    def of(self, members: Span) -> _Residuals:
+        """Return views of a range of members."""
+        return _Residuals(*(factor[slice(*members)] for factor in self))
+
+
+def _split(narrow_N2W: Tensor) -> Tensor:
+    """Return [2, N, W] as a view: the part of the gate and the part of up."""
+    return narrow_N2W.view(narrow_N2W.shape[0], 2, -1).transpose(0, 1)
+
+
+def _base_products(rows_RD: Tensor, bases: _Bases) -> Tensor:
+    """Return the base products of gate and up, [2, R, F]."""
+    wide_2RF = rows_RD.new_empty(2, rows_RD.shape[0], bases.gate_DF.shape[1])
+    torch.mm(rows_RD, bases.gate_DF, out=wide_2RF[0])
+    torch.mm(rows_RD, bases.up_DF, out=wide_2RF[1])
+    return wide_2RF
+
+
+def _forward_base(rows_RD: Tensor, bases: _Bases) -> tuple[Tensor, list[Tensor]]:
+    """Compute a cluster without residuals. Returns the output [R, D] and the tensors for the backward."""
+    wide_2RF = _base_products(rows_RD, bases)
+    return F.silu(wide_2RF[0]).mul_(wide_2RF[1]) @ bases.down_FD, [rows_RD, wide_2RF]
+
+
+def _forward_members(
+    rows_RD: Tensor, gate_RK: Tensor, pairs: Pairs, bases: _Bases, residuals: _Residuals
+) -> tuple[Tensor, list[Tensor]]:
+    """Compute a cluster with residuals. Returns the output [R, D] and the tensors for the backward."""
+    parts = pairs.parts
+    wide_2RF = _base_products(rows_RD, bases)
+    padded_gate_RK = padded(gate_RK, rows_RD.shape[0])
+    narrow_N2W = _times(rows_RD.index_select(0, pairs.row_N), residuals.narrow_in_eD2W, parts)
+    wide_2NF = wide_2RF.index_select(1, pairs.row_N)
+    narrow_2NW = _split(narrow_N2W)
+    for e, (first, last) in enumerate(parts):
+        if last > first:
+            wide_2NF[:, first:last].baddbmm_(narrow_2NW[:, first:last], residuals.wide_out_e2WF[e])
+    h_NF = F.silu(wide_2NF[0]).mul_(wide_2NF[1])
+    hidden_RF = _sum_pairs(h_NF, pairs.position_RK, padded_gate_RK)
+    down_NW = _times(h_NF, residuals.down_in_eFW, parts)
+    y_RD = _sum_pairs(_times(down_NW, residuals.down_out_eWD, parts), pairs.position_RK, padded_gate_RK)
+    y_RD.addmm_(hidden_RF, bases.down_FD)
+    return y_RD, [rows_RD, wide_2NF, hidden_RF, narrow_N2W, down_NW, pairs.spread(gate_RK)]
+
+
+def _backward_base(dy_RD: Tensor, saved: list[Tensor], bases: _Bases, d_bases: _Bases) -> Tensor:
+    """Set the gradient of a base and return that of the rows, [R, D]."""
+    rows_RD, wide_2RF = saved
+    active_RF = F.silu(wide_2RF[0])
+    d_bases.down_FD.copy_((active_RF * wide_2RF[1]).t() @ dy_RD)
+    dh_RF = dy_RD @ bases.down_FD.t()
+    d_gate_RF = torch.ops.aten.silu_backward(dh_RF * wide_2RF[1], wide_2RF[0])
+    d_up_RF = active_RF.mul_(dh_RF)
+    dx_RD = d_gate_RF @ bases.gate_DF.t()
+    dx_RD.addmm_(d_up_RF, bases.up_DF.t())
+    d_bases.gate_DF.copy_(rows_RD.t() @ d_gate_RF)
+    d_bases.up_DF.copy_(rows_RD.t() @ d_up_RF)
+    return dx_RD
+
+
+def _backward_members(
+    dy_RD: Tensor,
+    saved: list[Tensor],
+    pairs: Pairs,
+    bases: _Bases,
+    residuals: _Residuals,
+    d_bases: _Bases,
+    d_residuals: _Residuals,
+) -> tuple[Tensor, Tensor]:
+    """Set the gradients of a base and its residuals; return those of the rows [R, D] and of the gates [R, K]."""
+    rows_RD, wide_2NF, hidden_RF, narrow_N2W, down_NW, gate_N1 = saved
+    parts, wider = pairs.parts, torch.promote_types(dy_RD.dtype, torch.float32)
+    active_NF = F.silu(wide_2NF[0])
+    h_NF = active_NF * wide_2NF[1]
+    # Down: through the base once per row, through the residual once per pair.
+    d_bases.down_FD.copy_(hidden_RF.t() @ dy_RD)
+    dh_NF = (dy_RD @ bases.down_FD.t()).index_select(0, pairs.row_N)
+    dy_ND = dy_RD.index_select(0, pairs.row_N)
+    d_down_NW = _times(dy_ND, residuals.down_out_eWD, parts, transpose=True)
+    d_gate_N = (dh_NF * h_NF).sum(1, dtype=wider) + (d_down_NW * down_NW).sum(1, dtype=wider)
+    _weight_gradient(d_residuals.down_out_eWD, down_NW * gate_N1, dy_ND, parts)
+    d_down_NW *= gate_N1
+    _weight_gradient(d_residuals.down_in_eFW, h_NF, d_down_NW, parts)
+    dh_NF *= gate_N1
+    _add_times(dh_NF, d_down_NW, residuals.down_in_eFW, parts)
+    # Gate and up together.
+    d_wide_2NF = torch.empty_like(wide_2NF)
+    torch.mul(active_NF, dh_NF, out=d_wide_2NF[1])
+    d_wide_2NF[0] = torch.ops.aten.silu_backward(dh_NF.mul_(wide_2NF[1]), wide_2NF[0])
+    narrow_2NW = _split(narrow_N2W)
+    d_narrow_2NW = torch.empty_like(narrow_2NW)
+    for e, (first, last) in enumerate(parts):
+        if last > first:
+            d_residuals.wide_out_e2WF[e] = narrow_2NW[:, first:last].transpose(1, 2) @ d_wide_2NF[:, first:last]
+            d_narrow_2NW[:, first:last] = d_wide_2NF[:, first:last] @ residuals.wide_out_e2WF[e].transpose(1, 2)
+    d_narrow_N2W = d_narrow_2NW.transpose(0, 1).reshape(narrow_N2W.shape)
+    _weight_gradient(d_residuals.narrow_in_eD2W, rows_RD.index_select(0, pairs.row_N), d_narrow_N2W, parts)
+    dx_RD = _sum_pairs(_times(d_narrow_N2W, residuals.narrow_in_eD2W, parts, transpose=True), pairs.position_RK)
+    d_gate_RF, d_up_RF = (_sum_pairs(d_NF, pairs.position_RK) for d_NF in d_wide_2NF)
+    dx_RD.addmm_(d_gate_RF, bases.gate_DF.t())
+    dx_RD.addmm_(d_up_RF, bases.up_DF.t())
+    d_bases.gate_DF.copy_(rows_RD.t() @ d_gate_RF)
+    d_bases.up_DF.copy_(rows_RD.t() @ d_up_RF)
+    return dx_RD, d_gate_N[pairs.real_N].view(-1, pairs.k)
+
+
+class ClusteredFFN(torch.autograd.Function):
+    """The gated sum of each row's experts, for rows sorted by cluster.
+
+    x [R, D]; row_parts: the rows of each local cluster; pairs: None for a cluster without residuals;
+    expert_parts: the members of each cluster. tensors: for each cluster with pairs its gates [R_c, K_c]
+    float32; the bases gate and up [c, D, F] and down [c, F, D]; the residual factors in the order of
+    `RESIDUALS`, stacked over members. Returns [R, D] in the type of x.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
-        x: Tensor,
+        x_RD: Tensor,
         row_parts: list[Span],
         pairs: list[Pairs | None],
         expert_parts: list[Span],
@@ -133,163 +275,95 @@ class ClusteredFFN(torch.autograd.Function):
     ) -> Tensor:
         n_gates = sum(p is not None for p in pairs)
         gates, weights = tensors[:n_gates], tensors[n_gates:]
-        base_gate, base_up, base_down = (w.to(x.dtype) for w in weights[:3])
-        residuals = _joined(*weights[3:], dtype=x.dtype) if n_gates else []
-        y = torch.empty_like(x)
+        bases = _Bases(*(weight.to(x_RD.dtype) for weight in weights[:3]))
+        residuals = _Residuals.join(weights[3:], x_RD.dtype) if n_gates else None
+        y_RD = torch.empty_like(x_RD)
         saved: list[Tensor] = []
-        for c, (start, stop) in enumerate(row_parts):
-            rows, p = x[start:stop], pairs[c]
-            if stop == start or (p is not None and p.k == 0):
-                y[start:stop] = 0
-                continue
-            rows = padded(rows, bucket(stop - start, x))
-            wide = x.new_empty(2, rows.shape[0], base_gate.shape[2])  # gate and up
-            torch.mm(rows, base_gate[c], out=wide[0])
-            torch.mm(rows, base_up[c], out=wide[1])
-            if p is None:  # no experts beyond the base
-                y[start:stop] = (F.silu(wide[0]).mul_(wide[1]) @ base_down[c])[: stop - start]
-                saved += [rows, wide]
-                continue
-            narrow_in, wide_out, down_in, down_out = (r[slice(*expert_parts[c])] for r in residuals)
-            gate = padded(gates[c].to(x.dtype), rows.shape[0])
-            narrow = _times(rows.index_select(0, p.row), narrow_in, p.parts)
-            wide = wide.index_select(1, p.row)
-            both = _split(narrow)
-            for e, (first, last) in enumerate(p.parts):
-                if last > first:
-                    wide[:, first:last].baddbmm_(both[:, first:last], wide_out[e])
-            h = F.silu(wide[0]).mul_(wide[1])
-            hidden = _sum_pairs(h, p.position, gate)
-            narrow_down = _times(h, down_in, p.parts)
-            answer = _sum_pairs(_times(narrow_down, down_out, p.parts), p.position, gate)
-            y[start:stop] = answer.addmm_(hidden, base_down[c])[: stop - start]
-            saved += [rows, wide, hidden, narrow, narrow_down, p.spread(gates[c].to(x.dtype))]
-        ctx.layout = (row_parts, pairs, expert_parts, weights[0].dtype, [g.dtype for g in gates])
-        ctx.save_for_backward(base_gate, base_up, base_down, *residuals, *saved)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        dy = grads[0].contiguous()
-        row_parts, pairs, expert_parts, weight_dtype, gate_dtypes = ctx.layout
-        base_gate, base_up, base_down, *rest = ctx.saved_tensors
-        residuals = rest[: 4 if gate_dtypes else 0]
-        saved = iter(rest[len(residuals) :])
-        wider = torch.promote_types(dy.dtype, torch.float32)
-        d_bases = [torch.zeros_like(w, dtype=weight_dtype) for w in (base_gate, base_up, base_down)]
-        d_residuals = [torch.zeros_like(w, dtype=weight_dtype) for w in residuals]
-        d_gates: list[Tensor] = []
-        dx = torch.empty_like(dy)
         for c, (start, stop) in enumerate(row_parts):
             p = pairs[c]
             if stop == start or (p is not None and p.k == 0):
-                dx[start:stop] = 0
-                if p is not None:
-                    d_gates.append(dy.new_zeros(stop - start, p.k, dtype=gate_dtypes[c]))
+                y_RD[start:stop] = 0
                 continue
-            rows, wide = next(saved), next(saved)
-            dy_rows = padded(dy[start:stop], rows.shape[0])
-            active = F.silu(wide[0])
-            h = active * wide[1]
-            if p is None:
-                d_bases[2][c] = h.t() @ dy_rows
-                dh = dy_rows @ base_down[c].t()
-                d_gate, d_up = torch.ops.aten.silu_backward(dh * wide[1], wide[0]), active.mul_(dh)
-                dx_rows = d_gate @ base_gate[c].t()
+            rows_RD = padded(x_RD[start:stop], bucket(stop - start, x_RD))
+            base = _Bases(*(weight[c] for weight in bases))
+            if p is None or residuals is None:
+                out_RD, kept = _forward_base(rows_RD, base)
             else:
-                hidden, narrow, narrow_down, pair_gate = (next(saved) for _ in range(4))
-                narrow_in, wide_out, down_in, down_out = (r[slice(*expert_parts[c])] for r in residuals)
-                d_narrow_in, d_wide_out, d_down_in, d_down_out = (d[slice(*expert_parts[c])] for d in d_residuals)
-                # Down: through the base once per row, through the residual once per pair.
-                d_bases[2][c] = hidden.t() @ dy_rows
-                dh = (dy_rows @ base_down[c].t()).index_select(0, p.row)
-                dy_pairs = dy_rows.index_select(0, p.row)
-                d_narrow_down = _times(dy_pairs, down_out, p.parts, transpose=True)
-                d_pair_gate = (dh * h).sum(1, dtype=wider) + (d_narrow_down * narrow_down).sum(1, dtype=wider)
-                d_gates.append(d_pair_gate[p.real].view(-1, p.k).to(gate_dtypes[c]))
-                _weight_gradient(d_down_out, narrow_down * pair_gate, dy_pairs, p.parts)
-                d_narrow_down *= pair_gate
-                _weight_gradient(d_down_in, h, d_narrow_down, p.parts)
-                dh *= pair_gate
-                _add_times(dh, d_narrow_down, down_in, p.parts, transpose=True)
-                # Gate and up together: [2, N, ·].
-                d_wide = torch.empty_like(wide)
-                torch.mul(active, dh, out=d_wide[1])
-                d_wide[0] = torch.ops.aten.silu_backward(dh.mul_(wide[1]), wide[0])
-                both, d_both = _split(narrow), torch.empty_like(_split(narrow))
-                for e, (first, last) in enumerate(p.parts):
-                    if last > first:
-                        d_wide_out[e] = both[:, first:last].transpose(1, 2) @ d_wide[:, first:last]
-                        d_both[:, first:last] = d_wide[:, first:last] @ wide_out[e].transpose(1, 2)
-                d_narrow = d_both.transpose(0, 1).reshape(narrow.shape)
-                _weight_gradient(d_narrow_in, rows.index_select(0, p.row), d_narrow, p.parts)
-                dx_rows = _sum_pairs(_times(d_narrow, narrow_in, p.parts, transpose=True), p.position)
-                d_gate, d_up = (_sum_pairs(d, p.position) for d in d_wide)
-                dx_rows.addmm_(d_gate, base_gate[c].t())
-            dx[start:stop] = dx_rows.addmm_(d_up, base_up[c].t())[: stop - start]
-            d_bases[0][c] = rows.t() @ d_gate
-            d_bases[1][c] = rows.t() @ d_up
-        return (dx, None, None, None, *d_gates, *d_bases, *_parted(*d_residuals))
+                gate_RK = gates[c].to(x_RD.dtype)
+                out_RD, kept = _forward_members(rows_RD, gate_RK, p, base, residuals.of(expert_parts[c]))
+            y_RD[start:stop] = out_RD[: stop - start]
+            saved += kept
+        ctx.layout = (row_parts, pairs, expert_parts, weights[0].dtype, [gate.dtype for gate in gates])
+        ctx.save_for_backward(*bases, *(residuals or ()), *saved)
+        return y_RD
 
-
-def _joined(
-    gate_in: Tensor,
-    gate_out: Tensor,
-    up_in: Tensor,
-    up_out: Tensor,
-    down_in: Tensor,
-    down_out: Tensor,
-    dtype: torch.dtype,
-) -> list[Tensor]:
-    """The residual factors as the products use them: gate and up side by side, so that one product does both."""
-    narrow_in = torch.cat((gate_in.to(dtype), up_in.to(dtype)), 2)  # [e, D, 2W]
-    wide_out = torch.stack((gate_out.to(dtype), up_out.to(dtype)), 1)  # [e, 2, W, F]
-    return [narrow_in, wide_out, down_in.to(dtype), down_out.to(dtype)]
-
-
-def _parted(*joined: Tensor) -> list[Tensor]:
-    """The inverse of `_joined`, in the order of `RESIDUALS`."""
-    if not joined:
-        return []
-    narrow_in, wide_out, down_in, down_out = joined
-    gate_in, up_in = narrow_in.chunk(2, 2)
-    gate_out, up_out = wide_out.unbind(1)
-    return [gate_in, gate_out, up_in, up_out, down_in, down_out]
-
-
-def _split(narrow: Tensor) -> Tensor:
-    """[N, 2W] -> [2, N, W] as a view: the gate's part and the up's."""
-    return narrow.view(narrow.shape[0], 2, -1).transpose(0, 1)
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        dy_RD = grads[0].contiguous()
+        row_parts, pairs, expert_parts, weight_dtype, gate_dtypes = ctx.layout
+        bases, rest = _Bases(*ctx.saved_tensors[:3]), ctx.saved_tensors[3:]
+        residuals = _Residuals(*rest[:4]) if gate_dtypes else None
+        saved = iter(rest[4 if residuals else 0 :])
+        d_bases = _Bases(*(torch.zeros_like(weight, dtype=weight_dtype) for weight in bases))
+        d_residuals = _Residuals(*(torch.zeros_like(w, dtype=weight_dtype) for w in residuals)) if residuals else None
+        d_gates: list[Tensor] = []
+        dx_RD = torch.empty_like(dy_RD)
+        for c, (start, stop) in enumerate(row_parts):
+            p = pairs[c]
+            if stop == start or (p is not None and p.k == 0):
+                dx_RD[start:stop] = 0
+                if p is not None:
+                    d_gates.append(dy_RD.new_zeros(stop - start, p.k, dtype=gate_dtypes[c]))
+                continue
+            kept = [next(saved) for _ in range(2 if p is None else 6)]
+            dy_c_RD = padded(dy_RD[start:stop], kept[0].shape[0])
+            base, d_base = (_Bases(*(weight[c] for weight in both)) for both in (bases, d_bases))
+            if p is None or residuals is None or d_residuals is None:
+                dx_c_RD = _backward_base(dy_c_RD, kept, base, d_base)
+            else:
+                members = expert_parts[c]
+                dx_c_RD, d_gate_RK = _backward_members(
+                    dy_c_RD, kept, p, base, residuals.of(members), d_base, d_residuals.of(members)
+                )
+                d_gates.append(d_gate_RK.to(gate_dtypes[c]))
+            dx_RD[start:stop] = dx_c_RD[: stop - start]
+        return (dx_RD, None, None, None, *d_gates, *d_bases, *(d_residuals.part() if d_residuals else ()))
 
 
 class FlatFFN(torch.autograd.Function):
-    """Independent SwiGLU experts, the baseline: rows [R, D] sorted by expert, `counts` each; gate/up [e, D, F], down [e, F, D]."""
+    """Independent SwiGLU experts, the baseline.
+
+    Rows [N, D] are sorted by expert, `counts` rows each. weights: gate and up [e, D, F], down [e, F, D].
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, counts: list[int], *weights: Tensor) -> Tensor:
-        gate, up, down = (w.to(x.dtype) for w in weights)
-        expert = torch.repeat_interleave(torch.tensor(counts, device=x.device)).unsqueeze(1)
-        p = Pairs(expert, len(counts), x)
-        rows = x.index_select(0, p.row) if x.shape[0] else x
-        a, b = _times(rows, gate, p.parts), _times(rows, up, p.parts)
-        y = _times(F.silu(a).mul_(b), down, p.parts)
-        ctx.layout = (p, [w.dtype for w in weights])
-        ctx.save_for_backward(rows, gate, up, down, a, b)
-        return y.index_select(0, p.real)
+    def forward(ctx: Any, x_ND: Tensor, counts: list[int], *weights: Tensor) -> Tensor:
+        gate_eDF, up_eDF, down_eFD = (weight.to(x_ND.dtype) for weight in weights)
+        expert_N1 = torch.repeat_interleave(torch.tensor(counts, device=x_ND.device)).unsqueeze(1)
+        p = Pairs(expert_N1, len(counts), x_ND)
+        rows_ND = x_ND.index_select(0, p.row_N) if x_ND.shape[0] else x_ND
+        a_NF, b_NF = _times(rows_ND, gate_eDF, p.parts), _times(rows_ND, up_eDF, p.parts)
+        y_ND = _times(F.silu(a_NF).mul_(b_NF), down_eFD, p.parts)
+        ctx.layout = (p, [weight.dtype for weight in weights])
+        ctx.save_for_backward(rows_ND, gate_eDF, up_eDF, down_eFD, a_NF, b_NF)
+        return y_ND.index_select(0, p.real_N)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         p, types = ctx.layout
-        rows, gate, up, down, a, b = ctx.saved_tensors
-        dy = rows.new_zeros(rows.shape).index_copy_(0, p.real, grads[0])
-        d_gate, d_up, d_down = (torch.zeros_like(w, dtype=t) for w, t in zip((gate, up, down), types, strict=True))
-        active = F.silu(a)
-        _weight_gradient(d_down, active * b, dy, p.parts)
-        dh = _times(dy, down, p.parts, transpose=True)
-        db = active.mul_(dh)
-        da = torch.ops.aten.silu_backward(dh.mul_(b), a)
-        _weight_gradient(d_gate, rows, da, p.parts)
-        _weight_gradient(d_up, rows, db, p.parts)
-        dx = _times(da, gate, p.parts, transpose=True)
-        _add_times(dx, db, up, p.parts, transpose=True)
-        return dx.index_select(0, p.real), None, d_gate, d_up, d_down
+        rows_ND, gate_eDF, up_eDF, down_eFD, a_NF, b_NF = ctx.saved_tensors
+        dy_ND = rows_ND.new_zeros(rows_ND.shape).index_copy_(0, p.real_N, grads[0])
+        d_gate_eDF, d_up_eDF, d_down_eFD = (
+            torch.zeros_like(weight, dtype=dtype)
+            for weight, dtype in zip((gate_eDF, up_eDF, down_eFD), types, strict=True)
+        )
+        active_NF = F.silu(a_NF)
+        _weight_gradient(d_down_eFD, active_NF * b_NF, dy_ND, p.parts)
+        dh_NF = _times(dy_ND, down_eFD, p.parts, transpose=True)
+        db_NF = active_NF.mul_(dh_NF)
+        da_NF = torch.ops.aten.silu_backward(dh_NF.mul_(b_NF), a_NF)
+        _weight_gradient(d_gate_eDF, rows_ND, da_NF, p.parts)
+        _weight_gradient(d_up_eDF, rows_ND, db_NF, p.parts)
+        dx_ND = _times(da_NF, gate_eDF, p.parts, transpose=True)
+        _add_times(dx_ND, db_NF, up_eDF, p.parts)
+        return dx_ND.index_select(0, p.real_N), None, d_gate_eDF, d_up_eDF, d_down_eFD

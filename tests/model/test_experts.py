@@ -151,11 +151,11 @@ def test_pairs_are_sorted_by_expert_and_padded_where_shapes_are_compiled() -> No
         assert pairs.parts == spans(sizes)
         for row in range(3):
             for slot in range(2):
-                at = int(pairs.position[row, slot])
+                at = int(pairs.position_RK[row, slot])
                 start, stop = pairs.parts[expert[row, slot]]
-                assert start <= at < stop and pairs.row[at] == row
+                assert start <= at < stop and pairs.row_N[at] == row
         weight = torch.arange(1.0, 7).view(3, 2)
-        assert pairs.spread(weight).sum() == weight.sum() and pairs.spread(weight)[pairs.position[1, 1]] == 4
+        assert pairs.spread(weight).sum() == weight.sum() and pairs.spread(weight)[pairs.position_RK[1, 1]] == 4
 
 
 def test_buckets_are_few_and_waste_little() -> None:
