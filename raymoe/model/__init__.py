@@ -1,1 +1,1 @@
-"""Pure torch, one process: the transformer, its routers, its experts and how rows reach them."""
+"""Pure torch in one process: the transformer, its routers, its experts and the dispatch of rows to them."""

@@ -1,1 +1,1 @@
-"""Expert parallelism over torch.distributed: who holds what, how rows get there, how gradients come together."""
+"""Expert parallelism over torch.distributed: placement of groups, exchange of rows, reduction of gradients."""

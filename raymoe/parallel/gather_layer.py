@@ -1,4 +1,4 @@
-"""Work that needs all of a layer's experts in one place: layer l is done by rank l mod world."""
+"""Collection of all experts of a layer on one rank: layer l goes to rank l mod world."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from raymoe.parallel.sharded import Sharded
 
 
 def primary_groups(sharded: Sharded, rank: int, layer: int) -> list[int]:
-    """The groups of a layer (clusters, or experts of a flat model) that a rank holds as the first of their owners."""
+    """Return the groups of a layer (clusters, or experts of a flat model) whose primary owner is this rank."""
     model = sharded.transformer.model
     if not sharded.placements:
         return list(range(model.n_clusters if model.experts == "clustered" else model.n_experts))
@@ -22,16 +22,16 @@ def primary_groups(sharded: Sharded, rank: int, layer: int) -> list[int]:
 
 
 def experts_of(clusters: Sequence[int], assignment: Sequence[int]) -> list[int]:
-    """The experts of these clusters, in the order in which a rank holds them."""
+    """Return the experts of these clusters, in the order of a rank's stacked members."""
     return [member.expert for c in clusters for member in members(assignment, {}, c)]
 
 
 def collect(
     sharded: Sharded, parcel: Callable[[int], Sequence[Tensor]], volume: Callable[[int, int], int], like: Tensor
 ) -> dict[int, list[Tensor]]:
-    """For each layer of this rank what every rank sent of it, flat, by rank. One all-to-all.
+    """Return, for each layer of this rank, the flat tensors of every rank, by rank. One all-to-all.
 
-    parcel(layer): this rank's tensors of a layer; volume(rank, layer): how many numbers they are.
+    parcel(layer): this rank's tensors of a layer. volume(rank, layer): the number of their elements.
     """
     world, n_layers = sharded.world, sharded.transformer.model.layers
     mine = range(sharded.rank, n_layers, world)

@@ -1,7 +1,7 @@
-"""Gradients over ranks: summed, never averaged, and clipped by one norm that counts every weight once.
+"""Gradients over ranks: an all-reduce with SUM, and a clip by one norm that counts every weight once.
 
 The loss is a sum divided by the global number of tokens, so the sum over ranks is the gradient of the
-whole batch whatever the world size.
+whole batch for any world size.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from raymoe.parallel.sharded import Sharded
 class Gradients:
     """The gradients of a sharded model.
 
-    The trunk's live in one buffer (each parameter's `.grad` is a view of it), so that reducing them is
-    one collective without copies. A group's gradients already hold every rank's rows, because their
-    rows came here; they are summed only among replicas of the group.
+    The gradients of the trunk are views of one buffer, so their reduction is one collective without
+    copies. The gradients of a group already contain the rows of every rank, because dispatch sends those
+    rows to the owner; they are summed only over the replicas of the group.
     """
 
     def __init__(self, sharded: Sharded) -> None:
@@ -26,7 +26,7 @@ class Gradients:
         self.refresh()
 
     def refresh(self) -> None:
-        """Find the parameters anew: a remap has exchanged some."""
+        """Collect the parameters again, after a remap replaced some."""
         sharded = self.sharded
         parameters = dict(sharded.transformer.named_parameters())
         stacked = {name for _, name, index, _ in sharded.transformer.slices() if index is not None}
@@ -35,7 +35,7 @@ class Gradients:
         self.buffer = self.trunk[0].new_zeros(sum(p.numel() for p in self.trunk))
 
     def zero(self) -> None:
-        """Forget the last step's gradients."""
+        """Set all gradients to zero."""
         self.buffer.zero_()
         start = 0
         for p in self.trunk:
@@ -51,7 +51,7 @@ class Gradients:
         return [p.grad for p in self.experts if p.grad is not None]
 
     def reduce(self) -> None:
-        """Sum the trunk over all ranks and each group over its replicas. A collective."""
+        """Sum the trunk over all ranks and each group over its replicas. Collective."""
         if self.sharded.world == 1:
             return
         dist.all_reduce(self.buffer)
@@ -63,9 +63,9 @@ class Gradients:
                 g.copy_(part.view_as(g))
 
     def clip(self, limit: float) -> float:
-        """Scale all gradients to a global norm of at most `limit`; returns the norm before. A collective.
+        """Scale all gradients to a global norm of at most `limit`; return the norm before. Collective.
 
-        The norm counts the trunk once and each group once, however replicated. A norm that is not
+        The norm counts the trunk once and each group once, regardless of replicas. A norm that is not
         finite scales nothing.
         """
         grads = self._expert_grads()

@@ -1,9 +1,8 @@
-"""Inner products of all experts of a layer, wherever they are held: of their residuals, their answers, their weights."""
+"""Inner products of all experts of a layer, over all ranks: of their residuals, outputs and weights."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,91 +21,90 @@ PRODUCTS = (("gate_in", "gate_out", "base_gate"), ("up_in", "up_out", "base_up")
 def grams(
     sharded: Sharded, assignment: Sequence[Sequence[int]], samples_LND: Tensor, *, weights: bool
 ) -> dict[str, np.ndarray]:
-    """`residual` and `answer` [L, E, E] float64, and `weight` if asked for; layers of other ranks are zero. A collective.
+    """Return `residual` and `answer` [L, E, E] float64, and `weight` if requested. Collective.
 
-    residual: of the products of the factors, gate, up and down together, exact without forming them.
-    answer: of what experts add to their bases' answers on the rows `samples_LND` [L, N, D], per row.
-    weight: of whole matrices, base and residual together (paper equation 1).
+    residual: of the products of the factors (gate, up and down together), computed from the factors.
+    answer: of what experts add to the outputs of their bases on the samples, per row.
+    weight: of whole matrices, base plus residual (paper equation 1).
+    A rank computes the layers that `collect` gives it; the other layers are zero.
     """
-    model = sharded.transformer.model
-    n_layers, n = model.layers, samples_LND.shape[1]
-    ffns = sharded.transformer.ffns_of(ClusteredExperts)
+    model, n_samples = sharded.transformer.model, samples_LND.shape[1]
+    names = ("residual", "answer", *(["weight"] if weights else []))
+    out = {name: np.zeros((model.layers, model.n_experts, model.n_experts)) for name in names}
+    for layer, tensors in _gather(sharded, assignment, samples_LND, weights).items():
+        outputs_EM = tensors["answer"].flatten(1)
+        out["answer"][layer] = (outputs_EM @ outputs_EM.t()).double().cpu().numpy() / n_samples
+        gate_EE, up_EE, down_EE = (_products(tensors[first], tensors[second]) for first, second, _ in PRODUCTS)
+        residual_EE = gate_EE + up_EE + down_EE
+        out["residual"][layer] = residual_EE.double().cpu().numpy()
+        if weights:
+            out["weight"][layer] = _with_bases(tensors, residual_EE, assignment[layer]).double().cpu().numpy()
+    return out
 
-    def held(rank: int, layer: int) -> tuple[list[int], list[int]]:
-        """The clusters of a layer that a rank speaks for, and their experts."""
+
+def _gather(
+    sharded: Sharded, assignment: Sequence[Sequence[int]], samples_LND: Tensor, weights: bool
+) -> dict[int, dict[str, Tensor]]:
+    """Return, for each layer of this rank, outputs and factors [E, …] and, with `weights`, bases [C, …]. Collective."""
+    model, ffns = sharded.transformer.model, sharded.transformer.ffns_of(ClusteredExperts)
+    bases = BASES if weights else ()
+    sizes = shapes(ffns[0], "experts.0", ()) | shapes(ffns[0], "clusters.0", ())
+    sizes = {"answer": samples_LND.shape[1:]} | {name: sizes[name] for name in (*RESIDUALS, *bases)}
+
+    def index(rank: int, layer: int, name: str) -> list[int]:
+        """Return the clusters, or the experts, whose tensors a rank sends."""
         clusters = primary_groups(sharded, rank, layer)
-        return clusters, experts_of(clusters, assignment[layer])
+        return clusters if name in BASES else experts_of(clusters, assignment[layer])
 
     def parcel(layer: int) -> list[Tensor]:
-        """What this rank sends of a layer: for each expert answers and factors, for each cluster bases."""
         ffn = ffns[layer]
-        clusters, experts = held(sharded.rank, layer)
-        if not experts:
+        members = [ffn.local_members.index(Member(e)) for e in index(sharded.rank, layer, "answer")]
+        if not members:
             return []
-        at = [ffn.local_members.index(Member(e)) for e in experts]
-        answers = ffn.residual_outputs(samples_LND[layer])[at]
-        tensors = [answers, *(getattr(ffn, name).detach()[at] for name in RESIDUALS)]
-        if weights:
-            bases = [ffn.dispatch.local_groups.index(c) for c in clusters]
-            tensors += [getattr(ffn, name).detach()[bases] for name in BASES]
-        return [t.float() for t in tensors]
+        tensors = [ffn.residual_outputs(samples_LND[layer])[members]]
+        tensors += [getattr(ffn, name).detach()[members] for name in RESIDUALS]
+        clusters = [ffn.dispatch.local_groups.index(c) for c in primary_groups(sharded, sharded.rank, layer)]
+        tensors += [getattr(ffn, name).detach()[clusters] for name in bases]
+        return [tensor.float() for tensor in tensors]
 
-    sizes = shapes(ffns[0], "experts.0", ()) | shapes(ffns[0], "clusters.0", ())
-    sizes = {"answer": (n, model.d_model)} | {name: sizes[name] for name in (*RESIDUALS, *(BASES if weights else ()))}
+    def count(rank: int, layer: int, name: str) -> int:
+        return len(index(rank, layer, name)) * torch.Size(sizes[name]).numel()
 
     def volume(rank: int, layer: int) -> int:
-        clusters, experts = held(rank, layer)
-        return sum(
-            (len(clusters) if name in BASES else len(experts)) * torch.Size(size).numel()
-            for name, size in sizes.items()
-        )
+        return sum(count(rank, layer, name) for name in sizes)
 
-    whole: dict[int, dict[str, Tensor]] = {}
+    out: dict[int, dict[str, Tensor]] = {}
     for layer, parts in collect(sharded, parcel, volume, samples_LND).items():
-        whole[layer] = {
+        out[layer] = {
             name: samples_LND.new_zeros(model.n_clusters if name in BASES else model.n_experts, *size)
             for name, size in sizes.items()
         }
         for rank, part in enumerate(parts):
-            clusters, experts = held(rank, layer)
-            start = 0
-            for name, size in sizes.items():
-                index = clusters if name in BASES else experts
-                count = len(index) * torch.Size(size).numel()
-                whole[layer][name][index] = part[start : start + count].view(len(index), *size)
-                start += count
-    shape = (n_layers, model.n_experts, model.n_experts)
-    out: dict[str, Any] = {name: np.zeros(shape) for name in ("residual", "answer", *(["weight"] if weights else []))}
-    for layer, tensors in whole.items():
-        answers = tensors["answer"].flatten(1)
-        out["answer"][layer] = (answers @ answers.t()).double().cpu().numpy() / n
-        residual = sum(_products(tensors[a], tensors[b]) for a, b, _ in PRODUCTS)
-        assert isinstance(residual, Tensor)
-        out["residual"][layer] = residual.double().cpu().numpy()
-        if weights:
-            out["weight"][layer] = _with_bases(tensors, residual, assignment[layer]).double().cpu().numpy()
+            numbers = part.split([count(rank, layer, name) for name in sizes])
+            for (name, size), flat in zip(sizes.items(), numbers, strict=True):
+                out[layer][name][index(rank, layer, name)] = flat.view(-1, *size)
     return out
 
 
-def _products(first: Tensor, second: Tensor) -> Tensor:
-    """<first_i second_i, first_j second_j> for factors [E, m, W] and [E, W, n]: [E, E]."""
-    n_experts, m, width = first.shape
-    tall = first.permute(0, 2, 1).reshape(-1, m)
-    wide = second.reshape(n_experts * width, -1)
+def _products(first_EMW: Tensor, second_EWN: Tensor) -> Tensor:
+    """Return <first_i second_i, first_j second_j> for factors [E, m, W] and [E, W, n]: [E, E]."""
+    n_experts, m, width = first_EMW.shape
+    tall = first_EMW.permute(0, 2, 1).reshape(-1, m)
+    wide = second_EWN.reshape(n_experts * width, -1)
     pairs = (tall @ tall.t()) * (wide @ wide.t())
     return pairs.view(n_experts, width, n_experts, width).sum((1, 3))
 
 
-def _with_bases(tensors: Mapping[str, Tensor], residual: Tensor, assignment: Sequence[int]) -> Tensor:
-    """<B_i + R_i, B_j + R_j> over the three matrices: [E, E]."""
-    cluster = torch.tensor(assignment, device=residual.device)
-    out = residual.clone()
+def _with_bases(tensors: Mapping[str, Tensor], residual_EE: Tensor, assignment: Sequence[int]) -> Tensor:
+    """Return <B_i + R_i, B_j + R_j> over the three matrices: [E, E]."""
+    cluster_E = torch.tensor(assignment, device=residual_EE.device)
+    out_EE = residual_EE.clone()
     for first, second, base in PRODUCTS:
-        flat = tensors[base].flatten(1)
-        out += (flat @ flat.t())[cluster][:, cluster]
+        flat_CM = tensors[base].flatten(1)
+        out_EE += (flat_CM @ flat_CM.t())[cluster_E][:, cluster_E]
         # <B_c, first_j second_j> = Σ (B_c second_jᵀ) ∘ first_j
-        cross = torch.stack(
+        cross_CE = torch.stack(
             [(b @ tensors[second].transpose(1, 2)).mul_(tensors[first]).sum((1, 2)) for b in tensors[base]]
         )
-        out += cross[cluster] + cross[cluster].t()
-    return out
+        out_EE += cross_CE[cluster_E] + cross_CE[cluster_E].t()
+    return out_EE

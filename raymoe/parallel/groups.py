@@ -1,6 +1,6 @@
-"""Placement: which ranks hold which groups (clusters, or experts of the flat baseline). Pure integers.
+"""Placement of groups (clusters, or experts of the flat baseline) on ranks. Pure integers.
 
-Any world size works: fewer ranks than groups, more, or a number that divides nothing.
+Any world size works: fewer ranks than groups, more ranks, or a number that divides nothing.
 """
 
 from __future__ import annotations
@@ -16,28 +16,28 @@ from raymoe.config import ModelSection
 
 @dataclass(frozen=True)
 class Placement:
-    """owners[g]: the ranks that hold group g, the primary first. Every rank holds at least one group."""
+    """owners[g]: the ranks that own group g, the primary first. Every rank owns at least one group."""
 
     owners: tuple[tuple[int, ...], ...]
     world: int
 
     def groups_of(self, rank: int) -> tuple[int, ...]:
-        """The groups that `rank` holds, ascending."""
+        """Return the groups that `rank` owns, ascending."""
         return tuple(g for g, ranks in enumerate(self.owners) if rank in ranks)
 
     def serving(self, source: int) -> tuple[int, ...]:
-        """For each group the rank that serves rows of rank `source`: itself where it can, else replicas in turn."""
+        """Return, for each group, the rank that serves rows of rank `source`: `source` if it owns the group, else a replica."""
         return tuple(source if source in ranks else ranks[source % len(ranks)] for ranks in self.owners)
 
 
 def place(loads: Sequence[float], world: int) -> Placement:
-    """Spread groups over ranks so that each holds as many as the others (within one) and carries similar load.
+    """Spread groups over ranks with equal numbers (within one) and similar loads per rank.
 
     loads: expected load of each group. With more ranks than groups, rank r is a replica for group
-    slot r mod G; the heaviest groups take the slots with most replicas. Deterministic.
+    slot r mod G; the heaviest groups take the slots with the most replicas. Deterministic.
     """
     if world < 1 or not loads:
-        raise ValueError(f"cannot place {len(loads)} groups on {world} ranks")
+        raise ValueError(f"cannot place {len(loads)} groups on {world} ranks: both must be at least 1")
     heaviest = sorted(range(len(loads)), key=lambda g: (-loads[g], g))
     owners: list[tuple[int, ...]] = [()] * len(loads)
     if world >= len(loads):
@@ -55,11 +55,11 @@ def place(loads: Sequence[float], world: int) -> Placement:
 
 
 WORTH_A_SWAP = 0.05
-"""Share by which the heaviest rank's load must fall for two groups to change places."""
+"""Smallest relative decrease of the heaviest rank's load for which two groups are swapped."""
 
 
 def rebalance(placement: Placement, loads: Sequence[float], swaps: int = 1) -> Placement:
-    """The same placement with at most `swaps` pairs of groups exchanged, each relieving the heaviest rank.
+    """Swap at most `swaps` pairs of groups; each swap decreases the load of the heaviest rank.
 
     loads: load of each group. Ranks keep their numbers of groups and replicas. Deterministic.
     """
@@ -88,14 +88,14 @@ def rebalance(placement: Placement, loads: Sequence[float], swaps: int = 1) -> P
 
 
 def placements(model: ModelSection, assignment: Sequence[Sequence[int]], world: int) -> list[Placement]:
-    """One placement per layer: clusters by how many experts they have, flat experts evenly."""
+    """Return one placement per layer: clusters by their number of experts, flat experts evenly."""
     if model.experts != "clustered":
         return [place([1.0] * model.n_experts, world)] * model.layers
     return [place([float(row.count(c)) for c in range(model.n_clusters)], world) for row in map(list, assignment)]
 
 
 def loads_by_rank(placed: Sequence[Placement], loads: np.ndarray) -> np.ndarray:
-    """Rows by rank [L, world] of loads by group [L, G]; a group's rows are shared evenly by its replicas."""
+    """Convert loads by group [L, G] to loads by rank [L, world]; replicas share a group's load evenly."""
     if not loads.size:
         return np.zeros(0)
     ranks = np.zeros((len(placed), placed[0].world))

@@ -1,4 +1,4 @@
-"""A world of processes on one machine without Ray: for benchmarks and tests."""
+"""A world of gloo processes on one machine without Ray, for benchmarks and tests."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 @contextmanager
 def gloo(rank: int, world: int, store: str, timeout_s: float = 300.0) -> Iterator[None]:
-    """Be rank `rank` of `world` processes that share the file `store`. A failure leaves at once; an end waits for all."""
+    """Join `world` processes that share the file `store`. A clean exit waits for all ranks; a failure does not."""
     timeout = timedelta(seconds=timeout_s)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timeout)
     yield
@@ -21,7 +21,7 @@ def gloo(rank: int, world: int, store: str, timeout_s: float = 300.0) -> Iterato
 
 
 def total(value: float) -> float:
-    """The sum over ranks. A collective."""
+    """Return the sum over ranks. Collective."""
     summed = torch.tensor(value, dtype=torch.float64)
     dist.all_reduce(summed)
     return summed.item()

@@ -1,13 +1,13 @@
-"""A change of clusters applied: experts, their moments, router rows and biases to where they now belong.
+"""Application of a change of clusters: experts, their moments, router rows and biases move to their new cluster.
 
-What moves as one is a unit: `clusters.c` (the bases of a cluster), `experts.e`, or `ghosts.e`, with
-everything under that prefix and its moments. Which rank holds which unit before and after follows from
-the memberships and placements alone, so all ranks know what crosses, and one all-to-all carries it.
+A unit moves as a whole: `clusters.c` (the bases of a cluster), `experts.e` or `ghosts.e`, with all tensors
+under that prefix and their moments. The memberships and placements determine which rank has which unit
+before and after, so all ranks compute the same exchange; it is one all-to-all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from raymoe.model.dispatch import LocalDispatch
+from raymoe.model.dispatch import Dispatch, LocalDispatch
 from raymoe.model.expert_math import RESIDUALS
 from raymoe.model.experts import ClusteredExperts, Ghosts, Slice, members
 from raymoe.model.lowrank import factor
@@ -26,19 +26,19 @@ from raymoe.parallel.sharded import Sharded
 Refit = Literal["keep", "svd", "weighted"]
 BASES = ("base_gate", "base_up", "base_down")
 Moments = dict[str, dict[str, Tensor]]
-"""By kind, then by parameter name: tensors of the parameters' shapes."""
+"""Moments by kind ("m", "v") and parameter name, in the shapes of the parameters."""
 
 
 @dataclass(frozen=True)
 class Membership:
-    """Who is where in every layer: assignment [L][E], and the clusters that experts on the move leave."""
+    """The members of the clusters of every layer: assignment [L][E], and the ghosts of moving experts."""
 
     assignment: tuple[tuple[int, ...], ...]
     ghosts: tuple[Ghosts, ...]
 
 
 def moved(before: Membership, assignment: Sequence[Sequence[int]]) -> Membership:
-    """The membership in which every expert whose cluster differs leaves a ghost in its old one."""
+    """Return the membership in which every expert whose cluster changes leaves a ghost in its old cluster."""
     ghosts = tuple(
         {e: old for e, (old, new) in enumerate(zip(was, row, strict=True)) if old != new}
         for was, row in zip(before.assignment, assignment, strict=True)
@@ -47,42 +47,43 @@ def moved(before: Membership, assignment: Sequence[Sequence[int]]) -> Membership
 
 
 def units(assignment: Sequence[int], ghosts: Ghosts, clusters: Sequence[int]) -> list[str]:
-    """What a rank that holds these clusters has of a layer."""
-    held = [f"clusters.{c}" for c in clusters]
-    return held + [member.key for c in clusters for member in members(assignment, ghosts, c)]
+    """Return the units of these clusters of a layer."""
+    return [f"clusters.{c}" for c in clusters] + [
+        member.key for c in clusters for member in members(assignment, ghosts, c)
+    ]
 
 
 @dataclass(frozen=True)
 class LayerChange:
-    """One layer before and after: what each rank needs, and who has it."""
+    """One layer before and after: the units that each rank needs, and the ranks that have them."""
 
     before: tuple[Sequence[int], Ghosts, Placement]
     after: tuple[Sequence[int], Ghosts, Placement]
 
     def source(self, unit: str) -> str:
-        """The unit of before that `unit` continues: a new ghost continues its expert."""
+        """Return the unit before the change that `unit` continues: a new ghost continues its expert."""
         kind, index = unit.split(".")
         e = int(index)
         is_new = kind == "ghosts" and self.before[1].get(e) != self.after[1][e]
         return f"experts.{e}" if is_new else unit
 
     def movers(self) -> dict[int, tuple[int, int]]:
-        """expert -> (old cluster, new cluster)"""
+        """Return expert -> (old cluster, new cluster)."""
         pairs = zip(self.before[0], self.after[0], strict=True)
         return {e: (old, new) for e, (old, new) in enumerate(pairs) if old != new}
 
     def missing(self, rank: int, refit: Refit) -> list[str]:
-        """The units of before that a rank needs and does not hold; `bases.c` is a cluster without its moments."""
-        held = set(units(*self.before[:2], self.before[2].groups_of(rank)))
+        """Return the units before the change that a rank needs and lacks; `bases.c` is a cluster without its moments."""
+        local = set(units(*self.before[:2], self.before[2].groups_of(rank)))
         mine = self.after[2].groups_of(rank)
         wanted = [self.source(unit) for unit in units(*self.after[:2], mine)]
         if refit != "keep":
             wanted += [f"bases.{old}" for old, new in self.movers().values() if new in mine]
-        have = held | {unit.replace("clusters", "bases") for unit in held}
+        have = local | {unit.replace("clusters", "bases") for unit in local}
         return [unit for unit in dict.fromkeys(wanted) if unit not in have]
 
-    def holder(self, unit: str) -> int:
-        """The rank that sends a unit of before: the first owner of the cluster that it is in."""
+    def sender(self, unit: str) -> int:
+        """Return the rank that sends a unit: the primary owner of the cluster that contains it."""
         kind, index = unit.split(".")
         cluster = int(index)
         if kind == "experts":
@@ -93,7 +94,7 @@ class LayerChange:
 
 
 class Stacks:
-    """The stacked tensors of one layer on this rank, by unit: parameters, biases and moments."""
+    """The stacked tensors of one layer in this process, by unit: parameters, biases and moments."""
 
     def __init__(self, ffn: ClusteredExperts, prefix: str, moments: Moments) -> None:
         self.ffn, self.prefix, self.moments = ffn, prefix, moments
@@ -103,7 +104,7 @@ class Stacks:
                 self.slices.setdefault(".".join(item.key.split(".")[:2]), []).append(item)
 
     def unit(self, unit: str) -> dict[str, Tensor]:
-        """Every tensor of a unit: `base_gate`, `m.base_gate`, …"""
+        """Return views of all tensors of a unit: `base_gate`, `m.base_gate`, …"""
         weights_only = unit.startswith("bases.")
         out: dict[str, Tensor] = {}
         for item in self.slices[unit.replace("bases", "clusters")]:
@@ -116,7 +117,7 @@ class Stacks:
 
 
 def shapes(ffn: ClusteredExperts, unit: str, kinds: Sequence[str]) -> dict[str, tuple[int, ...]]:
-    """Shapes of `Stacks.unit`, whether or not it is held here."""
+    """Return the shapes of `Stacks.unit`, also for a unit of another rank."""
     d, f, w = ffn.model.d_model, ffn.model.d_expert, ffn.model.residual_width
     if unit.startswith(("bases", "clusters")):
         own: dict[str, tuple[int, ...]] = dict(zip(BASES, ((d, f), (d, f), (f, d)), strict=True))
@@ -140,59 +141,80 @@ def remap(
     refit: Refit = "keep",
     inputs: Sequence[Tensor] | None = None,
 ) -> tuple[Moments, int]:
-    """Change a clustered model in place to another membership and placement. A collective.
+    """Change a clustered model in place to another membership and placement. Collective.
 
-    placed: the placement to come, by layer (ignored in a world of one). moments: by kind ("m", "v"), of
-    every parameter; returned are those of the new parameters, and the bytes that this rank sent. Units
-    that stay as they are move bit for bit, and the parameters of what does not change stay the same
-    objects. A re-fitted residual starts with m = 0 and v = the mean of its new cluster's incumbents.
-    `inputs` [layer][rows, D]: rows to weight a re-fit by; those that the new cluster would get are used.
+    placed: the new placement of each layer (ignored in a world of one). moments: by kind ("m", "v"), of
+    every parameter. Returns the moments of the new parameters and the bytes that this rank sent. Units
+    that move stay equal bit for bit, and parameters that do not change stay the same objects. A
+    re-fitted residual starts with m = 0 and v = the mean of the other members of its new cluster.
+    inputs: for each layer the rows [N, D] that weight a re-fit; those routed to the new cluster count.
     """
-    layers = list(range(len(before.assignment)))
-    whole = Placement(tuple((0,) for _ in range(sharded.transformer.model.n_clusters)), 1)
-    was = sharded.placements or [whole for _ in layers]
-    will = list(placed) if sharded.placements else was
-    changes = [
-        LayerChange((before.assignment[i], before.ghosts[i], was[i]), (after.assignment[i], after.ghosts[i], will[i]))
-        for i in layers
-    ]
-    changed = [i for i in layers if changes[i].before != changes[i].after]
-    stacks = {i: Stacks(_ffn(sharded, i), f"layers.{i}.ffn.", moments) for i in changed}
-    arrived, sent = _exchange(sharded, {i: changes[i] for i in changed}, stacks, refit)
+    changes = _changes(sharded, before, after, placed)
+    stacks = {i: Stacks(_ffn(sharded, i), f"layers.{i}.ffn.", moments) for i in changes}
+    arrived, sent = _exchange(sharded, changes, stacks, refit)
     moments = {kind: dict(tensors) for kind, tensors in moments.items()}
-    for i in changed:
-        old, change = _ffn(sharded, i), changes[i]
-        assignment, ghosts, placement = change.after
-        dispatch = AllToAllDispatch(placement, sharded.rank, sharded.meter) if sharded.placements else old.dispatch
-        if isinstance(dispatch, LocalDispatch):
-            dispatch = LocalDispatch(old.model.n_clusters)
-        with torch.device(old.base_gate.device):
-            new = ClusteredExperts(old.model, assignment, dispatch, ghosts).to(old.base_gate.dtype)
-        new.router = old.router
+    for layer, change in changes.items():
+        old = _ffn(sharded, layer)
+        new = _rebuild(sharded, old, change)
         kept = BASES if new.dispatch.local_groups == old.dispatch.local_groups else ()
         for name in kept:
             setattr(new, name, getattr(old, name))
-        built = Stacks(new, f"layers.{i}.ffn.", moments)
+        built = Stacks(new, f"layers.{layer}.ffn.", moments)
         for name, p in new.named_parameters(recurse=False):
             if name not in kept:
                 for tensors in moments.values():
                     tensors[built.prefix + name] = torch.zeros_like(p)
-        source = lambda unit, i=i: arrived.get((i, unit)) or stacks[i].unit(unit)  # noqa: E731
-        with torch.no_grad():
-            for unit in built.slices:
-                if not (kept and unit.startswith("clusters.")):
-                    target = built.unit(unit)
-                    for leaf, value in source(change.source(unit)).items():
-                        target[leaf].copy_(value)
-            if refit != "keep":
-                rows = inputs[i] if inputs is not None and refit == "weighted" else None
-                for e, (left, joined) in change.movers().items():
-                    if joined in new.dispatch.local_groups:
-                        base = source(f"bases.{left}")
-                        _refit(built, e, base, joined, rows)
-        sharded.transformer.layers[i].ffn = new  # type: ignore[union-attr]
-    sharded.placements[:] = will if sharded.placements else []
+
+        def source(unit: str, layer: int = layer) -> dict[str, Tensor]:
+            return arrived.get((layer, unit)) or stacks[layer].unit(unit)
+
+        _fill(built, change, source, keep_bases=bool(kept))
+        if refit != "keep":
+            rows_ND = inputs[layer] if inputs is not None and refit == "weighted" else None
+            for e, (left, joined) in change.movers().items():
+                if joined in new.dispatch.local_groups:
+                    _refit(built, e, source(f"bases.{left}"), joined, rows_ND)
+        sharded.transformer.layers[layer].ffn = new  # type: ignore[union-attr]
+    if sharded.placements:
+        sharded.placements[:] = placed
     return moments, sent
+
+
+def _changes(
+    sharded: Sharded, before: Membership, after: Membership, placed: Sequence[Placement]
+) -> dict[int, LayerChange]:
+    """Return the layers that change."""
+    n_layers = len(before.assignment)
+    whole = Placement(tuple((0,) for _ in range(sharded.transformer.model.n_clusters)), 1)
+    old = sharded.placements or [whole] * n_layers
+    new = placed if sharded.placements else old
+    changes = {
+        i: LayerChange((before.assignment[i], before.ghosts[i], old[i]), (after.assignment[i], after.ghosts[i], new[i]))
+        for i in range(n_layers)
+    }
+    return {i: change for i, change in changes.items() if change.before != change.after}
+
+
+def _rebuild(sharded: Sharded, old: ClusteredExperts, change: LayerChange) -> ClusteredExperts:
+    """Build the layer after a change: the router is the old one, all other weights are uninitialized."""
+    assignment, ghosts, placement = change.after
+    dispatch: Dispatch = LocalDispatch(old.model.n_clusters)
+    if sharded.placements:
+        dispatch = AllToAllDispatch(placement, sharded.rank, sharded.meter)
+    with torch.device(old.base_gate.device):
+        new = ClusteredExperts(old.model, assignment, dispatch, ghosts).to(old.base_gate.dtype)
+    new.router = old.router
+    return new
+
+
+@torch.no_grad()
+def _fill(built: Stacks, change: LayerChange, source: Callable[[str], dict[str, Tensor]], *, keep_bases: bool) -> None:
+    """Copy every unit of the new layer from the unit that it continues."""
+    for unit in built.slices:
+        if not (keep_bases and unit.startswith("clusters.")):
+            target = built.unit(unit)
+            for leaf, value in source(change.source(unit)).items():
+                target[leaf].copy_(value)
 
 
 def _ffn(sharded: Sharded, layer: int) -> ClusteredExperts:
@@ -202,16 +224,16 @@ def _ffn(sharded: Sharded, layer: int) -> ClusteredExperts:
 def _exchange(
     sharded: Sharded, changes: Mapping[int, LayerChange], stacks: Mapping[int, Stacks], refit: Refit
 ) -> tuple[dict[tuple[int, str], dict[str, Tensor]], int]:
-    """The units that this rank lacks, from those who have them, and the bytes sent. One all-to-all."""
+    """Receive the units that this rank lacks; return them and the bytes sent. One all-to-all."""
     if sharded.world == 1 or not changes:
         return {}, 0
     ranks = range(sharded.world)
-    # crossing[source][destination]: (layer, unit) in an order that both know
+    # crossing[source][destination]: (layer, unit) in the same order on both ranks
     crossing: list[list[list[tuple[int, str]]]] = [[[] for _ in ranks] for _ in ranks]
     for layer, change in changes.items():
         for rank in ranks:
             for unit in change.missing(rank, refit):
-                crossing[change.holder(unit.replace("bases", "clusters"))][rank].append((layer, unit))
+                crossing[change.sender(unit.replace("bases", "clusters"))][rank].append((layer, unit))
     ffn = next(iter(stacks.values())).ffn
     kinds = list(next(iter(stacks.values())).moments)
     like = ffn.base_gate.detach()
@@ -240,21 +262,22 @@ def _exchange(
     return arrived, sum(send) * like.element_size()
 
 
-def _refit(built: Stacks, e: int, left: Mapping[str, Tensor], joined: int, rows: Tensor | None) -> None:
-    """Give expert e the residual that keeps its old function best on top of its new base."""
+@torch.no_grad()
+def _refit(built: Stacks, e: int, left: Mapping[str, Tensor], joined: int, rows_ND: Tensor | None) -> None:
+    """Set the residual of expert e that, added to its new base, keeps its old function best."""
     ffn = built.ffn
     mine, base = built.unit(f"experts.{e}"), built.unit(f"clusters.{joined}")
-    if rows is not None:
-        scores = rows @ ffn.router.weight.detach().t() + ffn.router.bias
-        rows = rows[(scores.topk(ffn.router.k).indices == joined).any(-1)]
+    if rows_ND is not None:
+        scores_NC = rows_ND @ ffn.router.weight.detach().t() + ffn.router.bias
+        rows_ND = rows_ND[(scores_NC.topk(ffn.router.k).indices == joined).any(-1)]
     cluster = ffn.members[ffn.dispatch.local_groups.index(joined)]
-    incumbents = [built.unit(m.key) for m in cluster if not (m.expert in ffn.ghosts and not m.ghost)]
+    others = [built.unit(m.key) for m in cluster if not (m.expert in ffn.ghosts and not m.ghost)]
     for name in ("gate", "up", "down"):
         first, second = f"{name}_in", f"{name}_out"
         whole = left[f"base_{name}"] + mine[first] @ mine[second]
-        pair = factor(whole - base[f"base_{name}"], mine[first].shape[1], rows if name != "down" else None)
+        pair = factor(whole - base[f"base_{name}"], mine[first].shape[1], rows_ND if name != "down" else None)
         for leaf, value in zip((first, second), pair, strict=True):
             mine[leaf].copy_(value)
             for kind in built.moments:
-                mean = torch.stack([tensors[f"{kind}.{leaf}"] for tensors in incumbents]).mean(0) if incumbents else 0.0
+                mean = torch.stack([tensors[f"{kind}.{leaf}"] for tensors in others]).mean(0) if others else 0.0
                 mine[f"{kind}.{leaf}"].copy_(torch.as_tensor(mean if kind == "v" else 0.0).expand_as(mine[leaf]))

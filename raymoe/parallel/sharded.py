@@ -1,4 +1,4 @@
-"""One rank's share of a model: the whole trunk, and the groups that its placement names."""
+"""One rank's shard of a model: the whole trunk, and the groups that its placement assigns."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from raymoe.parallel.groups import Placement, placements
 
 @dataclass
 class Sharded:
+    """A model shard of one rank."""
+
     transformer: Transformer
     rank: int
     world: int
@@ -23,15 +25,15 @@ class Sharded:
     placements: list[Placement]
     """One per layer; empty for a dense model."""
     replicas: dist.ProcessGroup | None
-    """The ranks that hold the same groups as this one, where there are others."""
+    """The ranks that own the same groups as this rank; None if there are no others."""
 
     @property
     def primary(self) -> bool:
-        """Whether this rank speaks for the groups it holds: one replica of each does."""
+        """Whether this rank is the primary owner of its groups; each group has one."""
         return all(p.owners[g][0] == self.rank for p in self.placements for g in p.groups_of(self.rank))
 
     def owned(self) -> list[str]:
-        """The logical keys that this rank writes: its groups if it is their primary, and its part of the trunk."""
+        """Return the logical keys that this rank writes: its groups if it is their primary, and its part of the trunk."""
         keys = [(key, index) for key, _, index, _ in self.transformer.slices()]
         trunk = [key for key, index in keys if index is None]
         groups = [key for key, index in keys if index is not None]
@@ -39,7 +41,7 @@ class Sharded:
 
 
 def shard(model: ModelSection, assignment: Sequence[Sequence[int]], ghosts: Sequence[Ghosts] | None = None) -> Sharded:
-    """This rank's share of a model, uninitialised. A collective where groups have replicas."""
+    """Build this rank's model shard (uninitialized). Collective where groups have replicas."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     meter = Meter()
     if world == 1 or model.experts == "dense":
@@ -49,7 +51,7 @@ def shard(model: ModelSection, assignment: Sequence[Sequence[int]], ghosts: Sequ
     n_groups = len(placed[0].owners)
     replicas: dist.ProcessGroup | None = None
     if world > n_groups:
-        for slot in range(n_groups):  # every rank must take part in making every process group
+        for slot in range(n_groups):  # new_group is collective over all ranks
             ranks = list(range(slot, world, n_groups))
             group = dist.new_group(ranks)
             if rank in ranks and len(ranks) > 1 and isinstance(group, dist.ProcessGroup):
