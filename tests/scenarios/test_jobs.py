@@ -110,9 +110,16 @@ def test_a_run_is_submitted_exported_and_evaluated(ray: Head, text: Path, tmp_pa
 
 
 def workers_of(run: Path) -> list[psutil.Process]:
-    """The processes that answer the run's Prometheus targets: its workers and no others on this machine."""
+    """Return the processes that listen on the run's Prometheus targets: its workers and no others on this machine."""
+    return listening_on(ports_of(run))
+
+
+def ports_of(run: Path) -> set[int]:
     targets = json.loads((run / "prometheus_targets.json").read_text())
-    ports = {int(t["targets"][0].rsplit(":", 1)[1]) for t in targets}
+    return {int(t["targets"][0].rsplit(":", 1)[1]) for t in targets}
+
+
+def listening_on(ports: set[int]) -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter(["name"]):
         try:
@@ -144,10 +151,17 @@ def test_a_killed_worker_a_stop_and_a_resume_lose_nothing(ray: Head, text: Path,
     assert resumed["step"] >= 5
     until(lambda: steps(run) and steps(run)[-1] >= resumed["step"] + 10, "ten more steps")
 
+    owned = json.loads((tmp_path / ".long.lock").read_text())
+    line = [sys.executable, str(REPO_ROOT / "jobs" / "train.py"), "tiny", "train.resume=long", f"run.root={tmp_path}"]
+    second = subprocess.run(line, env=ray.environment, capture_output=True, text=True, timeout=120)
+    assert second.returncode == 2 and f"in use by process {owned['pid']}" in second.stderr, second.stderr
+
+    ports = ports_of(run)
     command = [str(Path(sys.executable).with_name("ray")), "job", "stop", "--address", ray.dashboard, "long"]
     subprocess.run(command, env=ray.environment, check=True, capture_output=True, timeout=180)
     until(lambda: [r for r in records(run, "event") if r["name"] == "stopped"], "the stop")
-    until(lambda: not workers_of(run), "the workers to leave")
+    until(lambda: not listening_on(ports), "the workers to leave")
+    until(lambda: not ports_of(run), "the scrape targets to be removed")
     last = steps(run)[-1]
     assert steps(run) == list(range(1, last + 1))  # each step once, whatever was redone
     assert (run / "checkpoints" / f"step_{last:08d}" / "manifest.json").exists()
@@ -178,8 +192,7 @@ def test_regrouping_outlives_its_clusterer_and_training_does_not_wait_for_it(
         return [r for r in map(json.loads, lines) if r["name"] in what]
 
     def clusterer() -> psutil.Process | None:
-        named = (p for p in psutil.process_iter(["cmdline"]) if "ray::Clusterer" in " ".join(p.info["cmdline"] or []))
-        return next((p for p in named if p.status() != psutil.STATUS_ZOMBIE), None)
+        return next((p for p in ray.processes("Clusterer") if p.status() != psutil.STATUS_ZOMBIE), None)
 
     first = until(lambda: plans("applied"), "a plan")[0]
     assert first["plan"]["reason"] == "forced" and first["moves"] == 8 and first["bytes"] > 0
@@ -213,8 +226,11 @@ def test_regrouping_outlives_its_clusterer_and_training_does_not_wait_for_it(
 
 
 @pytest.mark.soak
-def test_an_interrupt_of_a_plain_run_checkpoints_and_says_how_to_go_on(text: Path, tmp_path: Path) -> None:
-    """python jobs/train.py without a head: a local Ray is started, Ctrl-C stops at a step."""
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_a_stopped_plain_run_writes_a_checkpoint_and_names_the_way_on(
+    number: signal.Signals, text: Path, tmp_path: Path
+) -> None:
+    """Without a head a local Ray starts. Ctrl-C, or the end of the terminal for all of its processes, stops the run."""
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {
         "RAY_ADDRESS": "local",
         "RAY_AUTH_MODE": "disabled",
@@ -222,13 +238,13 @@ def test_an_interrupt_of_a_plain_run_checkpoints_and_says_how_to_go_on(text: Pat
     line = [sys.executable, str(REPO_ROOT / "jobs" / "train.py"), "tiny", "run.name=plain", f"run.root={tmp_path}"]
     process = subprocess.Popen(
         [*line, f"data.path={text}", "train.steps=100000", *QUICK],
-        env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
     )  # fmt: skip
     run = tmp_path / "plain"
     until(lambda: len(steps(run)) >= 2 or process.poll() is not None, "two steps")
-    process.send_signal(signal.SIGINT)
+    os.killpg(process.pid, number)
     output, _ = process.communicate(timeout=120)
-    assert process.returncode == 130, output
+    assert process.returncode == 128 + number, output
     assert "train.resume=plain" in output
     last = steps(run)[-1]
     assert (run / "checkpoints" / f"step_{last:08d}" / "manifest.json").exists()
