@@ -1,11 +1,12 @@
-"""Check what commonly goes wrong before a long run, and say what to do about it.
+"""Check a Ray cluster for what commonly fails before a long run, with the remedy.
 
     raymoe doctor
     raymoe doctor --root /mnt/raymoe --json doctor.json
     ray job submit --working-dir . -- python jobs/doctor.py
 
-Each node of the Ray that is running is asked, one line a check: `ok|warn|fail  name  what was seen  -> what to do`.
-Without a running Ray a local one is started, and ended. Exit status: 0 nothing failed, 1 something did, 2 refused.
+Prints one line per check of all nodes: `ok|warn|fail  name  observation  -> remedy`. Uses the Ray at RAY_ADDRESS,
+else the one on this machine, else a local one that ends with the command; takes about half a minute.
+Exit status: 0 no check failed, 1 a check failed, 2 refused (bad argument, or no Ray at RAY_ADDRESS).
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from raymoe.config import default_root, override, preset
 
 def parser(program: str | None = None) -> argparse.ArgumentParser:
     parse = new_parser(__doc__, program)
-    parse.add_argument("--root", default=default_root(), help="run.root of the run to come (default: %(default)s)")
-    parse.add_argument("--json", type=Path, help="write the checks to this file, too")
+    parse.add_argument("--root", default=default_root(), help="run.root to check (default: %(default)s)")
+    parse.add_argument("--json", type=Path, help="also write the checks to this JSON file")
     return parse
 
 
@@ -33,7 +34,7 @@ def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
     parse = parser(program)
     arguments = parse.parse_args(words)
     if arguments.json and not arguments.json.absolute().parent.is_dir():
-        print(f"{parse.prog}: there is no folder {arguments.json.absolute().parent} for --json", file=sys.stderr)
+        print(f"{parse.prog}: --json: the folder {arguments.json.absolute().parent} does not exist", file=sys.stderr)
         return 2
     try:
         override(preset("tiny"), [f"run.root={arguments.root}"])

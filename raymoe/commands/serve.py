@@ -67,10 +67,10 @@ def read_serve_config(path: Path | None) -> dict[str, Any]:
 
 def start_head(dashboard: str) -> None:
     """Start a Ray head that outlives this process, unless Ray answers already. Raises RuntimeError if it fails."""
-    from raymoe.ops.ray_head import ENVIRONMENT, answers, authorisation
+    from raymoe.ops.ray_head import ENVIRONMENT, authorization, responds
 
     environment = ENVIRONMENT | os.environ
-    if answers(f"{dashboard}/api/version", authorisation(environment)):
+    if responds(f"{dashboard}/api/version", authorization(environment)):
         return
     url = urlsplit(dashboard)
     if url.hostname not in ("127.0.0.1", "localhost"):

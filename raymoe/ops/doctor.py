@@ -1,4 +1,7 @@
-"""Looks at every node of a Ray cluster: one probe a node, then an all-to-all between workers. Judged in `checks`."""
+"""Examination of a Ray cluster: one probe on each node, then an all-to-all between workers.
+
+The verdicts are in `doctor_checks`.
+"""
 
 from __future__ import annotations
 
@@ -25,34 +28,35 @@ import ray
 import ray.exceptions
 import torch
 import torch.distributed as dist
-from ray._private import worker as ray_worker
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 import raymoe
 from raymoe.ops import doctor_checks as checks
 from raymoe.ops.doctor_checks import Check
+from raymoe.ops.ray_internals import authentication_mode, session_folder
 
-PATIENCE_S = 60.0
-"""How long a node has to answer."""
-SHARED_S = 10.0
-"""How long a file may take to be seen by other nodes: NFS keeps what it knows of a folder for some seconds."""
+NODE_TIMEOUT_S = 60.0
+"""Seconds within which a node must respond."""
+SHARED_TIMEOUT_S = 10.0
+"""Seconds until a new file must be visible on every node: NFS caches the content of folders for some seconds."""
 LOCKED = ("ray", "torch", "numpy", "pyarrow", "safetensors")
 
 
 class Probe:
-    """An actor, one on each node."""
+    """Actor that observes its node; one on each node."""
 
     def __init__(self, node: str, root: str, token: str) -> None:
         self.node, self.root, self.token = node, Path(root), token
 
     def now(self) -> float:
+        """Return this node's time in seconds since the epoch."""
         return time.time()
 
     def observe(self, peers: list[tuple[str, int]]) -> dict[str, Any]:
-        """All that this node can say by itself, and which (address, port) of `peers` it cannot reach."""
+        """Return the observation of this node; `peers` are the (address, port) pairs that it must reach."""
         shared = Path("/dev/shm")
-        temp = Path(ray_worker._global_node.get_temp_dir_path() if ray_worker._global_node else "/tmp")
+        temp = session_folder()
         return {
             "node": self.node,
             "python": platform.python_version(), "ray": ray.__version__, "torch": torch.__version__,
@@ -63,16 +67,16 @@ class Probe:
             "shm": shutil.disk_usage(shared).total if shared.exists() else 2e9,  # macOS has none and needs none
             "open_files": min(resource.getrlimit(resource.RLIMIT_NOFILE)[0], 1 << 30) % (1 << 31),
             "memory": available_memory(),
-            "root": str(self.root), "root_error": self.write(), "root_free": free(self.root),
-            "temp": str(temp), "temp_used": used(temp),
-            "auth": authentication(),
+            "root": str(self.root), "root_error": self.write_marker(), "root_free": free_space(self.root),
+            "temp": str(temp), "temp_used": used_share(temp),
+            "auth": authentication_mode(),
             "compiled": all(Path(importlib.util.cache_from_source(str(m.__file__))).exists() for m in (torch, ray)),
             "compiler": shutil.which("cc") or shutil.which("gcc") or shutil.which("clang") or "",
             "gpus": torch.cuda.device_count(), "nccl": nccl(),
         }  # fmt: skip
 
-    def write(self) -> str:
-        """Leave this node's marker in run.root; the error, or nothing."""
+    def write_marker(self) -> str:
+        """Write this node's marker file into run.root; return the error, empty if there is none."""
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             self.marker(self.node).write_text(self.node)
@@ -81,30 +85,32 @@ class Probe:
         return ""
 
     def marker(self, node: str) -> Path:
+        """Return the path of a node's marker file."""
         return self.root / f".doctor-{self.token}-{node}"
 
     def markers(self, nodes: list[str]) -> list[str]:
-        """Whose markers are seen here, when all are or after a while."""
-        deadline = time.monotonic() + SHARED_S
+        """Return the `nodes` whose markers are visible here, at the latest after SHARED_TIMEOUT_S."""
+        deadline = time.monotonic() + SHARED_TIMEOUT_S
         while True:
             seen = [n for n in nodes if self.marker(n).exists()]
             if len(seen) == len(nodes) or time.monotonic() > deadline:
                 return seen
-            with contextlib.suppress(OSError):  # where there is none, `write` has said so
-                os.listdir(self.root)  # makes NFS look again
+            with contextlib.suppress(OSError):  # `write_marker` has reported a missing folder
+                os.listdir(self.root)  # makes an NFS client read the folder again
             time.sleep(0.1)
 
     def clean(self) -> None:
+        """Remove the marker, and run.root if it was empty."""
         with contextlib.suppress(OSError):
             self.marker(self.node).unlink()
-            self.root.rmdir()  # only when it is empty: as it was
+            self.root.rmdir()  # fails unless the folder is empty
 
 
 def off_lock(path: Path) -> list[str] | None:
-    """Packages that are installed in another version than uv.lock says; None without such a file."""
+    """Return the packages whose installed version differs from uv.lock; None without that file."""
     if not path.is_file():
         return None
-    locked: dict[str, set[str]] = {}  # a package may be there twice, for several Pythons
+    locked: dict[str, set[str]] = {}  # several versions for several Pythons
     for name, version in re.findall(r'^name = "([^"]+)"\nversion = "([^"]+)"', path.read_text(), re.MULTILINE):
         locked.setdefault(name, set()).add(version)
     found = {name: importlib.metadata.version(name).split("+")[0] for name in LOCKED}
@@ -116,6 +122,7 @@ def off_lock(path: Path) -> list[str] | None:
 
 
 def reachable(host: str, port: int) -> bool:
+    """Return whether a TCP connection opens within 3 s."""
     try:
         with socket.create_connection((host, port), timeout=3):
             return True
@@ -124,7 +131,7 @@ def reachable(host: str, port: int) -> bool:
 
 
 def serve_port(port: int) -> str:
-    """`free`, `serve` or `taken`."""
+    """Return the state of the HTTP port of Serve: `free`, `serve` or `taken`."""
     try:
         with socket.create_server(("127.0.0.1", port)):
             return "free"
@@ -132,42 +139,36 @@ def serve_port(port: int) -> str:
         if error.errno != errno.EADDRINUSE:
             return "free"
     try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/-/healthz", timeout=2) as answer:
-            return "serve" if answer.status == 200 else "taken"
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/-/healthz", timeout=2) as response:
+            return "serve" if response.status == 200 else "taken"
     except (OSError, ValueError):
         return "taken"
 
 
 def available_memory() -> float:
-    """Bytes that are free here, within the container's limit."""
-    free_here = float(psutil.virtual_memory().available)
+    """Return the available memory in bytes, within the limit of the container."""
+    available = float(psutil.virtual_memory().available)
     with contextlib.suppress(OSError, ValueError):
-        most = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        if most != "max":
-            free_here = min(free_here, float(most) - float(Path("/sys/fs/cgroup/memory.current").read_text()))
-    return free_here
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        if limit != "max":
+            available = min(available, float(limit) - float(Path("/sys/fs/cgroup/memory.current").read_text()))
+    return available
 
 
-def free(folder: Path) -> float:
-    """Bytes on the disk of the folder, or of what there is of its parents."""
-    there = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
-    return float(shutil.disk_usage(there).free)
+def free_space(folder: Path) -> float:
+    """Return the free bytes on the disk of `folder`, or of its nearest parent that exists."""
+    existing = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    return float(shutil.disk_usage(existing).free)
 
 
-def used(folder: Path) -> float:
+def used_share(folder: Path) -> float:
+    """Return the used share of the disk of `folder`, from 0 to 1."""
     usage = shutil.disk_usage(folder if folder.exists() else "/")
     return usage.used / usage.total
 
 
-def authentication() -> str:
-    from ray import _raylet
-
-    known: Any = _raylet
-
-    return "token" if known.get_authentication_mode() == known.AuthenticationMode.TOKEN else "disabled"
-
-
 def nccl() -> str:
+    """Return the version of NCCL that torch can use; empty without one."""
     if not torch.cuda.is_available() or not dist.is_nccl_available():
         return ""
     from torch.cuda import nccl as library
@@ -176,31 +177,31 @@ def nccl() -> str:
 
 
 def rendezvous() -> tuple[str, int]:
-    """An address of this worker's node, and a port that is free there."""
+    """Return an address of this worker's node, and a free port there."""
     host = ray.util.get_node_ip_address()
-    with socket.create_server((host, 0)) as held:
-        return host, held.getsockname()[1]
+    with socket.create_server((host, 0)) as bound:
+        return host, bound.getsockname()[1]
 
 
 def exchange(rank: int, world: int, host: str, port: int, backend: str) -> tuple[str, float, float]:
-    """All-to-alls as training makes them: the node, and the median milliseconds of small and MB/s of large ones."""
+    """Run all-to-alls as training does; return the node, the median ms of small ones and the MB/s of large ones."""
     device = "cuda" if backend == "nccl" else "cpu"
     address = f"tcp://{host}:{port}"
     dist.init_process_group(backend, init_method=address, rank=rank, world_size=world, timeout=timedelta(seconds=30))
     try:
 
         def median(numbers: int, times: int) -> float:
-            mine, theirs = torch.ones(world * numbers, device=device), torch.empty(world * numbers, device=device)
-            took = []
+            sent, received = torch.ones(world * numbers, device=device), torch.empty(world * numbers, device=device)
+            durations = []
             for _ in range(times):
                 dist.barrier()
-                began = time.perf_counter()
-                dist.all_to_all_single(theirs, mine)
+                started = time.perf_counter()
+                dist.all_to_all_single(received, sent)
                 if device == "cuda":
                     torch.cuda.synchronize()
-                took.append(time.perf_counter() - began)
-            assert bool((theirs == 1).all())
-            return statistics.median(took)
+                durations.append(time.perf_counter() - started)
+            assert bool((received == 1).all())
+            return statistics.median(durations)
 
         median(256, 3)
         latency = median(256, 30)
@@ -212,7 +213,7 @@ def exchange(rank: int, world: int, host: str, port: int, backend: str) -> tuple
 
 
 def collective(world: int, backend: str) -> dict[str, Any] | str:
-    """What an all-to-all over a placement group of `world` workers, spread over nodes, costs; or why there was none."""
+    """Measure an all-to-all of `world` workers spread over the nodes; return its cost, or the reason why it did not run."""
     bundle = {"CPU": 1.0} | ({"GPU": 1.0} if backend == "nccl" else {})
     group = placement_group([bundle] * world, strategy="SPREAD")
     try:
@@ -223,13 +224,13 @@ def collective(world: int, backend: str) -> dict[str, Any] | str:
             strategy = PlacementGroupSchedulingStrategy(placement_group=group, placement_group_bundle_index=i)
             return {"num_cpus": 1, "num_gpus": bundle.get("GPU", 0), "scheduling_strategy": strategy, "max_retries": 0}
 
-        host, port = ray.get(ray.remote(rendezvous).options(**place(0)).remote(), timeout=PATIENCE_S)
+        host, port = ray.get(ray.remote(rendezvous).options(**place(0)).remote(), timeout=NODE_TIMEOUT_S)
         task: Any = ray.remote(exchange)
-        answers = [task.options(**place(rank)).remote(rank, world, host, port, backend) for rank in range(world)]
-        nodes, latencies, speeds = zip(*ray.get(answers, timeout=2 * PATIENCE_S), strict=True)
+        results = [task.options(**place(rank)).remote(rank, world, host, port, backend) for rank in range(world)]
+        nodes, latencies, speeds = zip(*ray.get(results, timeout=2 * NODE_TIMEOUT_S), strict=True)
         return {"world": world, "nodes": len(set(nodes)), "latency_ms": max(latencies), "mb_per_s": min(speeds)}
     except ray.exceptions.GetTimeoutError:
-        return f"{world} workers did not find each other in {2 * PATIENCE_S:.0f} s"
+        return f"{world} workers did not find each other in {2 * NODE_TIMEOUT_S:.0f} s"
     except ray.exceptions.RayError as error:
         return str(error).strip().splitlines()[-1]
     finally:
@@ -237,52 +238,33 @@ def collective(world: int, backend: str) -> dict[str, Any] | str:
 
 
 def offset(probe: Any) -> float:
-    """Seconds by which a node's clock is ahead, from the quickest of some answers."""
+    """Return the seconds by which a node's clock is ahead, from the fastest of five calls."""
     best, ahead = float("inf"), 0.0
     for _ in range(5):
         before = time.time()
-        there: Any = ray.get(probe.now.remote(), timeout=PATIENCE_S)
+        remote: Any = ray.get(probe.now.remote(), timeout=NODE_TIMEOUT_S)
         after = time.time()
         if after - before < best:
-            best, ahead = after - before, there - (before + after) / 2
+            best, ahead = after - before, remote - (before + after) / 2
     return ahead
 
 
 def examine(root: str) -> list[Check]:
-    """All checks on the Ray that this process is connected to."""
+    """Return all checks of the Ray that this process is connected to. `root`: run.root of the run to come."""
     alive = [n for n in ray.nodes() if n["Alive"]]
-    by_address = len({n["NodeManagerAddress"] for n in alive}) == len(alive)
-    names = {n["NodeID"]: n["NodeManagerAddress"] if by_address else f"{n['NodeManagerAddress']}-{n['NodeID'][-6:]}" for n in alive}  # fmt: skip
-    token = uuid.uuid4().hex[:8]
-    actor: Any = ray.remote(Probe)
-    probes: dict[str, Any] = {
-        names[n["NodeID"]]: actor.options(
-            num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(n["NodeID"], soft=False)
-        ).remote(names[n["NodeID"]], root, token)
-        for n in alive
-    }
-    ports = [(n["NodeManagerAddress"], n[key]) for n in alive for key in ("NodeManagerPort", "ObjectManagerPort")]
-    asked = {node: probe.observe.remote(ports) for node, probe in probes.items()}
-    nodes, failures = [], {}
-    deadline = time.monotonic() + PATIENCE_S
-    for node, answer in asked.items():
-        try:
-            nodes.append(ray.get(answer, timeout=max(1.0, deadline - time.monotonic())))
-        except ray.exceptions.GetTimeoutError:
-            failures[node] = f"no answer in {PATIENCE_S:.0f} s"
-        except ray.exceptions.RayError as error:
-            failures[node] = str(error).strip().splitlines()[-1]
+    probes = start_probes(alive, root)
+    nodes, failures = observe(probes, alive)
     found = [checks.reached(list(probes), failures)]
     if nodes:
-        well = {n["node"]: probes[n["node"]] for n in nodes}
-        seen = ray.get([probe.markers.remote(list(well)) for probe in well.values()], timeout=PATIENCE_S)
+        responding = {n["node"]: probes[n["node"]] for n in nodes}
+        seen = ray.get([p.markers.remote(list(responding)) for p in responding.values()], timeout=NODE_TIMEOUT_S)
         for node, markers in zip(nodes, seen, strict=True):
             node["markers"] = markers
-        found += checks.on_nodes(nodes)
-        found.append(checks.clock({node: offset(probe) for node, probe in well.items()}))
+        found += checks.check_nodes(nodes)
+        found.append(checks.clock({node: offset(probe) for node, probe in responding.items()}))
         in_ray = ray.cluster_resources().get("GPU", 0)
         found.append(checks.gpus(nodes, in_ray))
-        ray.get([probe.clean.remote() for probe in well.values()], timeout=PATIENCE_S)
+        ray.get([probe.clean.remote() for probe in responding.values()], timeout=NODE_TIMEOUT_S)
         workers = sum(1 for n in alive if n["Resources"].get("CPU", 0) >= 1)
         found.append(checks.collective(collective(max(2, workers), "gloo")))
         if in_ray >= 2:
@@ -290,3 +272,33 @@ def examine(root: str) -> list[Check]:
     for probe in probes.values():
         ray.kill(probe)
     return found
+
+
+def start_probes(alive: list[dict[str, Any]], root: str) -> dict[str, Any]:
+    """Start a probe on each node; return the actors by the node's address, with its id where addresses repeat."""
+    addresses = [n["NodeManagerAddress"] for n in alive]
+    unique = len(set(addresses)) == len(addresses)
+    token = uuid.uuid4().hex[:8]
+    actor: Any = ray.remote(Probe)
+    probes: dict[str, Any] = {}
+    for n in alive:
+        name = n["NodeManagerAddress"] if unique else f"{n['NodeManagerAddress']}-{n['NodeID'][-6:]}"
+        strategy = NodeAffinitySchedulingStrategy(n["NodeID"], soft=False)
+        probes[name] = actor.options(num_cpus=0, scheduling_strategy=strategy).remote(name, root, token)
+    return probes
+
+
+def observe(probes: dict[str, Any], alive: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """Return the observations of the nodes that respond within NODE_TIMEOUT_S, and the reasons of the others."""
+    ports = [(n["NodeManagerAddress"], n[key]) for n in alive for key in ("NodeManagerPort", "ObjectManagerPort")]
+    calls = {node: probe.observe.remote(ports) for node, probe in probes.items()}
+    nodes, failures = [], {}
+    deadline = time.monotonic() + NODE_TIMEOUT_S
+    for node, call in calls.items():
+        try:
+            nodes.append(ray.get(call, timeout=max(1.0, deadline - time.monotonic())))
+        except ray.exceptions.GetTimeoutError:
+            failures[node] = f"no response within {NODE_TIMEOUT_S:.0f} s"
+        except ray.exceptions.RayError as error:
+            failures[node] = str(error).strip().splitlines()[-1]
+    return nodes, failures

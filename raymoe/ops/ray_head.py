@@ -1,4 +1,4 @@
-"""A Ray head of our own on this machine: free ports, its own folder, waited for, and ended by pid."""
+"""A private Ray head on this machine, with free ports and its own folder, which ends with its context."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ import psutil
 
 ENVIRONMENT = {
     "RAY_AUTH_MODE": "disabled",
-    "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # a head is ended when its work is over
+    "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # a head ends after its work
     "RAY_JOB_STOP_WAIT_TIME_S": "120",  # `ray job stop` waits this long for the last checkpoint
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_USAGE_STATS_ENABLED": "0",
 }
-"""What a head for raymoe sets. Values that the caller has set win."""
+"""Environment of a head. Values that are set already win."""
 
 
 def wants_token(environment: Mapping[str, str]) -> bool:
-    """Whether the Ray of this environment asks for a token."""
+    """Return whether Ray requires a token in this environment."""
     return environment.get("RAY_AUTH_MODE", "").lower() == "token"
 
 
-def authorisation(environment: Mapping[str, str]) -> dict[str, str]:
-    """The header that Ray's dashboard asks for in this environment, from where Ray itself takes the token.
+def authorization(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return the header that Ray's dashboard requires, with the token from where Ray itself reads it.
 
-    Raises RuntimeError when there is none.
+    Raises RuntimeError if a token is required and none is found.
     """
     if not wants_token(environment):
         return {}
@@ -48,28 +48,28 @@ def authorisation(environment: Mapping[str, str]) -> dict[str, str]:
         token = token.strip() or file.read_text().strip()
     except OSError as error:
         raise RuntimeError(
-            f"RAY_AUTH_MODE=token and {file} cannot be read ({error.strerror}): make one with `ray get-auth-token "
+            f"RAY_AUTH_MODE=token and {file} cannot be read ({error.strerror}): create it with `ray get-auth-token "
             "--generate`, or set RAY_AUTH_TOKEN_PATH or RAY_AUTH_TOKEN"
         ) from None
     return {"Authorization": f"Bearer {token}"}
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that are free now, outside of the range that Ray gives to its workers (10002 to 19999)."""
+    """Return ports that are free now, outside the range that Ray gives to its workers (10002 to 19999)."""
     sockets, ports = [], []
     while len(ports) < count:
-        held = socket.create_server(("127.0.0.1", 0))
-        sockets.append(held)
-        if not 10000 <= held.getsockname()[1] <= 20000:
-            ports.append(held.getsockname()[1])
-    for held in sockets:
-        held.close()
+        bound = socket.create_server(("127.0.0.1", 0))
+        sockets.append(bound)
+        if not 10000 <= bound.getsockname()[1] <= 20000:
+            ports.append(bound.getsockname()[1])
+    for bound in sockets:
+        bound.close()
     return ports
 
 
 @dataclass(frozen=True)
 class Head:
-    """A running head: where jobs are submitted, and the environment for commands that use it."""
+    """A running head: its dashboard, the environment for commands that use it, and its folder."""
 
     dashboard: str
     environment: dict[str, str]
@@ -86,30 +86,31 @@ class Head:
         return [str(Path(sys.executable).with_name("ray")), "job", "submit", *address, *name, *folder, "--", *command]
 
     def processes(self, name: str) -> list[psutil.Process]:
-        """Of this head, by the name that Ray gives them."""
+        """Return the processes of this head whose title, set by Ray, starts with `ray::` and `name`."""
         found = []
         for process in psutil.process_iter(["cmdline"]):
             try:
-                ours = any(str(self.folder) in " ".join(parent.cmdline()) for parent in process.parents())
+                own = any(str(self.folder) in " ".join(parent.cmdline()) for parent in process.parents())
             except psutil.Error:
                 continue
-            if ours and " ".join(process.info["cmdline"] or []).startswith(f"ray::{name}"):
+            if own and " ".join(process.info["cmdline"] or []).startswith(f"ray::{name}"):
                 found.append(process)
         return found
 
 
 @contextmanager
 def head(cpus: int, environment: dict[str, str] | None = None) -> Iterator[Head]:
-    """Start a head with `cpus` CPUs; yields when it has started and its dashboard answers.
+    """Start a head with `cpus` CPUs; yield it when its dashboard responds, and end it on exit.
 
-    Raises RuntimeError with its log if it does not. Until it has ended, SIGTERM ends this process in order.
+    Raises RuntimeError with the log if the head does not start. While it runs, SIGTERM raises SystemExit in this
+    process, so that the head ends too.
     """
     gcs, dashboard, agent, listen, metrics, scaler, board = free_ports(7)
     folder = Path(tempfile.mkdtemp(prefix="raymoe-ray-"))
     variables = ENVIRONMENT | {"AUTOSCALER_METRIC_PORT": str(scaler), "DASHBOARD_METRIC_PORT": str(board)}
     variables = variables | {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | (environment or {})
     variables["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), variables.get("PATH", "")])
-    headers = authorisation(variables)
+    headers = authorization(variables)
     log = folder / "head.log"
     command = [
         str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--node-ip-address=127.0.0.1",
@@ -117,15 +118,17 @@ def head(cpus: int, environment: dict[str, str] | None = None) -> Iterator[Head]
         f"--dashboard-agent-listen-port={listen}", f"--metrics-export-port={metrics}", f"--num-cpus={cpus}",
         f"--temp-dir={folder / 'ray'}", "--object-store-memory=300000000", "--include-dashboard=true",
     ]  # fmt: skip
-    ours = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    if ours:
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that nothing is left running
+    handles_sigterm = (
+        threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    )
+    if handles_sigterm:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with log.open("w") as output:
         process = subprocess.Popen(command, env=variables, stdout=output, stderr=output, start_new_session=True)
     address = f"http://127.0.0.1:{dashboard}"
     try:
         deadline = time.monotonic() + 120
-        while not ("Ray runtime started" in log.read_text() and answers(f"{address}/api/jobs/", headers)):
+        while not ("Ray runtime started" in log.read_text() and responds(f"{address}/api/jobs/", headers)):
             if process.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError(f"the Ray head did not start:\n{log.read_text()[-2000:]}")
             time.sleep(0.2)
@@ -141,15 +144,15 @@ def head(cpus: int, environment: dict[str, str] | None = None) -> Iterator[Head]
             shutil.rmtree(folder, ignore_errors=True)
             if not folder.exists():
                 break
-            time.sleep(0.1)  # a process of Ray's that is about to end has written once more
-        if ours:
+            time.sleep(0.1)  # a process of Ray that is ending has written again
+        if handles_sigterm:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def answers(url: str, headers: Mapping[str, str]) -> bool:
-    """Whether a GET is answered with 200."""
+def responds(url: str, headers: Mapping[str, str]) -> bool:
+    """Return whether a GET has status 200."""
     try:
-        with urllib.request.urlopen(urllib.request.Request(url, headers=dict(headers)), timeout=2) as answer:
-            return answer.status == 200
+        with urllib.request.urlopen(urllib.request.Request(url, headers=dict(headers)), timeout=2) as response:
+            return response.status == 200
     except (urllib.error.URLError, OSError):
         return False

@@ -1,4 +1,4 @@
-"""The doctor's verdicts, from faked observations; and one real look at this machine."""
+"""The doctor's verdicts from made-up observations, and one real cluster on this machine."""
 
 from __future__ import annotations
 
@@ -12,24 +12,25 @@ from typing import Any
 
 import pytest
 
+from raymoe.commands.doctor import main
 from raymoe.ops import doctor_checks as checks
 from raymoe.ops.doctor_checks import Check, exit_status
 from tests.support.paths import REPO_ROOT
 
 
 def node(name: str = "a", **changes: Any) -> dict[str, Any]:
-    """A node on which all is well."""
-    well = {
+    """The observation of a node without a problem."""
+    fine = {
         "node": name, "python": "3.11.2", "ray": "2.60.0", "torch": "2.15.0", "raymoe": "0.1.0", "off_lock": [],
         "unreachable": [], "serve_port": "free", "shm": 8e9, "open_files": 65536, "memory": 16e9, "root": "/mnt/raymoe",
         "root_error": "", "root_free": 100e9, "temp": "/tmp/ray", "temp_used": 0.5, "auth": "token", "compiled": True,
         "compiler": "/usr/bin/cc", "gpus": 0, "nccl": "", "markers": ["a", "b"],
     }  # fmt: skip
-    return well | changes
+    return fine | changes
 
 
-def test_where_all_is_well_nothing_is_advised() -> None:
-    found = checks.on_nodes([node("a"), node("b")])
+def test_nodes_without_a_problem_get_no_advice() -> None:
+    found = checks.check_nodes([node("a"), node("b")])
     assert {(c.status, c.advice) for c in found} == {("ok", "")}
     assert exit_status(found) == 0
     assert len({c.name for c in found}) == len(found)
@@ -50,7 +51,7 @@ def test_where_all_is_well_nothing_is_advised() -> None:
         (checks.memory, {"memory": 3e9}, "warn", "3.0 GB on b"),
         (checks.memory, {"memory": 1e9}, "fail", "1.0 GB on b"),
         (checks.root, {"root_error": "/mnt/raymoe: Permission denied"}, "fail", "b: /mnt/raymoe: Permission denied"),
-        (checks.root, {"markers": ["b"]}, "fail", "b does not see what a wrote"),
+        (checks.root, {"markers": ["b"]}, "fail", "b does not see the files of a"),
         (checks.disk, {"root_free": 10e9}, "warn", "10.0 GB on b"),
         (checks.disk, {"root_free": 1e9}, "fail", "1.0 GB on b"),
         (checks.disk, {"temp_used": 0.97}, "fail", "97% of /tmp/ray"),
@@ -59,7 +60,7 @@ def test_where_all_is_well_nothing_is_advised() -> None:
         (checks.compiler, {"compiler": ""}, "warn", "no C compiler on b"),
     ],
 )  # fmt: skip
-def test_one_ailing_node_is_named_with_what_to_do(
+def test_a_node_with_a_problem_is_named_with_the_remedy(
     check: Callable[[list[dict[str, Any]]], Check], changes: dict[str, Any], status: str, seen: str
 ) -> None:
     found = check([node("a"), node("b", **changes)])
@@ -69,13 +70,13 @@ def test_one_ailing_node_is_named_with_what_to_do(
     assert (" -> " in str(found)) == (status != "ok") and str(found).startswith(f"{status:<4}  {found.name}")
 
 
-def test_an_open_ray_is_fine_on_one_machine_only() -> None:
+def test_a_ray_without_token_is_a_warning_on_several_nodes() -> None:
     assert checks.authentication([node("a", auth="disabled")]).status == "ok"
     assert checks.authentication([node("a", auth="disabled"), node("b", auth="disabled")]).status == "warn"
 
 
 @pytest.mark.parametrize(("skew", "status"), [(0.1, "ok"), (-0.9, "warn"), (9.0, "fail")])
-def test_clocks_that_differ(skew: float, status: str) -> None:
+def test_the_difference_of_clocks_is_judged(skew: float, status: str) -> None:
     assert checks.clock({"a": 0.0, "b": skew}).status == status
 
 
@@ -83,13 +84,13 @@ def test_clocks_that_differ(skew: float, status: str) -> None:
     ("gpus", "nccl", "in_ray", "status"),
     [(0, "", 0, "ok"), (1, "2.27", 2, "ok"), (0, "", 2, "fail"), (1, "2.27", 0, "warn"), (1, "", 2, "fail")],
 )
-def test_gpus_that_ray_and_torch_see(gpus: int, nccl: str, in_ray: float, status: str) -> None:
+def test_the_gpus_of_ray_and_torch_are_compared(gpus: int, nccl: str, in_ray: float, status: str) -> None:
     assert checks.gpus([node("a", gpus=gpus, nccl=nccl), node("b", gpus=gpus, nccl=nccl)], in_ray).status == status
 
 
-def test_nodes_that_do_not_answer_and_collectives_that_are_slow_or_fail() -> None:
+def test_missing_nodes_and_slow_collectives_are_judged() -> None:
     assert checks.reached(["a", "b"], {}).status == "ok"
-    assert checks.reached(["a", "b"], {"b": "no answer"}).seen == "b: no answer"
+    assert checks.reached(["a", "b"], {"b": "no response"}).seen == "b: no response"
     quick = {"world": 2, "nodes": 2, "latency_ms": 0.5, "mb_per_s": 900.0}
     assert checks.collective(quick).status == "ok"
     assert checks.collective(quick | {"latency_ms": 30.0}).status == "warn"
@@ -104,13 +105,30 @@ def doctor(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(line, env=os.environ | environment, capture_output=True, text=True, timeout=240)
 
 
-def test_what_cannot_be_written_is_refused(tmp_path: Path) -> None:
-    done = doctor("--json", str(tmp_path / "no" / "x.json"))
-    assert done.returncode == 2 and "there is no folder" in done.stderr
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("http://127.0.0.1:8265", "address of a dashboard"),
+        ("127.0.0.1", "HOST:PORT"),
+        ("127.0.0.1:1", "no Ray listens"),
+    ],
+)
+def test_an_address_without_a_ray_is_refused(
+    address: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    assert main(["--root", str(tmp_path)], "doctor") == 2
+    error = capsys.readouterr().err
+    assert error.startswith("doctor: ") and message in error and address in error and len(error.splitlines()) == 1
+
+
+def test_a_file_that_cannot_be_written_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["--json", str(tmp_path / "no" / "x.json")], "doctor") == 2
+    assert f"{tmp_path / 'no'} does not exist" in capsys.readouterr().err
 
 
 @pytest.mark.soak
-def test_the_doctor_sees_several_nodes_and_what_ails_them(tmp_path: Path) -> None:
+def test_the_doctor_checks_several_nodes(tmp_path: Path) -> None:
     import ray
     from ray.cluster_utils import Cluster
 
@@ -123,7 +141,7 @@ def test_the_doctor_sees_several_nodes_and_what_ails_them(tmp_path: Path) -> Non
         there = {"RAY_ADDRESS": cluster.address, "RAY_AUTH_MODE": "disabled"}
         done = doctor("--root", str(tmp_path / "runs"), "--json", str(tmp_path / "found.json"), **there)
         found = {c["name"]: c for c in json.loads((tmp_path / "found.json").read_text())}
-        assert found["nodes"]["seen"] == "3 answered", done.stdout + done.stderr
+        assert found["nodes"]["seen"] == "3 responded", done.stdout + done.stderr
         assert "shared by 3 nodes" in found["run.root"]["seen"]
         assert "all-to-all of 2 workers on 2 nodes" in found["gloo"]["seen"]
         assert found["auth"]["status"] == "warn" and found["clock"]["status"] == "ok"

@@ -22,7 +22,7 @@ from prometheus_client import CollectorRegistry
 
 from raymoe.config import TrainSection
 from raymoe.metrics import serve
-from raymoe.ops.ray_head import Head, authorisation, head
+from raymoe.ops.ray_head import Head, authorization, head
 from raymoe.serving.settings import ServeSettings
 from raymoe.serving.transport.requests import RequestServer
 from raymoe.serving.transport.rows import RowServer
@@ -42,18 +42,18 @@ DENIED = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 
 
 def test_the_token_is_read_from_the_same_places_as_by_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert authorisation({}) == authorisation({"RAY_AUTH_MODE": "disabled", "RAY_AUTH_TOKEN": "x"}) == {}
+    assert authorization({}) == authorization({"RAY_AUTH_MODE": "disabled", "RAY_AUTH_TOKEN": "x"}) == {}
     token = {"RAY_AUTH_MODE": "token"}
     (tmp_path / "file").write_text("from a file\n")
     from_file = token | {"RAY_AUTH_TOKEN_PATH": str(tmp_path / "file")}
-    assert authorisation(from_file) == {"Authorization": "Bearer from a file"}
-    assert authorisation(from_file | {"RAY_AUTH_TOKEN": "given"}) == {"Authorization": "Bearer given"}
+    assert authorization(from_file) == {"Authorization": "Bearer from a file"}
+    assert authorization(from_file | {"RAY_AUTH_TOKEN": "given"}) == {"Authorization": "Bearer given"}
     monkeypatch.setenv("HOME", str(tmp_path))
     with pytest.raises(RuntimeError, match="ray get-auth-token --generate"):
-        authorisation(token)
+        authorization(token)
     (tmp_path / ".ray").mkdir()
     (tmp_path / ".ray" / "auth_token").write_text("of this user")
-    assert authorisation(token) == {"Authorization": "Bearer of this user"}
+    assert authorization(token) == {"Authorization": "Bearer of this user"}
 
 
 @pytest.mark.parametrize("mode", ["token", "disabled"])

@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from raymoe.ops.ray_head import answers, free_ports
+from raymoe.ops.ray_head import free_ports, responds
 from tests.support.paths import REPO_ROOT
 from tests.support.waiting import until
 
@@ -86,7 +86,7 @@ def scaled_head() -> Iterator[tuple[str, dict[str, str], Path]]:
 
         def started() -> bool:
             assert head.poll() is None, log.read_text()[-3000:]
-            return "Ray runtime started" in log.read_text() and answers(f"http://127.0.0.1:{dashboard}/api/jobs/", {})
+            return "Ray runtime started" in log.read_text() and responds(f"http://127.0.0.1:{dashboard}/api/jobs/", {})
 
         until(started, "the head")
         yield address, environment | {"RAY_ADDRESS": address}, log

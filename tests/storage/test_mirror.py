@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from raymoe.config import override, preset
-from raymoe.ops.ray_head import answers, free_ports
+from raymoe.ops.ray_head import free_ports, responds
 from raymoe.storage.checkpoint import newest, step_folder, write_manifest, write_shard
 from raymoe.storage.mirror import BackgroundMirror, Mirror
 from raymoe.training.resolve import resolve
@@ -88,7 +88,7 @@ def object_store(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[st
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     try:
-        until(lambda: answers(f"http://127.0.0.1:{port}/moto-api/", {}), "the object store")
+        until(lambda: responds(f"http://127.0.0.1:{port}/moto-api/", {}), "the object store")
         options = f"endpoint_override=127.0.0.1:{port}&scheme=http&region=us-east-1"
         files = Mirror(f"s3://runs?{options}&allow_bucket_creation=true", "x").files
         files.create_dir("runs")
