@@ -1,7 +1,7 @@
-"""The plots of a run's report: records in, HTML figures out, each an SVG.
+"""Plots of a report: records in, HTML figures with SVG out.
 
-The colours in an SVG are CSS variables, so that a plot follows the page's light or dark mode as the text does.
-An SVG says in words (`aria-label`) what it shows.
+Colors in an SVG are CSS variables, so a plot follows the light or dark mode of the page. The `aria-label` of an
+SVG describes the plot in words.
 """
 
 from __future__ import annotations
@@ -30,28 +30,28 @@ Line = tuple[np.ndarray, np.ndarray]
 
 INK, GRID = "#010203", "#040506"
 SERIES = ("#0072b2", "#d55e00", "#009e73", "#aa4499", "#997700", "#56b4e9", "#882255", "#777777")
-"""Stand-ins in the SVG for the style sheet's colours, which the colour-blind can tell apart."""
-VARIABLES = {INK: "--ink", GRID: "--grid"} | {colour: f"--s{i}" for i, colour in enumerate(SERIES)}
+"""Placeholders in the SVG for the colors of the style sheet, which are distinct for color-blind readers."""
+VARIABLES = {INK: "--ink", GRID: "--grid"} | {color: f"--s{i}" for i, color in enumerate(SERIES)}
 DASHES, MARKERS = ("-", "--", "-.", ":"), "osD^vPX*"
 BALANCE = LinearSegmentedColormap.from_list("balance", ["#00517f", "#7fb2d6", "#eeece8", "#eba06a", "#a03c00"])
 SHARE = LinearSegmentedColormap.from_list("share", ["#eef3f7", "#5b9bc8", "#003d66"])
 MARKED_EVENTS = 12
-"""Events of one sort that a plot shows at most: the latest."""
+"""Largest number of events of one name in a plot; the latest are drawn."""
 
 
-# Numbers out of records
+# Numbers from records
 
 
 def number(value: Any) -> float:
-    """`value`, or NaN for null and all else that is not a finite number."""
+    """Return `value` as a float; NaN for null and everything else that is not a finite number."""
     try:
         return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else math.nan
-    except OverflowError:  # an integer that no float can hold
+    except OverflowError:  # an integer beyond the range of float
         return math.nan
 
 
 def find(record: Any, *keys: str | int) -> float:
-    """The number under nested `keys`, NaN where there is none."""
+    """Return the number under nested `keys`; NaN if there is none."""
     try:
         return number(reduce(getitem, keys, record))
     except (KeyError, IndexError, TypeError):
@@ -59,23 +59,23 @@ def find(record: Any, *keys: str | int) -> float:
 
 
 def column(records: Iterable[Record], *keys: str | int) -> np.ndarray:
-    """The number under nested `keys` in each record, NaN where there is none. Shape [records]."""
+    """Return the number under nested `keys` of each record, NaN if there is none. Shape [records]."""
     return np.array([find(record, *keys) for record in records])
 
 
 def over_steps(records: Sequence[Record], *keys: str | int) -> Line:
-    """The column under `keys`, over the steps."""
+    """Return the steps and the column under `keys`."""
     return column(records, "step"), column(records, *keys)
 
 
 def last(values: np.ndarray) -> float:
-    """The last that is known, NaN where none is."""
+    """Return the last finite value; NaN if there is none."""
     known = values[np.isfinite(values)]
     return float(known[-1]) if known.size else math.nan
 
 
 def show(value: Any, form: str) -> str:
-    """`value` in the format `form`, a dash for what is not a finite number."""
+    """Format a number as `form`; a dash for everything that is not a finite number."""
     value = number(value)
     return "–" if math.isnan(value) else format(value, form)
 
@@ -87,9 +87,9 @@ def lines_plot(
     title: str, caption: str, unit: str, lines: Mapping[str, Line], *,
     form: str = ".4g", from_zero: bool = False, events: Sequence[Record] = (), since: str = "", over: str = "step",
 ) -> str:  # fmt: skip
-    """Lines by name over steps (or what else `over` says), or over steps `since` something; events are marked.
+    """Plot lines by name, and mark events. Returns nothing if no line has a value.
 
-    Nothing where no line has a value.
+    The axis shows steps, or the quantity `over`, or the steps `since` an event.
     """
     lines = {name: line for name, line in lines.items() if np.isfinite(line[1]).any()}
     if not lines:
@@ -104,7 +104,7 @@ def lines_plot(
         _mark_events(axes, events)
         axes.grid(color=GRID, linewidth=0.6)
         axes.set_ylabel(unit)
-        step_axis(axes, over)
+        number_axis(axes, over)
         if since:
             axes.set_xlabel(f"steps since {since}")
             axes.axvline(0, color=INK, linewidth=1)
@@ -116,15 +116,16 @@ def lines_plot(
         if form == ",.0f":
             axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
         _legend(axes)
-        return f"{title}, at the end: " + ", ".join(f"{n} {show(last(v), form)}" for n, (_, v) in lines.items())
+        return f"{title}, last values: " + ", ".join(f"{n} {show(last(v), form)}" for n, (_, v) in lines.items())
 
     return plot_figure(title, caption, draw)
 
 
 def load_maps(trains: Sequence[Record], of: str, assignment_LE: Sequence[Sequence[int]] | None = None) -> list[str]:
-    """For each layer, the load of its `of` ("clusters" or "experts") over time, relative to an even share.
+    """Draw the load of the clusters or experts of each layer over steps, relative to an even share.
 
-    With an assignment, experts are sorted by their cluster. None where no record has loads.
+    `of` is "clusters" or "experts". With an assignment, experts are sorted by cluster. Returns no figure if no
+    record has loads.
     """
     trains = [record for record in trains if record.get(f"load_{of}")]
     figures = []
@@ -136,7 +137,7 @@ def load_maps(trains: Sequence[Record], of: str, assignment_LE: Sequence[Sequenc
 
 
 def domain_maps(validation: Record) -> list[str]:
-    """For each layer, which clusters serve a domain's tokens: rows sum to 1."""
+    """Draw for each layer the share of each domain's tokens by cluster; rows sum to 1."""
     counts_LGC = np.array(validation["cluster_by_domain"], dtype=float)
     totals = counts_LGC.sum(-1, keepdims=True)
     share_LGC = np.divide(counts_LGC, totals, out=np.full_like(counts_LGC, np.nan), where=totals > 0)
@@ -155,7 +156,7 @@ def _load_map(title: str, steps: np.ndarray, share_TG: np.ndarray, clusters: Seq
     def draw(axes: Axes) -> str:
         mesh = axes.pcolormesh(edges, np.arange(groups + 1), load_GT, cmap=BALANCE, vmin=0, vmax=2, rasterized=True)
         axes.invert_yaxis()
-        step_axis(axes)
+        number_axis(axes)
         if clusters:
             members = np.asarray(clusters)[order]
             borders = [0, *(np.flatnonzero(np.diff(members)) + 1), groups]
@@ -169,7 +170,7 @@ def _load_map(title: str, steps: np.ndarray, share_TG: np.ndarray, clusters: Seq
         bar = axes.figure.colorbar(mesh, ax=axes, extend="max", ticks=[0, 1, 2], label="load / even share", aspect=30)
         bar.outline.set_visible(False)
         end = ", ".join(f"{g} {show(x, '.2f')}" for g, x in zip(order, load_GT[:, -1], strict=True))
-        return f"{title}, load relative to an even share at the end: {end}"
+        return f"{title}, last load relative to an even share: {end}"
 
     return plot_figure(title, "", draw)
 
@@ -194,20 +195,20 @@ def _domain_map(title: str, domains: Sequence[str], share_GC: np.ndarray, top: f
     return plot_figure(title, "", draw, height=0.9 + 0.36 * n_domains)
 
 
-# What the plots have in common
+# Common parts of plots
 
 
 def plot_figure(title: str, caption: str, draw: Callable[[Axes], str], height: float = 3.1) -> str:
-    """A plot as an HTML figure. `draw` fills the axes and returns in words what they show."""
+    """Return a plot as an HTML figure. `draw` fills the axes and returns a description in words."""
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title}), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")  # the reader's fonts will have it
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # the fonts of the browser have the glyph
         figure = Figure(figsize=(6.2, height), layout="constrained")
         axes = figure.add_subplot()
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
         axes.spines[["left", "bottom"]].set_color(GRID)
         words = draw(axes)
-        for each in figure.axes:  # a colour bar's too
+        for each in figure.axes:  # includes color bars
             each.tick_params(colors=INK, length=0)
             each.xaxis.label.set_color(INK)
             each.yaxis.label.set_color(INK)
@@ -216,29 +217,31 @@ def plot_figure(title: str, caption: str, draw: Callable[[Axes], str], height: f
         figure.savefig(file, format="svg", transparent=True, dpi=160, metadata=unnamed)
     drawn = re.search(r'<svg[^>]* (viewBox="[^"]*")[^>]*>(.*)</svg>', file.getvalue(), re.DOTALL)
     assert drawn is not None
-    body = re.sub(r"<defs>\s*<style.*?</defs>", "", drawn[2], flags=re.DOTALL)  # would style the whole page
+    body = re.sub(r"<defs>\s*<style.*?</defs>", "", drawn[2], flags=re.DOTALL)  # would apply to the whole page
     body = re.sub(r'<g id="[^"]*"', "<g", body).replace("xlink:href", "href")  # ids that repeat in each plot
-    body = re.sub(f": ({'|'.join(VARIABLES)})", lambda colour: f": var({VARIABLES[colour[1]]})", body)
+    body = re.sub(f": ({'|'.join(VARIABLES)})", lambda color: f": var({VARIABLES[color[1]]})", body)
     caption = f"<figcaption>{html.escape(caption)}</figcaption>" if caption else ""
     svg = f'<svg {drawn[1]} role="img" aria-label="{html.escape(words)}">{body}</svg>'
     return f"<figure><h3>{html.escape(title)}</h3>{svg}{caption}</figure>"
 
 
 def plot_label(text: str) -> str:
-    """`text` for a plot: one line, not too long, never read as mathematics nor, for its `_`, as hidden."""
+    """Return `text` as a label of matplotlib: one short line, without mathematics, visible despite a leading `_`."""
     text = " ".join(text.encode(errors="replace").decode().split())
     text = (text if len(text) <= 28 else text[:27] + "…").replace("$", r"\$")
     return "\u200b" + text if text.startswith("_") else text
 
 
-def step_axis(axes: Axes, label: str = "step") -> None:
+def number_axis(axes: Axes, label: str = "step") -> None:
+    """Set the label and the ticks of the x axis. Steps and seconds have integer ticks."""
+    is_integer = label in ("step", "seconds", "tokens")
     axes.set_xlabel(label)
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=is_integer))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}" if is_integer else "{x:,.4g}"))
 
 
 def _legend(axes: Axes) -> None:
-    """Above the axes, the figure growing by its rows; none for one line alone."""
+    """Place a legend above the axes and increase the figure by its rows. A single line has no legend."""
     labels = axes.get_legend_handles_labels()[1]
     if len(labels) > 1:
         columns = max(1, min(5, 75 // (7 + max(map(len, labels)))))
@@ -249,14 +252,20 @@ def _legend(axes: Axes) -> None:
 
 
 def _mark_events(axes: Axes, events: Sequence[Record]) -> None:
-    """Checkpoints as ticks at the foot, all other events as lines, one colour for each sort."""
+    """Mark checkpoints as ticks at the bottom, and other events as vertical lines with one color per name."""
     steps: dict[str, list[int]] = {}
     for event in events:
         steps.setdefault(str(event.get("name")), []).append(event["step"])
-    if checkpoints := steps.pop("checkpoint", []):
-        foot, height = axes.get_xaxis_transform(), [0.015] * len(checkpoints)
-        axes.plot(checkpoints, height, "|", color=INK, transform=foot, label="checkpoint", markersize=7)
-    for i, what in enumerate(sorted(steps)):
-        colour, dashes = SERIES[(2 + i) % len(SERIES)], DASHES[1 + i % 3]
-        for n, step in enumerate(steps[what][-MARKED_EVENTS:]):
-            axes.axvline(step, label=None if n else plot_label(what), color=colour, linestyle=dashes, linewidth=1.3)
+    if checkpoints := steps.pop("checkpoint_completed", []):
+        bottom, height = axes.get_xaxis_transform(), [0.015] * len(checkpoints)
+        axes.plot(checkpoints, height, "|", color=INK, transform=bottom, label="checkpoint", markersize=7)
+    for i, name in enumerate(sorted(steps)):
+        color, dashes = SERIES[(2 + i) % len(SERIES)], DASHES[1 + i % 3]
+        for n, step in enumerate(steps[name][-MARKED_EVENTS:]):
+            axes.axvline(
+                step,
+                label=None if n else plot_label(name.replace("_", " ")),
+                color=color,
+                linestyle=dashes,
+                linewidth=1.3,
+            )

@@ -1,6 +1,6 @@
-"""Regrouping in a run's report: its plans read as decisions, and what they did to the clusters as figures.
+"""Regrouping in a report: decisions from the records of plans, and figures of their effect on the clusters.
 
-A run's plans hold what the clusterer said, and nobody vouches for that: here it is a number, a picture, or nothing.
+Records contain untrusted data of the clusterer: every value is checked, and malformed values are left out.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from raymoe.report.plots import (
     column,
     find,
     lines_plot,
+    number_axis,
     over_steps,
     plot_figure,
     show,
-    step_axis,
 )
 
 SHOWN_LAYERS, SHOWN_PLANS = 8, 8
 SHOWN_CLUSTERS = 1024
-"""A number of a cluster from here on is not believed."""
+"""Cluster ids from this value on are malformed."""
 
 
 @dataclass(frozen=True)
 class Picture:
-    """How similar a layer's experts are, and their clusters."""
+    """Similarity of the experts of a layer, and their clusters."""
 
     layer: int
     similarity_EE: np.ndarray
@@ -49,7 +49,7 @@ class Picture:
 
 @dataclass
 class Decision:
-    """A plan and what became of it, or why there was none. A number that is not known is NaN."""
+    """A plan and its outcome, or the reason for no plan. Unknown numbers are NaN."""
 
     step: int = 0
     outcome: str = ""
@@ -62,17 +62,17 @@ class Decision:
     probe_before: float = math.nan
     probe_after: float = math.nan
     probe_settled: float = math.nan
-    """The probe loss when the overlap was over."""
+    """Probe loss at the end of the overlap."""
     reason: str = ""
     before: Picture | None = None
     after: Picture | None = None
 
 
-# Out of the run's records
+# From records
 
 
 def decisions(plans: Sequence[Record]) -> list[Decision]:
-    """A run's records of plans, one decision for all that concern the same plan, in the order of their first."""
+    """Return one decision per plan, in the order of the first record of each plan."""
     rows: list[Decision] = []
     waiting: dict[tuple[float, float], Decision] = {}
     applied: dict[float, Decision] = {}
@@ -80,7 +80,7 @@ def decisions(plans: Sequence[Record]) -> list[Decision]:
         name, plan = record.get("name"), record.get("plan")
         key = find(plan, "version"), find(plan, "made_at_step")
         if name in ("made", "no_plan", "folded", "clusterer_restarted"):
-            row = Decision(reason=_text(record, "reason") or _text(plan, "reason"))
+            row = Decision(reason=_reason(record) or _reason(plan))
             row.gain_expected = find(plan if name == "made" else record, "expected_gain")
             row.before = _picture(record.get("similarity"), "before")
             rows.append(row)
@@ -89,7 +89,7 @@ def decisions(plans: Sequence[Record]) -> list[Decision]:
         elif name in ("applied", "refused"):
             if (row := waiting.pop(key, None)) is None:
                 rows.append(row := Decision(gain_expected=find(plan, "expected_gain")))
-            row.reason = _text(record, "reason") or row.reason or _text(plan, "reason")
+            row.reason = _reason(record) or row.reason or _reason(plan)
             if name == "applied":
                 applied[key[0]] = row
                 for field in ("moves", "bytes", "pause_ms", "probe_before", "probe_after"):
@@ -105,9 +105,13 @@ def decisions(plans: Sequence[Record]) -> list[Decision]:
     return rows
 
 
-def _text(record: Any, key: str) -> str:
-    value = record.get(key) if isinstance(record, dict) else None
-    return value if isinstance(value, str) else ""
+def _reason(record: Any) -> str:
+    """Return the reason and the detail of a record or a plan. Plans of version 0.1 have a text as reason."""
+    if not isinstance(record, dict):
+        return ""
+    if record.get("forced") is True:
+        return "forced"
+    return ": ".join(part for key in ("reason", "detail") if isinstance(part := record.get(key), str) and part)
 
 
 def _picture(shown: Any, clusters: str) -> Picture | None:
@@ -119,12 +123,12 @@ def _picture(shown: Any, clusters: str) -> Picture | None:
     if math.isnan(layer) or clusters_E is None or similarity_EE.shape != 2 * clusters_E.shape:
         return None
     similarity_EE = np.where(np.isfinite(similarity_EE), similarity_EE.clip(-1, 1), np.nan)
-    np.fill_diagonal(similarity_EE, np.nan)  # an expert's to itself is 1 and says nothing
+    np.fill_diagonal(similarity_EE, np.nan)  # the similarity of an expert to itself is always 1
     return Picture(int(layer), similarity_EE, clusters_E) if np.isfinite(similarity_EE).any() else None
 
 
 def _clusters(value: Any) -> np.ndarray | None:
-    """`value` as an array of numbers of clusters, None where it is not one."""
+    """Return `value` as an array of cluster ids; None for anything else."""
     try:
         array = np.array(value)
     except (TypeError, ValueError, OverflowError):
@@ -136,13 +140,13 @@ def _clusters(value: Any) -> np.ndarray | None:
     )
 
 
-# The figures
+# Figures
 
 
 def flows(assignments: Sequence[Record], end: float) -> tuple[list[str], int]:
-    """For each layer which cluster each expert is in from step to step up to `end`, and how many layers are left out.
+    """Draw the cluster of each expert over steps up to `end`, by layer; also return the number of layers left out.
 
-    Of many layers those that change most are drawn. None where no expert ever moved.
+    At most `SHOWN_LAYERS` layers are drawn, those that change most. No layer is drawn if no expert moved.
     """
     known = [(record, _clusters(record.get("assignment"))) for record in assignments]
     kept = [(r, a) for r, a in known if a is not None and a.ndim == 2 and a.size]
@@ -162,7 +166,7 @@ def flows(assignments: Sequence[Record], end: float) -> tuple[list[str], int]:
 
 
 def _slots(clusters_VE: np.ndarray, base_C: np.ndarray, size_C: np.ndarray) -> np.ndarray:
-    """Where each expert stands at each version: it keeps its place while it stays, and else takes a free one."""
+    """Return the row of each expert at each version: it keeps its row until it moves, and then takes a free row."""
     slot_VE = np.empty_like(clusters_VE)
     for version, clusters_E in enumerate(clusters_VE):
         stays_E = clusters_E == clusters_VE[version - 1] if version else np.zeros(len(clusters_E), dtype=bool)
@@ -176,7 +180,7 @@ def _slots(clusters_VE: np.ndarray, base_C: np.ndarray, size_C: np.ndarray) -> n
 
 
 def _ribbon(steps_V: np.ndarray, half_V: np.ndarray, end: float, y_V: np.ndarray, height: float) -> Path:
-    """Level but around the steps at which `y` changes, where it bends."""
+    """Return the outline of a ribbon at height `y_V`, which bends around the steps at which `y_V` changes."""
     points, codes = [(steps_V[0], y_V[0])], [Path.MOVETO]
     for step, half, (before, after) in zip(steps_V[1:], half_V, pairwise(y_V), strict=True):
         if before != after:
@@ -204,8 +208,8 @@ def _flow(title: str, steps_V: np.ndarray, versions_V: np.ndarray, clusters_VE: 
         for expert, slot_V in enumerate(slot_VE.T):
             moves, home = (np.diff(slot_V) != 0).any(), clusters_VE[0, expert]
             path = _ribbon(steps_V, half_V, end, slot_V + 0.07, 0.86)
-            colour, opacity = SERIES[home % len(SERIES)], 0.95 if moves else 0.55
-            axes.add_patch(PathPatch(path, color=colour, alpha=opacity, linewidth=0.4, zorder=2 + moves))
+            color, opacity = SERIES[home % len(SERIES)], 0.95 if moves else 0.55
+            axes.add_patch(PathPatch(path, color=color, alpha=opacity, linewidth=0.4, zorder=2 + moves))
         marked, changes = -math.inf, []
         for v in changed_V[-MARKED_EVENTS:]:
             step, version, old, new = float(steps_V[v]), show(versions_V[v], ".0f"), clusters_VE[v - 1], clusters_VE[v]
@@ -220,32 +224,32 @@ def _flow(title: str, steps_V: np.ndarray, versions_V: np.ndarray, clusters_VE: 
                 marked = step
         axes.spines["left"].set_visible(False)
         axes.set_yticks(base_C + size_C / 2, [f"cluster {c}" for c in range(n_clusters)])
-        step_axis(axes)
+        number_axis(axes)
         axes.set_xlim(steps_V[0], steps_V[0] + span)
         axes.set_ylim(base_C[-1] + size_C[-1] + 0.5, -0.5)
-        return f"{title}, experts that change clusters. {'; '.join(changes) or 'None.'}"
+        return f"{title}, experts that change clusters. {'; '.join(changes) or 'No expert moves.'}"
 
-    caption = "A ribbon is an expert in the colour of its first cluster, and bends where a plan moves it."
+    caption = "Each ribbon is an expert in the color of its first cluster. It bends where a plan moves the expert."
     return plot_figure(title, caption, draw, height=min(8.0, max(3.1, 0.5 + 0.06 * n_experts + 0.12 * n_clusters)))
 
 
 def similarities(rows: Sequence[Decision]) -> list[str]:
-    """How similar experts were before and after the last applied plan of which that is known, on one scale."""
+    """Draw the similarity before and after the latest applied plan with both records, on one scale."""
     for row in reversed(rows):
         if row.outcome == "applied" and row.before and row.after:
-            shown = {"before": row.before, "after": row.after}
-            top = max(float(np.nanmax(abs(picture.similarity_EE))) for picture in shown.values()) or 1.0
-            of = f"plan {show(row.version, '.0f')}, layer"
-            return [_similarity(f"Similarity {when} {of} {p.layer}", p, top) for when, p in shown.items()]
+            shown = row.before, row.after
+            top = max(float(np.nanmax(abs(picture.similarity_EE))) for picture in shown) or 1.0
+            titles = ("Similarity before plan", "Similarity after plan")
+            of = f"{show(row.version, '.0f')}, layer"
+            return [_similarity(f"{t} {of} {p.layer}", p, top) for t, p in zip(titles, shown, strict=True)]
     return []
 
 
 def _similarity(title: str, picture: Picture, top: float) -> str:
     order = np.argsort(picture.clusters_E, kind="stable")
     members, matrix_EE = picture.clusters_E[order], picture.similarity_EE[np.ix_(order, order)]
-    inside_EE = members[:, None] == members
-    inside, across = (show(_mean(matrix_EE[where]), ".3f") for where in (inside_EE, ~inside_EE))
-    said = f"Mean inside clusters {inside}, across {across}."
+    inside, across = (show(value, ".3f") for value in mean_similarity(picture))
+    caption = f"Mean inside clusters {inside}, across clusters {across}."
 
     def draw(axes: Axes) -> str:
         mesh = axes.pcolormesh(matrix_EE, cmap=BALANCE, vmin=-top, vmax=top, rasterized=True)
@@ -264,9 +268,15 @@ def _similarity(title: str, picture: Picture, top: float) -> str:
         axes.set_ylabel("experts by cluster")
         bar = axes.figure.colorbar(mesh, ax=axes, label="similarity", aspect=30)
         bar.outline.set_visible(False)
-        return f"{title}. {said} Experts by cluster: {', '.join(map(str, order))}"
+        return f"{title}. {caption} Experts by cluster: {', '.join(map(str, order))}"
 
-    return plot_figure(title, said, draw, height=4.3)
+    return plot_figure(title, caption, draw, height=4.3)
+
+
+def mean_similarity(picture: Picture) -> tuple[float, float]:
+    """Return the mean similarity inside clusters and across clusters, without the diagonal."""
+    inside_EE = picture.clusters_E[:, None] == picture.clusters_E
+    return _mean(picture.similarity_EE[inside_EE]), _mean(picture.similarity_EE[~inside_EE])
 
 
 def _mean(values: np.ndarray) -> float:
@@ -275,7 +285,7 @@ def _mean(values: np.ndarray) -> float:
 
 
 def purity_plot(validations: Sequence[Record], applied: Sequence[Decision]) -> str:
-    """How much of a cluster's tokens are of one domain, over the run."""
+    """Draw the share of the most frequent domain in the tokens of a cluster, over steps."""
     served = [record for record in validations if record.get("cluster_by_domain")]
     counts_V = [np.array(record["cluster_by_domain"], dtype=float) for record in served]
     steps = column(served, "step")
@@ -287,9 +297,7 @@ def purity_plot(validations: Sequence[Record], applied: Sequence[Decision]) -> s
         ),
     }
     marks = [{"name": "plan applied", "step": row.step} for row in applied]
-    caption = (
-        "Share of a cluster's tokens that are of its commonest domain, averaged over layers; and of all tokens alike."
-    )
+    caption = "Share of the most frequent domain in the tokens of each cluster and in all tokens, averaged over layers."
     return lines_plot("Domain purity of clusters", caption, "purity", lines, form=".3f", events=marks)
 
 
@@ -303,7 +311,7 @@ def purity(counts_GC: np.ndarray) -> float:
 
 
 def remap_losses(trains: Sequence[Record], applied: Sequence[Decision]) -> str:
-    """The training loss around each of the latest plans, from the last record before it."""
+    """Draw the training loss around the latest plans, relative to the last record before each plan."""
     steps, losses = over_steps(trains, "loss")
     cadence = float(np.median(np.diff(steps))) if len(steps) > 1 else 0.0
     first, final = -max(50.0, 3 * cadence), max(200.0, 6 * cadence)
@@ -314,6 +322,6 @@ def remap_losses(trains: Sequence[Record], applied: Sequence[Decision]) -> str:
         near = (since >= first) & (since <= final)
         if before.size and (since[near] > 0).any():
             lines[f"plan {show(row.version, '.0f')} at {row.step:,}"] = since[near], losses[near] - before[-1]
-    caption = "Change from the last record before the plan. Each record is the mean since the record before."
+    caption = "Difference to the last record before the plan. A record is the mean since the previous record."
     unit = "nats / token"
     return lines_plot("Training loss around plans", caption, unit, lines, form="+.4f", since="the plan took effect")

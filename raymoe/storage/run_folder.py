@@ -45,6 +45,11 @@ class RunFolder:
         return self.path / "serving.jsonl"
 
     @property
+    def comparison(self) -> Path:
+        """Table that compares the run with other models, as JSON: `title`, `head`, `rows` and `note`."""
+        return self.path / "comparison.json"
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 

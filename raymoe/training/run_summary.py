@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import platform
 import subprocess
@@ -40,6 +41,7 @@ def save_config(config: Config, run: Path, corpus: Corpus) -> None:
         "corpus_fingerprint": corpus.fingerprint,
         "versions": versions(),
         "parameters": parameters(config.model),
+        "validation_bytes_per_token": bytes_per_token(corpus, "validation"),
         "machine": machine(),
         "command": sys.argv,
         "commit": commit(),
@@ -101,11 +103,30 @@ def versions() -> dict[str, str]:
     }
 
 
+def bytes_per_token(corpus: Corpus, split: str) -> float:
+    """Return the mean size of a token of a split in UTF-8 bytes; 0 for an empty split."""
+    parts = corpus.about["splits"][split].values()
+    tokens = sum(part["tokens"] for part in parts)
+    return sum(part["bytes"] for part in parts) / tokens if tokens else 0.0
+
+
+def processor() -> str:
+    """Return the model name of the CPU."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(errors="replace").splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "model name":
+                return value.strip()
+    return platform.processor()
+
+
 def machine() -> dict[str, str | int]:
-    """Return the driver's machine: its name, processor, cores and memory in bytes."""
+    """Return the driver's machine: its name, platform, processor, device, cores and memory in bytes."""
     return {
         "host": platform.node(),
         "platform": platform.platform(),
+        "processor": processor(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
         "cores": psutil.cpu_count() or 0,
         "memory": psutil.virtual_memory().total,
     }
