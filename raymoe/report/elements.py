@@ -5,11 +5,21 @@ from __future__ import annotations
 import html
 from collections.abc import Iterable, Mapping, Sequence
 
+LONG = 60
+"""Characters of a fact beyond which it takes a whole row."""
+
 
 def terms(facts: Mapping[str, str]) -> str:
     """Return a definition list of facts; empty for no facts."""
-    items = (f"<div><dt>{html.escape(term)}</dt><dd>{html.escape(value)}</dd></div>" for term, value in facts.items())
+    items = (
+        f"<div{_row(value)}><dt>{html.escape(term)}</dt><dd>{html.escape(value)}</dd></div>"
+        for term, value in facts.items()
+    )
     return f"<dl>{''.join(items)}</dl>" if facts else ""
+
+
+def _row(value: str) -> str:
+    return ' class="long"' if len(value) > LONG else ""
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

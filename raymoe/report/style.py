@@ -19,6 +19,7 @@ h2 + p { margin-top: -.5rem; }
 h3 { margin: 0 0 .5rem; font-size: 1rem; }
 dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)); gap: .75rem 1.25rem; margin: 0;
   padding: 1rem; background: var(--card); border-radius: .6rem; }
+.long { grid-column: 1 / -1; }
 dt { color: var(--soft); font-size: .85rem; }
 dd { margin: 0; font-weight: 600; font-variant-numeric: tabular-nums; }
 .figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 26rem), 1fr)); gap: 1rem; }
