@@ -25,7 +25,8 @@ from raymoe.clustering.plan import RemapPlan
 from raymoe.clustering.planner import make_plan
 from raymoe.clustering.statistics import Statistics
 from raymoe.config import Config, override, preset
-from raymoe.data.corpus import Batch, Corpus, prepare
+from raymoe.data.corpus import Batch, Corpus
+from raymoe.data.prepare import prepare
 from raymoe.metrics import TrainingMetrics
 from raymoe.parallel.local import gloo, total
 from raymoe.parallel.remap import Membership, moved

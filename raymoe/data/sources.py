@@ -1,4 +1,7 @@
-"""Where text comes from: the built-in corpus, local files (text, jsonl, parquet, arrow), the hub. Errors name the remedy."""
+"""Sources of text: the built-in corpus, local files and data sets of the Hugging Face hub.
+
+`documents` reads a source; `digest` identifies its content; `skipped` lists the files of a folder that are not read.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +17,16 @@ import pyarrow.parquet as pq
 
 from raymoe.config import DataSection, expand
 from raymoe.data import builtin
+from raymoe.data.text_files import GZIP, decoding_errors, inner_name, open_text
 
 PIECE = 16384
-"""Characters of a text file that make one document, so that it is tokenised in parallel and held out in parts."""
+"""Maximum characters of a document that is cut from a text file. Pieces are tokenized in parallel and held out singly."""
 
 BLOCK = 2**20
 """Characters of a text file that are read at a time."""
+
+FIRST_LINE = 16 << 20
+"""Maximum bytes of the first line of a .json file that is tested for being JSON lines."""
 
 HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?(:.+)?")
 HUB_NAMES = {
@@ -27,7 +34,15 @@ HUB_NAMES = {
     "wikitext-2": ("Salesforce/wikitext", "wikitext-2-raw-v1"),
 }
 TEXT = (".txt", ".md", ".tokens", ".raw", "")
-SUFFIXES = (".jsonl", ".parquet", ".arrow", *TEXT)
+JSON_LINES = (".jsonl", ".json")
+TABLES = (".parquet", ".arrow")
+OTHER = (".csv", ".tsv", ".zip", ".html", ".xml", ".pdf")
+"""Suffixes that are not read but mark data.path as a local path rather than a hub name."""
+FORMATS = "txt, md, jsonl, json (one object per line), their .gz, parquet and arrow"
+ABOUT_THE_DATA = re.compile(r"(readme|licen[sc]e|notice|copying|changelog|authors)(\.(md|txt|rst))?", re.IGNORECASE)
+"""Names of files in a folder that describe the data and are not part of it."""
+LISTED = 8
+"""Maximum number of skipped files that a message names."""
 SPLITS = {
     "train": "train",
     "training": "train",
@@ -39,20 +54,25 @@ SPLITS = {
 
 
 class Document(NamedTuple):
+    """A text of one domain."""
+
     domain: str
     split: str | None
-    """`train`, `validation` or `test` where the source says so."""
+    """`train`, `validation` or `test` if the source names it."""
     text: str
     last: bool = True
-    """Whether end-of-text follows; not between the pieces of one file."""
+    """Whether end-of-text follows. False between the pieces of one file."""
 
 
 def documents(data: DataSection, *, test: bool = False) -> Iterator[Document]:
-    """All documents of `data.path`; those of a test split only if asked for."""
+    """Yield all documents of `data.path`, without its test split unless `test` is set.
+
+    Raises ValueError or FileNotFoundError, with the remedy, if the source is missing, damaged or without text.
+    """
     if data.path == "builtin":
         found: Iterator[Document] = (Document(domain, None, text) for domain, text in builtin.documents())
     elif _local(data.path):
-        files = _files(data.path)
+        files, _ = _files(data)
         root = expand(data.path)
         found = (document for file in files for document in _read_file(file, data, root))
     else:
@@ -69,66 +89,115 @@ def documents(data: DataSection, *, test: bool = False) -> Iterator[Document]:
 
 
 def digest(data: DataSection) -> str:
-    """What `documents` would read, in a few characters: the bytes of local files, the name of hub data."""
+    """Return a short text that identifies what `documents` reads: the bytes of local files, or the hub's name."""
     if data.path == "builtin":
         return builtin.fingerprint()
     if not _local(data.path):
         return f"hub {data.path}"
     total = hashlib.sha256()
     root = expand(data.path)
-    for file in _files(data.path):
+    for file in _files(data)[0]:
         with file.open("rb") as content:
             total.update(f"{file.relative_to(root) if root.is_dir() else file.name}\n".encode())
             total.update(hashlib.file_digest(content, "sha256").digest())
     return total.hexdigest()
 
 
-def _local(path: str) -> bool:
-    """Whether data.path names something here: it exists, or looks like a path rather than a hub name."""
-    return (
-        expand(path).exists()
-        or not HUB_NAME.fullmatch(path)
-        or path.lower().endswith(tuple(suffix for suffix in SUFFIXES if suffix))
-    )
-
-
 def check_source(data: DataSection) -> None:
-    """Raise FileNotFoundError or ValueError if `data` names a local file that does not exist. Reads no text."""
+    """Raise FileNotFoundError or ValueError if `data` names local files that are missing or unsupported.
+
+    Reads no more than the first line of .json files.
+    """
     if data.path != "builtin" and _local(data.path):
-        _files(data.path)
+        _files(data)
     if data.tokenizer and not expand(data.tokenizer).is_file():
         raise FileNotFoundError(f"data.tokenizer={data.tokenizer}: no such file; leave it empty to train a tokenizer")
 
 
-def _files(path: str) -> list[Path]:
-    root = expand(path)
+def skipped(data: DataSection) -> list[str]:
+    """Return the files of the folder `data.path` that `documents` does not read, each with the reason."""
+    return [] if data.path == "builtin" or not _local(data.path) else _files(data)[1]
+
+
+def in_short(reasons: list[str]) -> str:
+    """Return at most LISTED of these reasons as one line."""
+    more = len(reasons) - LISTED
+    return ", ".join(reasons[:LISTED]) + (f" and {more} more" if more > 0 else "")
+
+
+# Local files
+
+
+def _local(path: str) -> bool:
+    """Return whether data.path exists here, or looks like a path rather than a hub name."""
+    suffixes = tuple(suffix for suffix in (*TEXT, *JSON_LINES, *TABLES, *OTHER, GZIP) if suffix)
+    return expand(path).exists() or not HUB_NAME.fullmatch(path) or path.lower().endswith(suffixes)
+
+
+def _kind(file: Path) -> str | None:
+    """Return the suffix of a supported format, without .gz; None for any other file."""
+    suffix = Path(inner_name(file)).suffix.lower()
+    compressed = file.suffix.lower() == GZIP
+    return suffix if suffix in (*TEXT, *JSON_LINES) or (suffix in TABLES and not compressed) else None
+
+
+def _files(data: DataSection) -> tuple[list[Path], list[str]]:
+    """Return the files to read, and the skipped ones with reasons. Hidden files and `_SUCCESS` marks are in neither."""
+    root = expand(data.path)
     if not root.exists():
         raise FileNotFoundError(
-            f"data.path={path}: there is no such file or folder here ({root.resolve()}); a job reads the files of the "
-            "machine it runs on: give an absolute path that every node sees, a hub name, or builtin"
+            f"data.path={data.path}: there is no such file or folder here ({root.resolve()}); a job reads the files of "
+            "the machine it runs on: give an absolute path that every node sees, a hub name, or builtin"
         )
     if root.is_file():
-        if root.suffix.lower() not in SUFFIXES:
-            raise ValueError(f"data.path={path}: {root.suffix} files are not supported: txt, jsonl, parquet or arrow")
-        return [root]
-    files = sorted(
-        p
-        for p in root.rglob("*")
-        if p.suffix.lower() in SUFFIXES
-        and p.is_file()
-        and not any(part.startswith((".", "_")) for part in p.relative_to(root).parts)  # .git, _SUCCESS
-    )
+        if _kind(root) is None:
+            raise ValueError(
+                f"data.path={data.path}: {root.suffix} files are not supported: convert it to one of {FORMATS}"
+            )
+        return [root], []
+    files: list[Path] = []
+    passed: list[str] = []
+    for path in sorted(root.rglob("*")):
+        name = path.relative_to(root)
+        if any(part.startswith((".", "_")) for part in name.parts) or not path.is_file():
+            continue
+        if reason := _reason_to_skip(path, data):
+            passed.append(f"{name} ({reason})")
+        else:
+            files.append(path)
     if not files:
-        raise ValueError(f"data.path={path}: the folder holds no txt, jsonl, parquet or arrow file")
-    return files
+        found = f"skipped: {in_short(passed)}" if passed else "it is empty"
+        raise ValueError(f"data.path={data.path}: the folder has no file in a supported format ({FORMATS}); {found}")
+    return files, passed
+
+
+def _reason_to_skip(file: Path, data: DataSection) -> str:
+    """Return why a file of a folder is not read; empty if it is read."""
+    kind = _kind(file)
+    if kind is None:
+        return "unsupported format"
+    if kind in TEXT and ABOUT_THE_DATA.fullmatch(inner_name(file)):
+        return "describes the data"
+    if kind == ".json" and not _is_json_lines(file, data):
+        return f"not one JSON object per line with {data.text_field!r}"
+    return ""
+
+
+def _is_json_lines(file: Path, data: DataSection) -> bool:
+    try:
+        with open_text(file) as lines:
+            row = json.loads(lines.readline(FIRST_LINE))
+    except (ValueError, RecursionError, OSError, EOFError):
+        return False
+    return isinstance(row, dict) and data.text_field in row
 
 
 def _labels(file: Path, root: Path) -> tuple[str, str | None]:
-    """Domain and split from the names of a folder's files: the first folder below the root, else the stem without its split.
+    """Return the domain and split of a file from its path.
 
-    A file given by itself is whole, whatever its name.
+    The domain is the first folder below the root, else the stem without its split. A file given by itself has no split.
     """
-    words = re.sub(r"-\d+-of-\d+$", "", file.stem).split(".")  # the hub's `train-00000-of-00004.parquet`
+    words = re.sub(r"-\d+-of-\d+$", "", Path(inner_name(file)).stem).split(".")  # `train-00000-of-00004.parquet`
     folders = file.relative_to(root).parts[:-1] if root.is_dir() else ()
     splits = [SPLITS[name] for name in (*reversed(folders), *words) if name in SPLITS]
     domain = next((f for f in folders if f not in SPLITS), "") or ".".join(w for w in words if w not in SPLITS)
@@ -137,32 +206,24 @@ def _labels(file: Path, root: Path) -> tuple[str, str | None]:
 
 def _read_file(file: Path, data: DataSection, root: Path) -> Iterator[Document]:
     domain, split = _labels(file, root)
-    kind = file.suffix.lower()
+    kind = _kind(file)
     if file.stat().st_size == 0:
         raise ValueError(f"{file} is empty: remove it or give it text")
-    try:
+    if kind in TABLES:
+        for place, row in _table(file, kind, data):
+            yield _document(row, data, domain, split, place)
+        return
+    with decoding_errors(file):
         if kind in TEXT:
-            with file.open(encoding="utf-8-sig", newline="\n") as content:
+            with open_text(file) as content:
                 yield from _pieces(iter(lambda: content.read(BLOCK), ""), domain, split)
         else:
-            for place, row in _jsonl(file, data) if kind == ".jsonl" else _table(file, kind, data):
+            for place, row in _json_lines(file, data):
                 yield _document(row, data, domain, split, place)
-    except UnicodeDecodeError:
-        raise ValueError(
-            f"{file} is not UTF-8 at byte {_first_bad_byte(file)}: convert it, "
-            f"for example: iconv -f latin1 -t utf-8 {file.name}"
-        ) from None
-
-
-def _first_bad_byte(file: Path) -> int:
-    try:
-        return len(file.read_bytes().decode())
-    except UnicodeDecodeError as error:
-        return error.start
 
 
 def _pieces(blocks: Iterable[str], domain: str, split: str | None) -> Iterator[Document]:
-    """One text, cut at line ends or, in longer lines, anywhere."""
+    """Cut one text at line ends or, in lines longer than PIECE, anywhere."""
     rest = ""
     for block in blocks:
         text, start = rest + block, 0
@@ -175,8 +236,9 @@ def _pieces(blocks: Iterable[str], domain: str, split: str | None) -> Iterator[D
         yield Document(domain, split, rest)
 
 
-def _jsonl(file: Path, data: DataSection) -> Iterator[tuple[str, dict[str, Any]]]:
-    with file.open(encoding="utf-8-sig", newline="\n") as lines:  # a text may hold other line ends, like U+2028
+def _json_lines(file: Path, data: DataSection) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (place, object) of each line. Only \\n ends a line: a text may contain U+2028 and others."""
+    with open_text(file) as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
@@ -184,16 +246,22 @@ def _jsonl(file: Path, data: DataSection) -> Iterator[tuple[str, dict[str, Any]]
             try:
                 row = json.loads(line)
             except (ValueError, RecursionError) as error:
-                said = error.msg if isinstance(error, json.JSONDecodeError) else error
-                raise ValueError(f"{place} is not JSON ({said}): one object a line is expected") from None
+                reason = error.msg if isinstance(error, json.JSONDecodeError) else error
+                raise ValueError(
+                    f"{place} is not JSON ({reason}): write one object per line, for example with jq -c '.[]'"
+                ) from None
             if not isinstance(row, dict):
-                raise ValueError(f"{place} is not a JSON object: one object a line is expected")
+                raise ValueError(
+                    f"{place} is not a JSON object: write one object per line, for example with jq -c '.[]'"
+                )
             _columns(row, data, place)
             yield place, row
 
 
 def _table(file: Path, kind: str, data: DataSection) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Rows of the columns that count. Those of a damaged file may point anywhere: they are checked before they are read."""
+    """Yield (place, row) with the columns that are read. Each batch is validated first: offsets of a damaged file may
+    point anywhere.
+    """
     batches: Any
     try:
         if kind == ".parquet":
@@ -205,7 +273,7 @@ def _table(file: Path, kind: str, data: DataSection) -> Iterator[tuple[str, dict
             try:
                 reader = pa.ipc.open_file(source)
                 batches = map(reader.get_batch, range(reader.num_record_batches))
-            except pa.ArrowInvalid:  # `datasets` saves the streaming form
+            except pa.ArrowInvalid:  # `datasets` saves the streaming format
                 source.seek(0)
                 batches = reader = pa.ipc.open_stream(source)
             columns = _columns(reader.schema.names, data, str(file))
@@ -218,7 +286,7 @@ def _table(file: Path, kind: str, data: DataSection) -> Iterator[tuple[str, dict
 
 
 def _columns(present: Iterable[str], data: DataSection, place: str) -> list[str]:
-    """The columns to read. Raises ValueError if one is missing."""
+    """Return the columns to read. Raises ValueError if one is missing."""
     wanted = {"data.text_field": data.text_field, "data.domain_field": data.domain_field}
     for option, column in wanted.items():
         if column and column not in present:
@@ -227,7 +295,7 @@ def _columns(present: Iterable[str], data: DataSection, place: str) -> list[str]
 
 
 def _document(row: dict[str, Any], data: DataSection, domain: str, split: str | None, place: str) -> Document:
-    """A row as a document, empty where its text is null."""
+    """Return a row as a document. A null text is an empty document."""
     text = row[data.text_field]
     if not isinstance(text, str | None):
         raise ValueError(f"{place}: {data.text_field!r} is {type(text).__name__}, not text: set data.text_field")
@@ -239,40 +307,46 @@ def _document(row: dict[str, Any], data: DataSection, domain: str, split: str | 
     return Document(str(row[data.domain_field]) if data.domain_field else domain, split, text)
 
 
-def _hub(data: DataSection) -> Iterator[Document]:
-    """A data set of the hub, with its own splits. Where the hub does not answer, one that it gave before."""
-    import datasets
-    import huggingface_hub
-    from datasets import config
+# The hub
 
+
+def _hub(data: DataSection) -> Iterator[Document]:
+    """Yield the documents of a hub data set with its own splits. Reads the local cache if the hub is unreachable."""
     name, _, subset = data.path.partition(":")
     name, subset = HUB_NAMES.get(name, (name, subset))
-    offline, reason = config.HF_HUB_OFFLINE, None
-    try:
-        # load_dataset alone tries six times, for half a minute and more, before it turns to its own cache.
-        huggingface_hub.dataset_info(name, timeout=10)
-    except Exception as error:
-        config.HF_HUB_OFFLINE, reason = True, error
-    try:
-        loaded = datasets.load_dataset(name, subset or None)
-    except Exception as error:  # datasets raises many kinds; they say the same to a user
-        said = reason or error
-        raise ValueError(
-            f"data.path={data.path}: neither a local file nor a data set that the hub gave "
-            f"({type(said).__name__}: {' '.join(str(said).split())}). Check the name (owner/name or owner/name:subset) "
-            "and the network (HF_ENDPOINT, HTTPS_PROXY), give a local file or folder, or use builtin"
-        ) from None
-    finally:
-        config.HF_HUB_OFFLINE = offline
     domain = name.rsplit("/", 1)[-1]
-    for key, rows in loaded.items():
+    for key, rows in _load_from_hub(data, name, subset).items():
         split, place = SPLITS.get(str(key)), f"{data.path} {key}"
         columns = _columns(rows.column_names, data, place)
         batches: Any = rows.select_columns(columns).iter(1000)
-        if name.endswith("/wikitext"):  # its rows are the lines of one text, blank ones without their end
+        if name.endswith("/wikitext"):  # its rows are the lines of one text; blank lines lack their line end
             lines = ("".join(line or " \n" for line in batch[data.text_field]) for batch in batches)
             yield from _pieces(lines, domain, split)
             continue
         for batch in batches:
             for values in zip(*(batch[column] for column in columns), strict=True):
                 yield _document(dict(zip(columns, values, strict=True)), data, domain, split, place)
+
+
+def _load_from_hub(data: DataSection, name: str, subset: str) -> Any:
+    import datasets
+    import huggingface_hub
+    from datasets import config
+
+    offline, reason = config.HF_HUB_OFFLINE, None
+    try:
+        # load_dataset alone retries six times, half a minute or more, before it reads its own cache.
+        huggingface_hub.dataset_info(name, timeout=10)
+    except Exception as error:
+        config.HF_HUB_OFFLINE, reason = True, error
+    try:
+        return datasets.load_dataset(name, subset or None)
+    except Exception as error:  # datasets raises many types
+        cause = reason or error
+        raise ValueError(
+            f"data.path={data.path}: neither a local file nor an available data set of the hub "
+            f"({type(cause).__name__}: {' '.join(str(cause).split())}). Check the name (owner/name or owner/name:subset) "
+            "and the network (HF_ENDPOINT, HTTPS_PROXY), give a local file or folder, or use builtin"
+        ) from None
+    finally:
+        config.HF_HUB_OFFLINE = offline

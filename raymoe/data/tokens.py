@@ -1,9 +1,9 @@
-"""Tokenizers: byte-level BPE, trained here or loaded, and documents to token ids."""
+"""Tokenizers: byte-level BPE, trained here or loaded, and the encoding of documents."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -13,11 +13,11 @@ from raymoe.data.sources import Document
 
 END_OF_TEXT = "<|endoftext|>"
 ENCODED_AT_ONCE = 4_000_000
-"""About how many characters are tokenised in parallel: their tokens take a hundred times the memory for a moment."""
+"""Approximate characters that are encoded in parallel. Encodings take a hundred times their memory for a moment."""
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Tokenizer:
-    """Byte-level BPE of at most `vocabulary` entries, lossless for any text."""
+    """Train a byte-level BPE of at most `vocabulary` entries, lossless for any text."""
     if vocabulary < 257:
         raise ValueError(f"model.vocabulary={vocabulary} is not allowed: 256 bytes and {END_OF_TEXT} need 257")
     tokenizer = Tokenizer(models.BPE())
@@ -35,18 +35,20 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Tokenizer:
 
 
 def load_tokenizer(content: bytes, name: str, vocabulary: int) -> Tokenizer:
-    """A tokenizer.json that encodes whole texts as they are: it neither cuts nor pads, and a text that spells a
-    special token is only text. Raises ValueError if it is not one or has ids beyond `vocabulary`.
+    """Load a tokenizer.json so that it encodes any text completely and as plain text.
+
+    Truncation and padding are off, and a text that spells a special token is plain text.
+    Raises ValueError if `content` is not a tokenizer.json or has ids of `vocabulary` or more.
     """
     try:
         tokenizer = Tokenizer.from_str(content.decode())
         tokenizer.no_truncation()
         tokenizer.no_padding()
-        tokenizer.add_special_tokens([END_OF_TEXT])  # keeps its id where there is one
+        tokenizer.add_special_tokens([END_OF_TEXT])  # an existing one keeps its id
         tokenizer.encode_special_tokens = True
         size = vocabulary_size(tokenizer)
     except BaseException as error:
-        raise _refusal(error, f"data.tokenizer={name}: not a tokenizer.json") from None
+        raise _as_value_error(error, f"data.tokenizer={name}: not a tokenizer.json") from None
     if size > vocabulary:
         raise ValueError(
             f"data.tokenizer={name} has {size} entries and model.vocabulary={vocabulary}: "
@@ -55,21 +57,27 @@ def load_tokenizer(content: bytes, name: str, vocabulary: int) -> Tokenizer:
     return tokenizer
 
 
-def _refusal(error: BaseException, what: str) -> BaseException:
-    """A ValueError for what the tokenizer raised: what its Rust code panics with is no Exception."""
-    ours = isinstance(error, Exception) or type(error).__name__ == "PanicException"
-    return ValueError(f"{what} ({error})") if ours else error
+def _as_value_error(error: BaseException, what: str) -> BaseException:
+    """Return a ValueError for an error of the tokenizer; its Rust panics are not Exceptions. Others are returned as is."""
+    from_tokenizer = isinstance(error, Exception) or type(error).__name__ == "PanicException"
+    return ValueError(f"{what} ({error})") if from_tokenizer else error
 
 
 def vocabulary_size(tokenizer: Tokenizer) -> int:
-    """One more than the largest id."""
+    """Return the largest id plus one."""
     return max(tokenizer.get_vocab().values()) + 1
 
 
-def encode(tokenizer: Tokenizer, texts: Iterable[Document], kind: type = np.uint32, tell: Any = None) -> np.ndarray:
-    """Token ids of documents joined by end-of-text, in parallel over documents. Pieces of one file are not separated.
+def encode(
+    tokenizer: Tokenizer,
+    texts: Iterable[Document],
+    kind: type = np.uint32,
+    progress: Callable[[int], Any] | None = None,
+) -> np.ndarray:
+    """Return the token ids of documents joined by end-of-text, encoded in parallel over documents.
 
-    Raises ValueError where the tokenizer, one that was given, cannot.
+    Pieces of one file are not separated. `progress` receives the characters encoded since its last call.
+    Raises ValueError if a given tokenizer cannot encode the text.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     end = np.array([tokenizer.token_to_id(END_OF_TEXT)], dtype=kind)
@@ -78,13 +86,14 @@ def encode(tokenizer: Tokenizer, texts: Iterable[Document], kind: type = np.uint
         try:
             encodings = tokenizer.encode_batch_fast([d.text for d in batch], add_special_tokens=False)
         except BaseException as error:
-            raise _refusal(error, "the tokenizer cannot encode this text: give another data.tokenizer") from None
+            what = "the tokenizer cannot encode this text: give another data.tokenizer"
+            raise _as_value_error(error, what) from None
         for document, encoding in zip(batch, encodings, strict=True):
             parts.append(np.array(encoding.ids, dtype=kind))
             if document.last:
                 parts.append(end)
-        if tell:
-            tell(sum(len(d.text) for d in batch))
+        if progress:
+            progress(sum(len(d.text) for d in batch))
     return np.concatenate(parts) if parts else np.zeros(0, dtype=kind)
 
 

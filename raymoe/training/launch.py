@@ -18,7 +18,8 @@ from ray.exceptions import RayActorError
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from raymoe.config import Config
-from raymoe.data.corpus import Corpus, prepare
+from raymoe.data.corpus import Corpus
+from raymoe.data.prepare import prepare
 from raymoe.ops.ray_connection import RayConnection, RayTarget, connect, current_ray, find_ray
 from raymoe.storage.files import replace_file
 from raymoe.storage.mirror import Mirror

@@ -20,8 +20,9 @@ from tokenizers import processors
 
 from raymoe.config import Config, override, preset
 from raymoe.data import builtin, sources, tokens
-from raymoe.data import corpus as data
-from raymoe.data.corpus import Corpus, prepare, read_text
+from raymoe.data import prepare as data
+from raymoe.data.corpus import Corpus
+from raymoe.data.prepare import prepare, read_text
 from raymoe.data.tokens import END_OF_TEXT, load_tokenizer, train_tokenizer
 
 CONTEXT = 16
@@ -528,7 +529,7 @@ def test_errors_name_the_place_and_the_remedy(tmp_path: Path) -> None:
     at = len(text) + 3
     expected = {
         "absent.txt": (FileNotFoundError, r"absent\.txt: there is no such file or folder"),
-        "none": (ValueError, "holds no txt, jsonl, parquet or arrow file"),
+        "none": (ValueError, r"no file in a supported format .*; skipped: image\.png \(unsupported format\)"),
         "table.csv": (ValueError, r"\.csv files are not supported"),
         "bytes.txt": (ValueError, rf"bytes\.txt is not UTF-8 at byte {at}: convert it.*iconv"),
         "empty.txt": (ValueError, r"empty\.txt is empty: remove it"),
@@ -547,7 +548,7 @@ def test_errors_name_the_place_and_the_remedy(tmp_path: Path) -> None:
         with pytest.raises(kind, match=message):
             prepared(tmp_path / name, tmp_path / "cache")
     for tokenizer, kind, message in [
-        (tmp_path / "no.json", FileNotFoundError, r"data\.tokenizer=.*there is no such file"),
+        (tmp_path / "no.json", FileNotFoundError, r"data\.tokenizer=.*no such file"),
         (tmp_path / "bad.json", ValueError, r"data\.tokenizer=.*not a tokenizer\.json"),
     ]:
         with pytest.raises(kind, match=message):

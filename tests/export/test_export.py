@@ -13,7 +13,8 @@ import torch
 
 from raymoe.commands.stages import StageLines
 from raymoe.config import Config, override, preset
-from raymoe.data.corpus import Corpus, prepare
+from raymoe.data.corpus import Corpus
+from raymoe.data.prepare import prepare
 from raymoe.export import export as export_module
 from raymoe.export.export import export, table
 from raymoe.export.judge import judge

@@ -7,6 +7,7 @@ What single lies are answered with is in the tests of each room; here anything m
 from __future__ import annotations
 
 import copy
+import gzip
 import json
 import os
 import pickle
@@ -415,7 +416,7 @@ def test_no_table_runs_code(kind: str, name: str, tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "txt", "arrow", "parquet"])
+@pytest.mark.parametrize("kind", ["jsonl", "json", "txt", "txt.gz", "jsonl.gz", "arrow", "parquet"])
 @FEW
 @given(data=st.data())
 def test_any_bytes_are_text_or_refused(kind: str, data: st.DataObject, tmp_path: Path) -> None:
@@ -424,8 +425,15 @@ def test_any_bytes_are_text_or_refused(kind: str, data: st.DataObject, tmp_path:
     lines = st.lists(row | st.sampled_from(BOMBS), max_size=3).map(
         lambda lines: "\n".join(lines).encode(errors="surrogatepass")
     )
-    file.write_bytes(data.draw(st.binary(max_size=60) | (lines if kind in ("jsonl", "txt") else st.binary(max_size=60).map(lambda b: (b"PAR1" if kind == "parquet" else b"ARROW1\0\0") + b + b"PAR1"))))  # fmt: skip
-    section = replace(preset("tiny").data, path=str(file), domain_field="kind" if kind == "jsonl" else "")
+    if kind in ("arrow", "parquet"):
+        magic = b"PAR1" if kind == "parquet" else b"ARROW1\0\0"
+        content = data.draw(st.binary(max_size=60) | st.binary(max_size=60).map(lambda b: magic + b + b"PAR1"))
+    else:
+        content = data.draw(st.binary(max_size=60) | lines)
+    if kind.endswith(".gz") and data.draw(st.booleans()):
+        content = gzip.compress(content)[: data.draw(st.none() | st.integers(0, 60))]
+    file.write_bytes(content)
+    section = replace(preset("tiny").data, path=str(file), domain_field="kind" if kind.startswith("json") else "")
     refusal = only(ValueError, lambda: list(documents(section)))
     assert not refusal or str(file) in refusal
 
