@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from raymoe.config import Config, from_yaml, override, preset
-from raymoe.data.corpus import Corpus, prepare
+from raymoe.data.corpus import Corpus
+from raymoe.data.prepare import prepare
 from raymoe.ops.ray_connection import RayTarget
 from raymoe.storage.run_folder import RunFolder
 from raymoe.storage.run_lock import RunInUse, own_run
