@@ -99,11 +99,11 @@ def draw(clusters: int, kills: int, seconds: float, seed: int) -> list[tuple[flo
 
 def felt(answers: Sequence[Any], since: float, until: float) -> dict[str, Any]:
     """Of requests under way in an interval: how many, how many failed, and the longest that one took."""
-    under_way = [a for a in answers if a.began < until and a.ended > since]
+    under_way = [a for a in answers if a.started < until and a.ended > since]
     return {
         "requests": len(under_way),
         "failed": sum(bool(a.error) for a in under_way),
-        "longest_s": max((a.ended - a.began for a in under_way), default=0.0),
+        "longest_s": max((a.ended - a.started for a in under_way), default=0.0),
     }
 
 

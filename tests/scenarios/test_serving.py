@@ -16,7 +16,7 @@ import pytest
 import torch
 import yaml
 
-from raymoe.commands.load import Answer, load
+from raymoe.commands.load import Completion, load
 from raymoe.ops.ray_head import Head, head
 from raymoe.serving.engine.cluster import LocalClusters, cluster_sizes
 from raymoe.serving.engine.engine import Engine
@@ -70,12 +70,12 @@ def greedy(model: str) -> dict[str, object]:
     return {"model": model, "max_tokens": TOKENS, "temperature": 0, "ignore_eos": True}
 
 
-def check(answers: Sequence[Answer], expected: Sequence[str]) -> None:
+def check(answers: Sequence[Completion], expected: Sequence[str]) -> None:
     assert [a.error for a in answers] == [""] * len(answers)
     assert [a.text for a in answers] == [expected[a.prompt] for a in answers]
 
 
-async def while_killing(rollout: Rollout, name: str, victims: Sequence[str], requests: int) -> list[Answer]:
+async def while_killing(rollout: Rollout, name: str, victims: Sequence[str], requests: int) -> list[Completion]:
     """Return the completions of a load during which one replica of each of `victims` is killed."""
     loading = asyncio.create_task(load(rollout.base, PROMPTS, streams=4, requests=requests, body=greedy(name)))
     for victim in victims:
@@ -149,7 +149,7 @@ def test_a_rollout_fails_no_request(ray: Head, model: Artifact, expected: list[s
     assert refused.returncode == 2 and "artifact='nothing'" in refused.stderr
     rollout = Rollout(ray.dashboard, made)
 
-    async def update(folder: Path) -> tuple[list[Answer], subprocess.CompletedProcess[str]]:
+    async def update(folder: Path) -> tuple[list[Completion], subprocess.CompletedProcess[str]]:
         over = asyncio.Event()
         loading = asyncio.create_task(load(rollout.base, PROMPTS, streams=4, until=over, body=greedy("m")))
         done = await asyncio.to_thread(job, ray, str(folder), "--config", str(file))
@@ -204,7 +204,7 @@ def test_clusters_scale_by_their_own_load_to_zero_and_back(ray: Head, model: Art
     def clusters(replicas: dict[str, int]) -> list[int]:
         return [n for deployment, n in replicas.items() if deployment.startswith("cluster-")]
 
-    async def run() -> list[Answer]:
+    async def run() -> list[Completion]:
         over = asyncio.Event()
         loading = asyncio.create_task(load(rollout.base, PROMPTS, streams=4, until=over, body=greedy(name)))
         try:
@@ -239,7 +239,9 @@ def test_a_load_is_driven_from_the_command_line(ray: Head, long: Artifact, tmp_p
         done = run(*line, "--domain", "licences", "--json", str(tmp_path / "load.json"))
         assert done.returncode == 0, done.stdout + done.stderr
         told = json.loads((tmp_path / "load.json").read_text())
-        assert told["requests"] == len(told["answers"]) >= 4 and told["failed"] == 0 and told["output_throughput"] > 0
+        assert (
+            told["requests"] == len(told["completions"]) >= 4 and told["failed"] == 0 and told["output_throughput"] > 0
+        )
         refused = run(*line, "--domain", "no such")
         assert refused.returncode == 2 and "--domain no such is not in builtin" in refused.stderr
     finally:

@@ -1,4 +1,4 @@
-"""Requests that are hardly what they should be, and what an answer to them must be: for the API, however it is served."""
+"""Random malformed requests to the API, and the check of a response to them."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ VALID: dict[str, dict[str, Any]] = {
 
 @st.composite
 def mutations(draw: st.DrawFn, model: str) -> tuple[str, bytes]:
-    """A valid body with some fields changed, added or missing, and maybe a few bytes."""
+    """Draw a valid body with some fields changed, added or removed, and sometimes with changed bytes."""
     path = draw(st.sampled_from(sorted(VALID)))
     body = VALID[path] | {"model": model}
     for _ in range(draw(st.integers(1, 3))):
@@ -53,7 +53,7 @@ def mutations(draw: st.DrawFn, model: str) -> tuple[str, bytes]:
 
 
 def bodies(model: str) -> st.SearchStrategy[tuple[str, bytes]]:
-    """Path and body of a POST, most of them for this model."""
+    """Paths and bodies of POST requests, most of them for this model."""
     anything = st.binary(max_size=60) | VALUES.map(lambda value: json.dumps(value).encode())
     return mutations(model) | st.tuples(st.sampled_from(sorted(VALID)), anything)
 
@@ -71,8 +71,8 @@ ROUTES: st.SearchStrategy[Route] = st.tuples(
 )
 
 
-def sound(method: str, status: int, content: bytes) -> None:
-    """It is a success, or a refusal that says why."""
+def check(method: str, status: int, content: bytes) -> None:
+    """Assert that a response is a success, or an error of the client with a message."""
     assert status in (200, 400, 401, 404, 405, 413, 415), content
     if status != 200 and method != "HEAD":
         error = json.loads(content)["error"]
