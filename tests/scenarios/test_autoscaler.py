@@ -1,4 +1,4 @@
-"""Ray's autoscaler on fake nodes: a job that waits brings nodes, they are used, and idle ones go."""
+"""Ray's autoscaler on simulated nodes: a waiting run adds nodes, uses them, and idle nodes are removed."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ HEAD_ID = "f" * 51 + "00000"
 NODES = 2
 
 
-def ours(folder: Path, address: str) -> list[psutil.Process]:
-    """Processes that name our folder or our head's address: what the autoscaler started is a child of nobody's."""
+def own_processes(folder: Path, address: str) -> list[psutil.Process]:
+    """Return the processes with our folder or address in their command line; the autoscaler's have no parent."""
     found = []
     for process in psutil.process_iter(["cmdline"]):
         line = " ".join(process.info["cmdline"] or [])
@@ -37,9 +37,9 @@ def ours(folder: Path, address: str) -> list[psutil.Process]:
 
 @contextlib.contextmanager
 def scaled_head() -> Iterator[tuple[str, dict[str, str], Path]]:
-    """A head without CPUs whose autoscaler may add nodes of one CPU; yields its address, environment and log."""
+    """Start a head without CPUs whose autoscaler adds nodes of one CPU; yield its address, environment and log."""
     gcs, dashboard, agent, listen, metrics, scaler, board = free_ports(7)
-    folder = Path(tempfile.mkdtemp(prefix="raymoe-fleet-"))
+    folder = Path(tempfile.mkdtemp(prefix="raymoe-scaled-"))
     host = subprocess.run(
         [sys.executable, "-c", "import ray; print(ray.util.get_node_ip_address())"],
         capture_output=True, text=True, timeout=60, check=True,
@@ -65,7 +65,7 @@ def scaled_head() -> Iterator[tuple[str, dict[str, str], Path]]:
         "worker_start_ray_commands": [], "file_mounts": {}, "cluster_synced_files": [],
         "file_mounts_sync_continuously": False, "rsync_exclude": [], "rsync_filter": [],
     }  # fmt: skip
-    (folder / "fleet.json").write_text(json.dumps(config))
+    (folder / "scaled.json").write_text(json.dumps(config))
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {
         "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "RAY_FAKE_CLUSTER": "1",
         "RAY_enable_autoscaler_v2": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1",
@@ -77,7 +77,7 @@ def scaled_head() -> Iterator[tuple[str, dict[str, str], Path]]:
         f"--dashboard-port={dashboard}", f"--dashboard-agent-grpc-port={agent}",
         f"--dashboard-agent-listen-port={listen}", f"--metrics-export-port={metrics}", "--num-cpus=0",
         f"--temp-dir={folder / 'ray'}", "--object-store-memory=100000000",
-        f"--autoscaling-config={folder / 'fleet.json'}",
+        f"--autoscaling-config={folder / 'scaled.json'}",
     ]  # fmt: skip
     log = folder / "head.log"
     with log.open("w") as output:
@@ -91,11 +91,11 @@ def scaled_head() -> Iterator[tuple[str, dict[str, str], Path]]:
         until(started, "the head")
         yield address, environment | {"RAY_ADDRESS": address}, log
     finally:
-        left = ours(folder, address)
+        left = own_processes(folder, address)
         head.send_signal(signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
             head.wait(40)
-        for process in {*left, *ours(folder, address)}:
+        for process in {*left, *own_processes(folder, address)}:
             with contextlib.suppress(psutil.Error):
                 process.kill()
         head.wait(10)
@@ -103,7 +103,7 @@ def scaled_head() -> Iterator[tuple[str, dict[str, str], Path]]:
 
 
 @pytest.mark.soak
-def test_an_elastic_run_brings_nodes_and_idle_ones_go(tmp_path: Path) -> None:
+def test_an_elastic_run_adds_nodes_and_idle_nodes_are_removed(tmp_path: Path) -> None:
     import ray
 
     with scaled_head() as (address, environment, log):
@@ -124,7 +124,7 @@ def test_an_elastic_run_brings_nodes_and_idle_ones_go(tmp_path: Path) -> None:
             with output.open("w") as file:
                 driver = subprocess.Popen(line, cwd=REPO_ROOT, env=environment, stdout=file, stderr=file)
             try:
-                began = time.monotonic()
+                started = time.monotonic()
 
                 def trains_on(number: int) -> bool:
                     assert driver.poll() is None, output.read_text()[-3000:] + log.read_text()[-2000:]
@@ -134,13 +134,15 @@ def test_an_elastic_run_brings_nodes_and_idle_ones_go(tmp_path: Path) -> None:
 
                 until(lambda: workers() >= 1 or driver.poll() is not None, "a node")
                 until(lambda: trains_on(1), "a step on it", seconds=180)
-                print(f"first step after {time.monotonic() - began:.0f} s on {workers()} nodes")
+                print(f"first step after {time.monotonic() - started:.0f} s on {workers()} nodes")
                 until(lambda: trains_on(NODES), "steps on all nodes", seconds=180)
                 driver.send_signal(signal.SIGTERM)
                 assert driver.wait(90) == 143, output.read_text()[-3000:]
             finally:
                 if driver.poll() is None:
                     driver.kill()
-            until(lambda: workers() == 0, "idle nodes to go", seconds=260)  # what a run asked for lapses after 180 s
+            until(
+                lambda: workers() == 0, "idle nodes to be removed", seconds=260
+            )  # the request of a run expires after 180 s
         finally:
             ray.shutdown()

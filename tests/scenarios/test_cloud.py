@@ -1,8 +1,7 @@
-"""What is shipped for clouds: `ray up`, KubeRay and the image, checked without any of them.
+"""The files for clouds (`ray up`, KubeRay, the image), checked without a cloud.
 
-`jobs/ray_cluster.yaml` by Ray's own schema and checks. The manifests by Ray's reader of RayClusters and by `FIELDS` below:
-the fields of KubeRay's and Kubernetes' that are used here, and no others. With KUBERAY_CRDS set to a checkout's
-`ray-operator/config/crd/bases` they are checked against the CRDs themselves.
+`jobs/ray_cluster.yaml` is checked by Ray's own schema. The manifests are checked by Ray's reader of RayClusters and by
+KubeRay's schema in `tests/golden` (see `tests/support/kuberay_schema.py`).
 """
 
 from __future__ import annotations
@@ -45,32 +44,32 @@ def load(name: str, kind: str = "") -> dict[str, Any]:
 # --- ray up
 
 
-def check_fleet(fleet: dict[str, Any]) -> dict[str, Any]:
-    """The config as `ray up` would use it. Raises for what Ray refuses, and for what it lets pass."""
-    prepared = prepare_config(copy.deepcopy(fleet))
+def check_cluster(cluster: dict[str, Any]) -> dict[str, Any]:
+    """Return the config as `ray up` completes it. Raises for errors that Ray finds, and for some that it does not."""
+    prepared = prepare_config(copy.deepcopy(cluster))
     validate_config(prepared)
     for name, kind in prepared["available_node_types"].items():
         if kind.get("min_workers", 0) > kind["max_workers"]:
             raise ValueError(f"{name}: min_workers is more than max_workers")
         if kind["max_workers"] > prepared["max_workers"]:
-            raise ValueError(f"{name}: max_workers is more than those of all types")
+            raise ValueError(f"{name}: max_workers is more than the total")
     return prepared
 
 
-def test_the_fleet_is_one_that_ray_up_takes() -> None:
-    fleet = check_fleet(load("jobs/ray_cluster.yaml"))
-    types = fleet["available_node_types"]
-    assert types["head"]["max_workers"] == 0 and fleet["head_node_type"] == "head"
+def test_ray_up_accepts_the_cluster() -> None:
+    cluster = check_cluster(load("jobs/ray_cluster.yaml"))
+    types = cluster["available_node_types"]
+    assert types["head"]["max_workers"] == 0 and cluster["head_node_type"] == "head"
     assert types["gpu"]["resources"]["GPU"] == 1 and types["cpu"]["max_workers"] > 0
-    assert fleet["docker"]["image"] == IMAGE
-    options = shlex.split(" ".join(fleet["docker"]["run_options"]))
+    assert cluster["docker"]["image"] == IMAGE
+    options = shlex.split(" ".join(cluster["docker"]["run_options"]))
     assert {"RAYMOE_HOME=/mnt/raymoe", "RAY_AUTH_MODE=token", "/mnt/raymoe:/mnt/raymoe"} <= set(options)
-    assert any(" /mnt/raymoe" in line and "mount -t nfs4" in line for line in fleet["initialization_commands"])
-    head, worker = fleet["head_start_ray_commands"][-1], fleet["worker_start_ray_commands"][-1]
+    assert any(" /mnt/raymoe" in line and "mount -t nfs4" in line for line in cluster["initialization_commands"])
+    head, worker = cluster["head_start_ray_commands"][-1], cluster["worker_start_ray_commands"][-1]
     for line in (head, worker):
         for option in re.findall(r"(--[a-z-]+)", line):
             assert option in ray_start_options(), f"ray start knows no {option}"
-    for line in (*fleet["setup_commands"], *fleet["head_setup_commands"], *fleet["worker_setup_commands"]):
+    for line in (*cluster["setup_commands"], *cluster["head_setup_commands"], *cluster["worker_setup_commands"]):
         assert "/app" in line
     assert_health(dict(re.findall(r"(RAY_health_check_[a-z_]+)=(\d+)", head)))
 
@@ -82,47 +81,47 @@ def ray_start_options() -> set[str]:
 
 
 def assert_health(found: dict[str, str]) -> None:
-    """A dead node is given up within some seconds: Ray's own patience is half a minute."""
+    """Require that a dead node is detected within 2 to 10 s; Ray's default is half a minute."""
     assert set(found) == {
         f"RAY_health_check_{what}"
         for what in ("initial_delay_ms", "period_ms", "timeout_ms", "failure_threshold")
     }  # fmt: skip
-    patience = int(found["RAY_health_check_period_ms"]) * int(found["RAY_health_check_failure_threshold"])
-    assert 2000 <= patience <= 10000
+    timeout_ms = int(found["RAY_health_check_period_ms"]) * int(found["RAY_health_check_failure_threshold"])
+    assert 2000 <= timeout_ms <= 10000
 
 
-def _fleet_key(fleet: dict[str, Any]) -> None:
-    fleet["idle_minutes"] = 5
+def _cluster_key(cluster: dict[str, Any]) -> None:
+    cluster["idle_minutes"] = 5
 
 
-def _fleet_type_key(fleet: dict[str, Any]) -> None:
-    fleet["available_node_types"]["cpu"]["minworkers"] = 1
+def _cluster_type_key(cluster: dict[str, Any]) -> None:
+    cluster["available_node_types"]["cpu"]["minworkers"] = 1
 
 
-def _fleet_bounds(fleet: dict[str, Any]) -> None:
-    fleet["available_node_types"]["cpu"]["min_workers"] = 9
+def _cluster_bounds(cluster: dict[str, Any]) -> None:
+    cluster["available_node_types"]["cpu"]["min_workers"] = 9
 
 
-def _fleet_total(fleet: dict[str, Any]) -> None:
-    fleet["available_node_types"]["cpu"]["max_workers"] = 99
+def _cluster_total(cluster: dict[str, Any]) -> None:
+    cluster["available_node_types"]["cpu"]["max_workers"] = 99
 
 
-def _fleet_type(fleet: dict[str, Any]) -> None:
-    fleet["max_workers"] = "many"
+def _cluster_type(cluster: dict[str, Any]) -> None:
+    cluster["max_workers"] = "many"
 
 
-def _fleet_head(fleet: dict[str, Any]) -> None:
-    fleet["head_node_type"] = "boss"
+def _cluster_head(cluster: dict[str, Any]) -> None:
+    cluster["head_node_type"] = "boss"
 
 
 @pytest.mark.parametrize(
-    "spoil", [_fleet_key, _fleet_type_key, _fleet_bounds, _fleet_total, _fleet_type, _fleet_head], ids=lambda f: f.__name__
+    "break_it", [_cluster_key, _cluster_type_key, _cluster_bounds, _cluster_total, _cluster_type, _cluster_head], ids=lambda f: f.__name__
 )  # fmt: skip
-def test_a_spoilt_fleet_is_refused(spoil: Callable[[dict[str, Any]], None]) -> None:
-    fleet = load("jobs/ray_cluster.yaml")
-    spoil(fleet)
+def test_an_invalid_cluster_is_refused(break_it: Callable[[dict[str, Any]], None]) -> None:
+    cluster = load("jobs/ray_cluster.yaml")
+    break_it(cluster)
     with pytest.raises((ValueError, jsonschema.ValidationError)):
-        check_fleet(fleet)
+        check_cluster(cluster)
 
 
 # --- KubeRay
@@ -131,7 +130,7 @@ SCHEMAS = json.loads(kuberay_schema.FILE.read_text())
 
 
 def check_manifest(manifest: dict[str, Any]) -> dict[str, Any]:
-    """The autoscaler's config of its cluster. Raises ValueError or what Ray raises."""
+    """Return the autoscaler's config of a manifest's cluster. Raises ValueError or ValidationError."""
     kind = manifest["kind"]
     jsonschema.Draft202012Validator(SCHEMAS[kind]).validate(manifest)
     if manifest["apiVersion"] != "ray.io/v1":
@@ -145,7 +144,7 @@ def check_manifest(manifest: dict[str, Any]) -> dict[str, Any]:
         volumes = {volume["name"] for volume in pod["volumes"]}
         for container in pod["containers"]:
             if loose := {mount["name"] for mount in container["volumeMounts"]} - volumes:
-                raise ValueError(f"volumes that there are not: {loose}")
+                raise ValueError(f"mounts of volumes that do not exist: {loose}")
             for probe in ("readinessProbe", "livenessProbe"):
                 port = container[probe]["httpGet"]["port"]
                 if port not in {52365} | {p["containerPort"] for p in container["ports"]}:
@@ -155,7 +154,7 @@ def check_manifest(manifest: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("kind", MANIFESTS)
-def test_a_manifest_is_one_that_kuberay_and_ray_take(kind: str) -> None:
+def test_kuberay_and_ray_accept_a_manifest(kind: str) -> None:
     manifest = load(MANIFESTS[kind], kind)
     scaled = check_manifest(manifest)
     cluster = manifest["spec"][CLUSTER[kind]]
@@ -231,22 +230,22 @@ def _number_in_env(manifest: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("kind", MANIFESTS)
 @pytest.mark.parametrize(
-    "spoil", [_key, _group_key, _container_key, _type, _bounds, _without_most, _mount, _probe, _number_in_env],
+    "break_it", [_key, _group_key, _container_key, _type, _bounds, _without_most, _mount, _probe, _number_in_env],
     ids=lambda f: f.__name__,
 )  # fmt: skip
-def test_a_spoilt_manifest_is_refused(kind: str, spoil: Callable[[dict[str, Any]], None]) -> None:
+def test_an_invalid_manifest_is_refused(kind: str, break_it: Callable[[dict[str, Any]], None]) -> None:
     manifest = yaml.safe_load(yaml.safe_dump(load(MANIFESTS[kind], kind), default_flow_style=False))
-    spoil(manifest)
+    break_it(manifest)
     with pytest.raises((ValueError, jsonschema.ValidationError)):
         check_manifest(manifest)
 
 
-def test_the_volume_is_one_that_all_pods_can_write() -> None:
+def test_all_pods_can_write_the_volume() -> None:
     volume = load("jobs/rayjob.yaml", "PersistentVolumeClaim")
     assert volume["metadata"]["name"] == "raymoe" and volume["spec"]["accessModes"] == ["ReadWriteMany"]
 
 
-def test_the_jobs_command_is_one_that_the_image_can_run() -> None:
+def test_the_image_can_run_the_command_of_the_job() -> None:
     words = shlex.split(load("jobs/rayjob.yaml", "RayJob")["spec"]["entrypoint"])
     path = Path(words[1])
     assert words[0] == "python" and path.is_relative_to(last("WORKDIR"))
@@ -259,7 +258,7 @@ def test_the_jobs_command_is_one_that_the_image_can_run() -> None:
     assert config.train.max_workers <= most * 2  # pods of 2 CPUs
 
 
-def test_the_service_is_that_of_the_serve_config() -> None:
+def test_the_service_has_the_serve_config() -> None:
     ours = load("services/raymoe.yaml")
     theirs = yaml.safe_load(load(MANIFESTS["RayService"], "RayService")["spec"]["serveConfigV2"])
     for config in (ours, theirs):
@@ -283,7 +282,7 @@ def last(instruction: str) -> str:
 
 
 def in_context(path: str) -> bool:
-    """Whether .dockerignore lets the path through: the last line that matches it or a folder of it counts."""
+    """Return whether .dockerignore lets the path through: the last line that matches it or its folder decides."""
     inside = True
     for line in (REPO_ROOT / ".dockerignore").read_text().splitlines():
         pattern = line.removeprefix("!").removeprefix("**/")
@@ -295,7 +294,7 @@ def in_context(path: str) -> bool:
     return inside
 
 
-def test_what_the_image_copies_is_there_and_what_it_needs_not_is_not() -> None:
+def test_the_image_copies_the_files_that_it_needs() -> None:
     for line in re.findall(r"^COPY (.+)$", dockerfile(), re.MULTILINE):
         *sources, _ = [word for word in line.split() if not word.startswith("--")]
         for source in sources:
@@ -307,7 +306,7 @@ def test_what_the_image_copies_is_there_and_what_it_needs_not_is_not() -> None:
         assert not in_context(path), path
 
 
-def test_the_image_is_set_up_as_a_checkout_is_and_does_not_run_as_root() -> None:
+def test_the_image_is_set_up_like_a_checkout_and_does_not_run_as_root() -> None:
     text = dockerfile()
     makefile = (REPO_ROOT / "Makefile").read_text()
     assert "RUN make setup TORCH=${TORCH}" in text and "ARG TORCH=lock" in text and "ifeq ($(TORCH),cpu)" in makefile

@@ -1,4 +1,4 @@
-"""The jobs as a person runs them: submitted to a real head, killed, stopped, resumed, exported, evaluated."""
+"""The jobs as a user runs them: submitted to a real head, killed, stopped, resumed, exported and evaluated."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def ray() -> Iterator[Head]:
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two domains of real text, small enough to prepare and validate at once: sources of the house."""
+    """Two domains of real text, small enough to prepare at once: source files of this repository."""
     folder = tmp_path_factory.mktemp("text")
     (folder / "code.txt").write_text(
         "\n".join(p.read_text() for p in sorted((REPO_ROOT / "raymoe" / "model").glob("*.py")))
@@ -90,13 +90,15 @@ def test_a_run_is_submitted_exported_and_evaluated(ray: Head, text: Path, tmp_pa
     for name in ("first", str(tmp_path / "exports" / "first")):
         assert job("evaluate.py", name, "--json", str(tmp_path / "out.json")).returncode == 0
         results[name] = json.loads((tmp_path / "out.json").read_text())
-    said = job("generate.py", "first", "import ", "def ", "--max-tokens", "8", "--temperature", "0")
-    assert said.returncode == 0 and said.stdout.startswith("import ") and "\n\ndef " in said.stdout, said.stderr
+    generated = job("generate.py", "first", "import ", "def ", "--max-tokens", "8", "--temperature", "0")
+    assert generated.returncode == 0 and generated.stdout.startswith("import ") and "\n\ndef " in generated.stdout, (
+        generated.stderr
+    )
     assert job("generate.py", "second", "x").returncode == 2
     full, packed = results.values()
     assert packed["token_perplexity"] == pytest.approx(full["token_perplexity"], rel=5e-3)
     assert packed["tokens"] == full["tokens"] > 0
-    # What the run itself said of the same windows, through two workers and bfloat16.
+    # The run measured the same windows with two workers in bfloat16.
     assert records(run, "validation")[-1]["loss"] == pytest.approx(full["loss"], rel=2e-2)
     assert job("evaluate.py", "first", "--data", str(text / "code.txt")).returncode == 0
     missing = job("evaluate.py", "first", "--data", "/no/such/file.txt")
@@ -163,7 +165,7 @@ def test_a_killed_worker_a_stop_and_a_resume_lose_nothing(ray: Head, text: Path,
     until(lambda: not listening_on(ports), "the workers to leave")
     until(lambda: not ports_of(run), "the scrape targets to be removed")
     last = steps(run)[-1]
-    assert steps(run) == list(range(1, last + 1))  # each step once, whatever was redone
+    assert steps(run) == list(range(1, last + 1))  # each step once, although some were repeated
     assert (run / "checkpoints" / f"step_{last:08d}" / "manifest.json").exists()
 
     resume = ["train.resume=long", f"run.root={tmp_path}", "train.workers=1", f"train.steps={last + 3}"]
@@ -174,10 +176,8 @@ def test_a_killed_worker_a_stop_and_a_resume_lose_nothing(ray: Head, text: Path,
 
 
 @pytest.mark.ray
-def test_regrouping_outlives_its_clusterer_and_training_does_not_wait_for_it(
-    ray: Head, text: Path, tmp_path: Path
-) -> None:
-    """Plans are applied while it lives; killed it comes back; frozen it holds nothing up."""
+def test_regrouping_survives_its_clusterer_and_training_does_not_wait(ray: Head, text: Path, tmp_path: Path) -> None:
+    """Plans are applied; a killed clusterer restarts; a stopped clusterer delays no step."""
     run = tmp_path / "regrouped"
     often = ["burn_in=10", "period=10", "plan_lag=4", "overlap=4", "stats_every=2", "min_gain=0", "force=10"]
     options = [f"run.root={tmp_path}", f"data.path={text}", *QUICK, *(f"regroup.{value}" for value in often)]
@@ -208,7 +208,7 @@ def test_regrouping_outlives_its_clusterer_and_training_does_not_wait_for_it(
     frozen.send_signal(signal.SIGSTOP)
     try:
         at = steps(run)[-1]
-        until(lambda: steps(run)[-1] >= at + 40, "forty steps without an answer")
+        until(lambda: steps(run)[-1] >= at + 40, "forty steps without the clusterer")
         assert not [r for r in plans("made", "no_plan") if r["step"] > at + 20]
     finally:
         frozen.send_signal(signal.SIGCONT)
@@ -268,7 +268,7 @@ def test_a_bad_command_is_refused_before_anything_starts(arguments: list[str], m
 
 
 @pytest.mark.soak
-def test_a_store_that_cannot_be_reached_is_known_before_anything_is_made(tmp_path: Path) -> None:
+def test_an_unreachable_store_is_refused_before_the_run_is_created(tmp_path: Path) -> None:
     (port,) = free_ports(1)
     store = f"s3://bucket/runs?endpoint_override=127.0.0.1:{port}&scheme=http&region=none"
     given = ["tiny", "run.name=x", f"run.root={tmp_path}", f"checkpoint.storage={store}", "train.workers=1"]
