@@ -159,8 +159,8 @@ def _branch(rank: int, name: str, changes: list[str], run: str, corpus: str, unt
         if rank == 0 and one.position.step % 100 == 0:
             say(f"remap  {Path(run).name}: step {one.position.step}, median {statistics.median(times):.0f} ms")
     if not started_at:
-        one.checkpoint()
-        one.wait_for_checkpoint()
+        one.checkpoints.write(one.position, one.statistics())
+        one.checkpoints.wait_for_checkpoint()
     return times
 
 

@@ -24,7 +24,7 @@ import psutil
 from raymoe.ops.ray_head import head
 from raymoe.storage.checkpoint import newest, step_folder
 from raymoe.storage.run_folder import RunFolder
-from raymoe.training.journal import acknowledged
+from raymoe.training.journal import last_recorded_checkpoint
 
 REPO_ROOT = Path(__file__).resolve().parents[2]
 BOUND_S = 3.0
@@ -105,7 +105,7 @@ class Victim:
 
     def acknowledged(self) -> int:
         """The newest checkpoint that the run has said is complete."""
-        return acknowledged(RunFolder(self.run).metrics)
+        return last_recorded_checkpoint(RunFolder(self.run).metrics)
 
     def failure(self) -> str:
         """What Ray Train said of the last worker group that failed."""

@@ -139,9 +139,14 @@ def newest(checkpoints: Path) -> tuple[Checkpoint | None, list[str]]:
     return None, skipped
 
 
+def complete_steps(checkpoints: Path) -> list[int]:
+    """Return the steps of the checkpoints that were completed, newest first, without reading them."""
+    return [step for step, folder in _folders(checkpoints) if (folder / MANIFEST).exists()]
+
+
 def newest_step(checkpoints: Path) -> int:
-    """Step of the newest checkpoint that was completed, without reading it; -1 where there is none."""
-    return next((step for step, folder in _folders(checkpoints) if (folder / MANIFEST).exists()), -1)
+    """Return the step of the newest checkpoint that was completed, without reading it; -1 if there is none."""
+    return next(iter(complete_steps(checkpoints)), -1)
 
 
 def prune(checkpoints: Path, keep: int, stay: Collection[int | None]) -> list[Path]:

@@ -121,7 +121,7 @@ class BackgroundMirror:
         self.newest = -1
         """Step of the checkpoint that was pushed last."""
 
-    def steps(self) -> set[int]:
+    def pending_steps(self) -> set[int]:
         """Of checkpoints that are being copied, or wait for it: they must stay."""
         return {step for step, push in self._pushes if not push.done()}
 

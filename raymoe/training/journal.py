@@ -1,4 +1,4 @@
-"""A run's own record: `metrics.jsonl`, one JSON object a line, and where its folder keeps what."""
+"""The run's JSONL files: one record per line, each step once."""
 
 from __future__ import annotations
 
@@ -12,11 +12,14 @@ from typing import Any
 import torch.distributed as dist
 
 from raymoe.storage.files import replace_file
-from raymoe.storage.run_folder import RunFolder
+from raymoe.storage.run_folder import RunFolder, parse_record, read_records
+
+MAX_STEP = 2**53
+"""Upper bound of a step. A record with a larger one is damaged."""
 
 
 def finite(value: Any) -> Any:
-    """`value` with numbers that JSON cannot hold as null."""
+    """Replace numbers that JSON cannot represent (NaN, infinity) by None."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, dict):
@@ -27,66 +30,60 @@ def finite(value: Any) -> Any:
 
 
 def next_attempt(run: Path) -> int:
-    """The number of this worker group in a run's folder, the same on all of its ranks: one more each time. A collective."""
-    told = [0]
+    """Increment the number of worker groups that this run has had, and return it. Collective."""
+    attempt = [0]
     if not dist.is_initialized() or dist.get_rank() == 0:
         path = RunFolder(run).attempt
-        with contextlib.suppress(OSError, ValueError):  # there is none yet
-            told = [int(path.read_text())]
-        told[0] += 1
-        replace_file(path, f"{told[0]}\n")
+        with contextlib.suppress(OSError, ValueError):  # the first attempt has no file
+            attempt = [int(path.read_text())]
+        attempt[0] += 1
+        replace_file(path, f"{attempt[0]}\n")
     if dist.is_initialized():
-        dist.broadcast_object_list(told)
-    return told[0]
+        dist.broadcast_object_list(attempt)
+    return attempt[0]
 
 
-def acknowledged(path: Path) -> int:
-    """Step of the last checkpoint that a record in `path` says is complete, or was resumed from; -1 where none is.
+def last_recorded_checkpoint(path: Path) -> int:
+    """Return the step of the last checkpoint that `path` records as completed or resumed from; -1 if there is none.
 
-    A resume cuts the record that its checkpoint was complete, which was made some steps later.
+    A resume removes the record of the completion of its checkpoint, which was written some steps later.
     """
-    step = -1
-    for line in path.read_text(errors="replace").split("\n") if path.exists() else []:
-        with contextlib.suppress(ValueError, AttributeError, KeyError, RecursionError):
-            record = json.loads(line)
-            if record.get("name") == "checkpoint_completed":
-                step = record["checkpoint"]
-            elif record.get("name") == "resumed":
-                step = record["step"]
-    return step
+    found = -1
+    for record in read_records(path):
+        step = {"checkpoint_completed": record.get("checkpoint"), "resumed": record["step"]}.get(
+            str(record.get("name"))
+        )
+        found = step if type(step) is int else found
+    return found
 
 
 class Journal:
-    """Appends records; on a restart cuts back to the restored step, so that each step stands there once.
+    """Appends records to a JSONL file. A restart removes the records after the restored step.
 
-    A record with `ahead` is of what happens between its step and the next: a checkpoint of its step was taken before.
+    A record with `ahead` describes an event between its step and the next. The checkpoint of its step was taken
+    before that event.
     """
 
     def __init__(self, path: Path, step: int) -> None:
+        """Keep the records of `path` up to `step`. Damaged lines are removed."""
         kept: list[str] = []
         self.redone = 0
-        """Steps that were on record after `step`: they are done again."""
-        if path.exists():
-            for line in path.read_text(errors="replace").split("\n"):
-                try:
-                    record = json.loads(line)
-                    at = record.get("step", 0)
-                except (ValueError, AttributeError, RecursionError):
-                    continue  # what a killed worker left behind, or a bad disk
-                if not isinstance(at, int) or at > step or (at == step and record.get("ahead")):
-                    self._cut(record, step)
-                    continue
+        """Steps after `step` that were recorded before. The run repeats them."""
+        for line in path.read_text(errors="replace").split("\n") if path.exists() else []:
+            record = parse_record(line)
+            if record is None or not 0 <= record["step"] < MAX_STEP:
+                continue
+            at = record["step"]
+            if at > step or (at == step and record.get("ahead")):
+                self.redone = max(self.redone, at - step) if record.get("kind") == "train" else self.redone
+            else:
                 kept.append(line)
         replace_file(path, "".join(line + "\n" for line in kept))
         self._path = path
         self._backlog = ""
 
-    def _cut(self, record: dict[str, Any], step: int) -> None:
-        if record.get("kind") == "train":
-            self.redone = max(self.redone, record["step"] - step)
-
     def write(self, record: dict[str, Any]) -> None:
-        """Append one record. On a full disk it is kept and written with a later one; training goes on."""
+        """Append a record. If the disk is full, keep it in memory and write it together with the next one."""
         self._backlog += json.dumps(finite(record)) + "\n"
         try:
             with self._path.open("ab", buffering=0) as file:
@@ -95,7 +92,7 @@ class Journal:
                     while rest:
                         rest = rest[file.write(rest) :]
                 except OSError:
-                    file.truncate(end)  # half a line would spoil the next one
+                    file.truncate(end)  # half a line would damage the next one
                     raise
         except OSError as error:
             print(f"{self._path}: cannot write ({error.strerror}); keeping records in memory", file=sys.stderr)

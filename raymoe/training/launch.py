@@ -80,7 +80,7 @@ def launch(config: Config) -> tuple[Path, int]:
         raise RunFolderNotShared(reason)
     if outcome.error is not None:
         raise outcome.error
-    if reason := stop_reason(run, config.train.max_failures):
+    if reason := outcome.value.get("unrecoverable") or stop_reason(run, config.train.max_failures):
         raise TooManyFailures(
             f"{reason}; see {RunFolder(run).metrics}, and continue with train.resume={config.run.name}"
         )

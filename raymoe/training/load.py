@@ -1,4 +1,4 @@
-"""How evenly a run's rows fall on clusters, experts and workers, and what happened since the last record."""
+"""Counts of rows by cluster, expert and worker, and their distribution."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from raymoe.model.experts import by_expert
@@ -14,70 +13,40 @@ from raymoe.model.experts import by_expert
 
 @dataclass
 class RoutingLoad:
-    """Rows by cluster [L, C], by member [L, n·E] and by worker [L, ranks] since the last reading, over all ranks."""
+    """Rows by cluster [L, C], by member [L, n*E] and by worker [L, ranks], summed over ranks.
+
+    A level that the model does not have is empty.
+    """
 
     clusters: Tensor
     members: Tensor
-    """Of experts, then of their ghosts where the model can have any."""
+    """Rows of the E experts, followed by those of their ghosts if the model can have ghosts."""
     workers: Tensor
     n_experts: int
 
     @property
     def experts(self) -> Tensor:
-        """Rows by expert [L, E], a ghost's among its expert's."""
-        return by_expert(self.members, self.n_experts)
+        """Rows by expert [L, E]. Rows of a ghost count for its expert."""
+        return by_expert(self.members, self.n_experts) if self.members.numel() else self.members
 
     def __add__(self, other: RoutingLoad) -> RoutingLoad:
+        """Return the sum by level. A model that was folded between the two has other levels, and other members."""
+        same = self.members.shape == other.members.shape
+        members = (self.members, other.members) if same else (self.experts, other.experts)
         return RoutingLoad(
-            self.clusters + other.clusters, self.members + other.members, self.workers + other.workers, self.n_experts
+            _sum(self.clusters, other.clusters), _sum(*members), _sum(self.workers, other.workers), other.n_experts
         )
 
-    def measures(self, of: Callable[[np.ndarray], float]) -> dict[str, float | None]:
+    def measures(self, measure: Callable[[np.ndarray], float]) -> dict[str, float | None]:
+        """Return `measure` of the rows of each level, None for an empty level."""
         levels = {"experts": self.experts, "clusters": self.clusters, "workers": self.workers}
-        return {name: of(counts.numpy()) if counts.numel() else None for name, counts in levels.items()}
-
-    @staticmethod
-    def shares(counts: Tensor) -> list[list[float]]:
-        return (counts / counts.sum(-1, keepdim=True).clamp(min=1)).tolist() if counts.numel() else []
+        return {name: measure(counts.numpy()) if counts.numel() else None for name, counts in levels.items()}
 
 
-class Window:
-    """What happened since the last train record."""
+def _sum(a: Tensor, b: Tensor) -> Tensor:
+    return a + b if a.numel() and b.numel() else a if a.numel() else b
 
-    def __init__(self) -> None:
-        self.steps = self.tokens = 0
-        self.seconds = 0.0
-        self.losses: list[float] = []
-        self.norm = 0.0
-        self.sent_bytes = 0.0
-        self.compute_s = 0.0
-        """Of this rank's own, between collectives."""
-        self.grains = 0
-        """That this rank had."""
-        self.tokens_hash = 0
-        self.load = RoutingLoad(torch.zeros(0), torch.zeros(0), torch.zeros(0), 1)
 
-    def add(
-        self,
-        loss: float | None,
-        norm: float,
-        load: RoutingLoad,
-        sent_bytes: float,
-        tokens: int,
-        seconds: float,
-        tokens_hash: int,
-    ) -> None:
-        self.steps += 1
-        self.tokens_hash += tokens_hash
-        self.seconds += seconds
-        self.tokens += tokens
-        self.norm = norm
-        self.sent_bytes += sent_bytes
-        if loss is not None:
-            self.losses.append(loss)
-        first = self.steps == 1
-        self.load = load if first else self.load + load
-
-    @property
-    def mean_loss(self) -> float:
-        return sum(self.losses) / len(self.losses) if self.losses else float("nan")
+def shares(counts: Tensor) -> list[list[float]]:
+    """Return each count as a share of its layer's sum; an empty list for an empty level."""
+    return (counts / counts.sum(-1, keepdim=True).clamp(min=1)).tolist() if counts.numel() else []

@@ -1,4 +1,4 @@
-"""Which workers are slow: those that compute long by themselves, not those that wait for them."""
+"""Stragglers: workers whose own compute time is long. Time spent waiting for other workers does not count."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from collections.abc import Sequence
 from statistics import median
 
 SLOW = 2.0
-"""Times what others need, from which a worker is named as slow."""
+"""Ratio to the median of the other workers at which a worker is a straggler."""
 REPORTS = 2
-"""Train records in a row in which it must be."""
+"""Consecutive train records with at least that ratio, after which the worker is reported."""
 
 
 def ratios(compute: Sequence[float], grains: Sequence[float]) -> list[float | None]:
-    """Each worker's own compute time for a grain, of the median of the others'.
+    """Return each worker's compute time per grain, divided by the median of the others.
 
-    compute: seconds, or any unit. None for a worker that had no grains, or has no other one to be compared with.
+    compute: time by worker, in any unit. None for a worker without grains, or without others to compare with.
     """
     each = {rank: time / n for rank, (time, n) in enumerate(zip(compute, grains, strict=True)) if n}
     found: list[float | None] = [None] * len(compute)
@@ -26,12 +26,15 @@ def ratios(compute: Sequence[float], grains: Sequence[float]) -> list[float | No
 
 
 class Stragglers:
-    """Remembers who was slow, so that each is named once."""
+    """Reports each straggler once, until it has been as fast as the others again."""
 
     def __init__(self) -> None:
-        self._times: dict[int, int] = {}
+        self._records: dict[int, int] = {}
+        """Consecutive records by slow worker."""
 
-    def named(self, found: Sequence[float | None]) -> list[int]:
-        """The workers that are slow now, have been for `REPORTS` records, and had not been before."""
-        self._times = {rank: self._times.get(rank, 0) + 1 for rank, ratio in enumerate(found) if (ratio or 0) >= SLOW}
-        return [rank for rank, times in self._times.items() if times == REPORTS]
+    def update(self, found: Sequence[float | None]) -> list[int]:
+        """Add the ratios of one train record. Return the workers that are stragglers from this record on."""
+        self._records = {
+            rank: self._records.get(rank, 0) + 1 for rank, ratio in enumerate(found) if (ratio or 0) >= SLOW
+        }
+        return [rank for rank, records in self._records.items() if records == REPORTS]

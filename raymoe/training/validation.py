@@ -1,17 +1,21 @@
-"""Loss on held-out windows while a run trains: by domain, and on a few windows as a probe."""
+"""Validation during training: the loss by domain, and a probe on a few windows."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from raymoe.evaluation import load_cv, load_max_vio
 from raymoe.model.loss import linear_cross_entropy
 from raymoe.model.observation import Loads, Observation
 from raymoe.model.transformer import Transformer
 from raymoe.training.grains import Grains
+from raymoe.training.load import RoutingLoad
 
 PROBE_WINDOWS = 4
 """Few, so that the three probes of a plan cost less than a step."""
@@ -72,6 +76,16 @@ def clusters_by_domain(choice_TP: Tensor, domain_B: Tensor, mask_BS: Tensor, n_d
     domain_N = domain_B[:, None].expand(mask_BS.shape)[mask_BS]
     pair_NP = domain_N[:, None] * n_clusters + choice_TP[mask_BS.flatten()]
     return torch.bincount(pair_NP.flatten(), minlength=n_domains * n_clusters).view(n_domains, n_clusters)
+
+
+def validation_record(found: Validation, load: RoutingLoad) -> dict[str, Any]:
+    """Return the fields of a validation record."""
+    return {
+        **vars(found),
+        "perplexity": math.exp(min(found.loss, 700.0)),
+        "load_cv": load.measures(load_cv),
+        "load_max_vio": load.measures(load_max_vio),
+    }
 
 
 def probe(model: Transformer, grains: Grains) -> float:

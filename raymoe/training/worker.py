@@ -46,7 +46,8 @@ class WorkerJob:
 def train_worker(loop_config: dict[str, Any]) -> dict[str, Any]:
     """Train on one worker to the last step or to an orderly stop. Collective.
 
-    Returns the outcome of `Trainer.train`, or `{"unshared": reason}` if a worker cannot read the run's folder.
+    Returns the outcome of `Trainer.train`, `{"unshared": reason}` if a worker cannot read the run's folder, or
+    `{"unrecoverable": reason}` if the run must not restart.
     """
     job: WorkerJob = loop_config["job"]
     config, run = from_dict(job.config), Path(job.run)
@@ -57,12 +58,13 @@ def train_worker(loop_config: dict[str, Any]) -> dict[str, Any]:
     context = ray.train.get_context()
     torch.set_num_threads(threads(config, context.get_local_world_size()))
     metrics = export_metrics(config, run, context.get_world_rank())
-    trainer = Trainer(config, Corpus.open(job.corpus), run, metrics, get_device(), clusterer_client(config, job))
     try:
+        trainer = Trainer(config, Corpus.open(job.corpus), run, metrics, get_device(), clusterer_client(config, job))
         return trainer.train()
-    except Unrecoverable as error:
-        record_unrecoverable(run, error)
-        raise
+    except Unrecoverable as error:  # returned, because a full disk may not even take the record
+        with contextlib.suppress(OSError):
+            record_unrecoverable(run, error)
+        return {"unrecoverable": str(error)}
 
 
 def unshared(job: WorkerJob, node: str, timeout_s: float = SHARED_TIMEOUT_S) -> str:

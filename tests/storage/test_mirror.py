@@ -168,7 +168,7 @@ def test_a_checkpoint_stays_until_a_slow_store_has_it(tmp_path: Path, monkeypatc
         real_push(self, run, step, keep)
 
     def step(self: Trainer, number: int) -> Any:
-        self.checkpoints.finish()
+        self.checkpoints.writer.wait()
         if number == 11:  # by now the newest two are of steps far beyond 5
             gate.set()
         return real_step(self, number)

@@ -11,6 +11,8 @@ class Synthetic:
     """Each domain walks its own way through the vocabulary, so that there is something to learn."""
 
     domains = ("up", "down")
+    fingerprint = "synthetic"
+    tokenizer_fingerprint = "synthetic"
 
     def __init__(self, vocabulary: int) -> None:
         self.vocabulary = vocabulary

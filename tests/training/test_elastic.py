@@ -92,10 +92,10 @@ def test_a_resize_waits_for_the_checkpoint_that_it_asks_for(tmp_path: Path) -> N
     assert request.exists()
 
 
-def trainer(folder: Path, *changes: str) -> Trainer:
+def trainer(folder: Path, *changes: str, **options: Any) -> Trainer:
     config = override(preset("tiny"), [*QUICK, *changes])
     metrics = TrainingMetrics(CollectorRegistry(), run="test", worker="0")
-    return Trainer(config, Synthetic(31), folder, metrics, torch.device("cpu"))  # type: ignore[arg-type]
+    return Trainer(config, Synthetic(31), folder, metrics, torch.device("cpu"), **options)  # type: ignore[arg-type]
 
 
 def test_the_workers_answer_a_request_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,17 +114,17 @@ def test_the_workers_answer_a_request_once(tmp_path: Path, monkeypatch: pytest.M
 
 def test_checkpoints_keep_the_loss_within_its_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = SimpleNamespace(now=100.0)
-    fake = SimpleNamespace(monotonic=lambda: clock.now, perf_counter=lambda: clock.now)
-    monkeypatch.setattr("raymoe.training.state.time", fake)
+    fake = SimpleNamespace(monotonic=lambda: clock.now, sleep=None)
+    one = trainer(tmp_path, "checkpoint.max_loss_s=5", clock=fake)
     real = Trainer.forward_backward
 
     def slow(self: Trainer, step: int) -> Any:
         clock.now += 1.0
-        self.checkpoints.finish()  # in these seconds the file is written
+        self.checkpoints.writer.wait()  # in these seconds the file is written
         return real(self, step)
 
     monkeypatch.setattr(Trainer, "forward_backward", slow)
-    trainer(tmp_path, "checkpoint.max_loss_s=5").train()
+    one.train()
     sealed = [r["checkpoint"] for r in records(tmp_path, "event") if r["name"] == "checkpoint_completed"]
     # Sealed two steps after it begins: the next begins 3 s after the last, so that at its seal 5 s would have been lost.
     assert sealed == [5, 8, 11, 12]
@@ -275,8 +275,7 @@ def continued_alone(run: Path, at: int, folder: Path) -> list[float]:
     )  # fmt: skip
     for _ in range(min(20, STEPS - at)):
         trainer.train_step()
-        trainer.report(trainer.window)
-        trainer.window = type(trainer.window)()
+        trainer.record_window()
     return [r["loss"] for r in records(folder, "train")]
 
 

@@ -222,7 +222,7 @@ def test_slowness_is_of_the_others_median(
 
 def test_a_worker_is_named_once_until_it_was_as_fast_as_others() -> None:
     slow = Stragglers()
-    seen = [slow.named([1.0, ratio]) for ratio in (3, 3, 3, 1, 3, None, 2, 2, 2)]
+    seen = [slow.update([1.0, ratio]) for ratio in (3, 3, 3, 1, 3, None, 2, 2, 2)]
     assert seen == [[], [1], [], [], [], [], [], [1], []]
 
 
@@ -265,7 +265,7 @@ def test_a_disk_that_is_slow_to_seal_a_checkpoint_holds_up_no_step(
         return real_manifest(*arguments, **named)
 
     monkeypatch.setattr(Trainer, "forward_backward", step)
-    monkeypatch.setattr("raymoe.training.state.write_manifest", manifest)
+    monkeypatch.setattr("raymoe.training.checkpointing.write_manifest", manifest)
     train(0, 1, str(tmp_path), ("train.steps=20",))
     assert [r["checkpoint"] for r in records(tmp_path, "event") if r["name"] == "checkpoint_completed"] == [10, 20]
 
@@ -296,7 +296,7 @@ def test_a_run_whose_checkpoints_are_lost_does_not_begin_anew(harm: str, tmp_pat
     for shard in tmp_path.glob("checkpoints/*/*.safetensors"):
         shard.write_bytes(b"x")
     with pytest.raises(
-        LostCheckpoints, match=r"completed one of step 12: bring the folder back and resume, or start a new"
+        LostCheckpoints, match=r"completed the checkpoint of step 12: bring the folder back and resume, or start a new"
     ):
         train(0, 1, str(tmp_path), ("train.steps=14",))
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
@@ -321,7 +321,7 @@ def test_what_a_run_resumed_from_is_missed_too(tmp_path: Path, monkeypatch: pyte
             train(0, 1, str(tmp_path), ("train.steps=20",))
     assert not [r for r in records(tmp_path, "event") if r["name"] == "checkpoint_completed"]
     (tmp_path / "checkpoints").rename(tmp_path / "away")
-    with pytest.raises(LostCheckpoints, match="completed one of step 10"):
+    with pytest.raises(LostCheckpoints, match="completed the checkpoint of step 10"):
         train(0, 1, str(tmp_path), ("train.steps=20",))
 
 
@@ -339,13 +339,6 @@ def test_old_checkpoints_that_cannot_be_removed_do_not_spoil_a_new_one(
         30,
         40,
     ]
-
-
-def test_a_run_whose_last_checkpoint_cannot_be_written_has_failed(tmp_path: Path) -> None:
-    (tmp_path / "checkpoints").write_text("a file where the folder should be")
-    with pytest.raises(OSError, match=r"the checkpoint of step 12 could not be written under .*resume"):
-        train(0, 1, str(tmp_path), ("train.steps=12",))
-    assert len(losses(tmp_path)) == 12  # it trained while it could
 
 
 def test_a_journal_on_a_full_disk_loses_no_record_and_tears_no_line(tmp_path: Path, capsys: Any) -> None:

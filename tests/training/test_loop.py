@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry
 from raymoe.config import Config, override, preset
 from raymoe.metrics import TrainingMetrics
 from raymoe.storage.checkpoint import newest
-from raymoe.training.loop import SKIPS_IN_A_ROW, Trainer
+from raymoe.training.loop import MAX_SKIPPED, Trainer
 from raymoe.training.optimizer import decays, learning_rate
 from raymoe.training.progress import describe
 from tests.support import processes
@@ -32,11 +32,13 @@ def config(*changes: str) -> Config:
     return override(preset("tiny"), [*SMALL, *changes])
 
 
-def train(rank: int, world: int, run: str, changes: tuple[str, ...]) -> dict[str, Any]:
-    """A run's trainer from wherever `run` stands to its last step; what this rank then holds."""
+def train(rank: int, world: int, run: str, changes: tuple[str, ...], **options: Any) -> dict[str, Any]:
+    """Train from the newest checkpoint of `run` to the last step. Return the outcome and this rank's tensors."""
     metrics = TrainingMetrics(CollectorRegistry(), run="test", worker=str(rank))
     settings = config(*changes)
-    trainer = Trainer(settings, Synthetic(settings.model.vocabulary), Path(run), metrics, torch.device("cpu"))  # type: ignore[arg-type]
+    trainer = Trainer(
+        settings, Synthetic(settings.model.vocabulary), Path(run), metrics, torch.device("cpu"), **options
+    )  # type: ignore[arg-type]
     outcome = trainer.train()
     held = trainer.model.logical() | trainer.optimizer.logical()
     return {"held": {k: v.clone() for k, v in held.items()}, **outcome}
@@ -235,7 +237,7 @@ def test_a_step_without_a_finite_loss_is_skipped_and_counted(tmp_path: Path, mon
     assert records(tmp_path, "train")[-1]["skipped_steps"] == 2
     assert all(v.isfinite().all() for v in outcome["held"].values())
     monkeypatch.setattr(Trainer, "forward_backward", lambda self, step: (float("nan"), *real(self, step)[1:]))
-    with pytest.raises(FloatingPointError, match=f"{SKIPS_IN_A_ROW} steps in a row"):
+    with pytest.raises(FloatingPointError, match=f"{MAX_SKIPPED} steps in a row"):
         (tmp_path / "lost").mkdir()
         train(0, 1, str(tmp_path / "lost"), ())
 

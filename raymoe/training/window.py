@@ -1,0 +1,82 @@
+"""Measurements between two train records, and the record made of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import psutil
+import torch
+
+from raymoe.evaluation import load_cv, load_max_vio
+from raymoe.training.load import RoutingLoad, shares
+from raymoe.training.step_report import rank_and_world, sum_over_ranks
+from raymoe.training.stragglers import ratios
+
+
+@dataclass
+class Window:
+    """Measurements since the last train record. Sums over ranks, except `compute_s` and `grains`."""
+
+    steps: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    losses: list[float] = field(default_factory=list)
+    """Losses of steps that were not skipped."""
+    grad_norm: float = 0.0
+    sent_bytes: float = 0.0
+    tokens_hash: int = 0
+    load: RoutingLoad | None = None
+    compute_s: float = 0.0
+    """Compute time of this rank, without collectives."""
+    grains: int = 0
+    """Grains of this rank."""
+
+    def add(
+        self, *, loss: float, finite: bool, grad_norm: float, load: RoutingLoad, sent_bytes: float, tokens: int,
+        seconds: float, tokens_hash: int,
+    ) -> None:  # fmt: skip
+        """Add one step."""
+        self.steps += 1
+        self.tokens += tokens
+        self.seconds += seconds
+        self.grad_norm = grad_norm
+        self.sent_bytes += sent_bytes
+        self.tokens_hash += tokens_hash
+        self.load = load if self.load is None else self.load + load
+        if finite:
+            self.losses.append(loss)
+
+    @property
+    def mean_loss(self) -> float:
+        return sum(self.losses) / len(self.losses) if self.losses else math.nan
+
+    def record(self, device: torch.device) -> dict[str, Any]:
+        """Return the fields of a train record that this window measured. Collective."""
+        assert self.load is not None
+        rss, compute, grains = _by_worker((psutil.Process().memory_info().rss, self.compute_s, self.grains), device)
+        return {
+            "loss": self.mean_loss,
+            "grad_norm": self.grad_norm,
+            "tokens_per_s": self.tokens / self.seconds,
+            "step_ms": 1000 * self.seconds / self.steps,
+            "load_cv": self.load.measures(load_cv),
+            "load_max_vio": self.load.measures(load_max_vio),
+            "a2a_bytes_per_token": self.sent_bytes / self.tokens,
+            "tokens_hash": self.tokens_hash,
+            "rss_mb": [round(b / 2**20, 1) for b in rss],
+            "compute_ms": [round(1000 * s / self.steps, 3) for s in compute],
+            "slowness": ratios(compute, grains),
+            "load_experts": shares(self.load.experts),
+            "load_clusters": shares(self.load.clusters),
+        }
+
+
+def _by_worker(own: Sequence[float], device: torch.device) -> list[list[float]]:
+    """Return each of this rank's numbers as a list by rank. Collective."""
+    rank, world = rank_and_world()
+    numbers = torch.zeros(len(own), world, dtype=torch.float64)
+    numbers[:, rank] = torch.tensor(own, dtype=torch.float64)
+    return sum_over_ranks(numbers, device).tolist()
