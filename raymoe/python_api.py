@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from raymoe.config import Config, default_root, parse_yaml, preset, to_yaml
+from raymoe.config import Config, default_root, parse_yaml, preset
 from raymoe.storage.run_folder import RunFolder, find_artifact, read_records
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def train(config: str | Config = "small", *overrides: str) -> Run:
     from raymoe.training.resolve import resolve
 
     if isinstance(config, Config):
-        name, fields = parse_yaml(to_yaml(config))
+        name, fields = parse_yaml(config.to_yaml())
         resolved = resolve(preset(name), [*fields, *overrides])
     else:
         resolved = resolve(preset(config), list(overrides))

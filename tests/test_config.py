@@ -24,7 +24,6 @@ from raymoe.config import (
     override,
     preset,
     repeatable_yaml,
-    to_yaml,
 )
 from raymoe.config.overrides import KEYS, hints
 
@@ -163,7 +162,7 @@ def test_yaml_is_the_inverse_of_to_yaml(assignments: tuple[str, ...]) -> None:
     except ValueError:
         return  # the values do not fit each other
     event("accepted")
-    assert from_yaml(to_yaml(config)) == config
+    assert from_yaml(config.to_yaml()) == config
     repeated = from_yaml(repeatable_yaml(config))
     assert (repeated.run.name, repeated.train.resume) == ("", "")
     assert (repeated.model, repeated.data, repeated.regroup) == (config.model, config.data, config.regroup)
@@ -183,7 +182,7 @@ def test_yaml_is_the_inverse_of_to_yaml(assignments: tuple[str, ...]) -> None:
 )
 def test_yaml_keeps_values_that_yaml_reads_as_something_else(item: str) -> None:
     config = override(preset("tiny"), [item])
-    assert from_yaml(to_yaml(config)) == config
+    assert from_yaml(config.to_yaml()) == config
 
 
 def test_yaml_scalars_are_read_by_the_type_of_their_field() -> None:

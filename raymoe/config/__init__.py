@@ -19,10 +19,10 @@ from raymoe.config.sections import (
     RunSection,
     TrainSection,
 )
-from raymoe.config.yaml_text import LARGEST_YAML, from_yaml, parse_yaml, repeatable_yaml, to_yaml
+from raymoe.config.yaml_text import LARGEST_YAML, from_yaml, parse_yaml, repeatable_yaml
 
 __all__ = [
     "LARGEST_YAML", "PRESETS", "SECTIONS", "CheckpointSection", "Config", "DataSection", "ModelSection",
     "RegroupSection", "RunSection", "TrainSection", "check_field", "default_root", "describe", "expand", "from_dict",
-    "from_yaml", "hint", "override", "parse_yaml", "preset", "repeatable_yaml", "to_yaml",
+    "from_yaml", "hint", "override", "parse_yaml", "preset", "repeatable_yaml",
 ]  # fmt: skip

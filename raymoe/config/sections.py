@@ -7,6 +7,8 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import yaml
+
 from raymoe.config.checks import check_positive, require
 from raymoe.config.home import default_root
 
@@ -333,6 +335,10 @@ class Config:
     def to_dict(self) -> dict[str, Any]:
         """Return the config as JSON values, which `from_dict` reads."""
         return dataclasses.asdict(self)
+
+    def to_yaml(self) -> str:
+        """Return the config as YAML text, which `from_yaml` reads."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, width=1000)
 
     @property
     def regroups(self) -> bool:

@@ -31,18 +31,13 @@ DEPTH = 8
 NULL = "tag:yaml.org,2002:null"
 
 
-def to_yaml(config: Config) -> str:
-    """Return `config` as YAML text that `from_yaml` reads."""
-    return yaml.safe_dump(config.to_dict(), sort_keys=False, width=1000)
-
-
 def repeatable_yaml(config: Config) -> str:
     """Return YAML text that starts the same run again, under a new name.
 
     `run.name` and `train.resume` are empty: the folder of the first run exists already.
     """
     again = replace(config, run=replace(config.run, name=""), train=replace(config.train, resume=""))
-    return f"# Repeat the run: raymoe train --config THIS_FILE run.name=NEW_NAME\n{to_yaml(again)}"
+    return f"# Repeat this run under a new name: raymoe train --config FILE\n{again.to_yaml()}"
 
 
 def from_yaml(text: str) -> Config:

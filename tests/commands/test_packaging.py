@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import tomllib
 
@@ -9,6 +10,7 @@ import yaml
 
 import raymoe
 from raymoe.serving.default_config import default_config
+from tests.support.notebook import EXAMPLES, code_of_examples
 from tests.support.paths import REPO_ROOT
 
 PROJECT = tomllib.loads((REPO_ROOT / "pyproject.toml").read_text())
@@ -44,3 +46,10 @@ def test_every_file_that_is_not_python_is_package_data() -> None:
         package = ".".join(file.parent.relative_to(REPO_ROOT).parts)
         assert any(file.match(pattern) for pattern in data.get(package, [])), file
     assert files
+
+
+def test_the_page_of_examples_compiles_and_has_no_outputs() -> None:
+    """The wheel's test runs the page."""
+    compile(code_of_examples(), str(EXAMPLES), "exec")
+    cells = json.loads(EXAMPLES.read_text())["cells"]
+    assert all(not cell["outputs"] for cell in cells if cell["cell_type"] == "code")
