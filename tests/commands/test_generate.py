@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pwd
 import shutil
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 
 import raymoe
 from raymoe.commands.generate import main
+from raymoe.serving.engine import native
 from raymoe.serving.http.prompts import check_context
 from raymoe.serving.local_model import LocalModel
 from tests.support.served import artifact
@@ -84,3 +86,16 @@ def test_a_missing_or_damaged_artifact_is_refused(
     assert main([str(damaged), "a"], "raymoe generate") == 2
     with pytest.raises(ValueError, match="precision='half' is not allowed"):
         raymoe.load(str(folder), precision="half")  # type: ignore[operator]
+
+
+def test_a_user_without_a_home_computes_without_native_kernels(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def unknown(uid: int) -> None:
+        raise KeyError(uid)
+
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    assert native._library.__wrapped__("cc") is None
+    assert "no native kernels (Could not determine home directory.)" in caplog.text

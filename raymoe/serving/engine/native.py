@@ -62,7 +62,7 @@ def kernel_name() -> str:
 def _library(compiler: str) -> CDLL | None:
     try:
         return _load(_built(compiler))
-    except (OSError, subprocess.SubprocessError) as error:
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: no home directory
         log.warning("no native kernels (%s): torch's operators are used, which is about 2.5 times slower", error)
         return None
 
