@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from raymoe.config import ModelSection
 from raymoe.model.dispatch import LocalDispatch
-from raymoe.model.expert_math import Pairs, bucket, spans
+from raymoe.model.expert_math import ClusteredFFN, Pairs, bucket, spans
 from raymoe.model.experts import ClusteredExperts, FlatExperts
 from raymoe.model.observation import LayerObservation
 from tests.support import plain
@@ -163,3 +163,27 @@ def test_buckets_are_few_and_waste_little() -> None:
     sizes = {bucket(n, x) for n in range(1, 4097)}
     assert len(sizes) < 80 and all(n <= bucket(n, x) <= max(8, n * 1.13 + 8) for n in range(1, 4097))
     assert bucket(77, torch.zeros(1)) == 77
+
+
+def test_gates_of_bfloat16_rows_have_gradients_summed_in_float32() -> None:
+    """The gradient of a gate is a sum over D and W: its error is that of bfloat16 products, not of a bfloat16 sum."""
+    torch.manual_seed(0)
+    d, f, w, rows = 256, 512, 8, 24
+    x_RD = torch.randn(rows, d)
+    gate_RK = torch.rand(rows, 2, requires_grad=True)
+    expert_RK = torch.stack([torch.randperm(4)[:2] for _ in range(rows)])
+    shapes = [(1, d, f), (1, d, f), (1, f, d), (4, d, w), (4, w, f), (4, d, w), (4, w, f), (4, f, w), (4, w, d)]
+    weights = [torch.randn(shape) * shape[1] ** -0.5 for shape in shapes]
+    dy_RD = torch.randn(rows, d)
+
+    def gradient(dtype: torch.dtype) -> torch.Tensor:
+        # The same bfloat16 values in both types.
+        x, values = x_RD.bfloat16().to(dtype), [weight.bfloat16().to(dtype) for weight in weights]
+        y = ClusteredFFN.apply(x, [(0, rows)], [Pairs(expert_RK, 4, x)], [(0, 4)], gate_RK, *values)
+        (grad_RK,) = torch.autograd.grad(y, gate_RK, dy_RD.bfloat16().to(dtype))
+        assert grad_RK.dtype == torch.float32
+        return grad_RK
+
+    exact, rough = gradient(torch.float64), gradient(torch.bfloat16)
+    assert (rough - exact).norm() < 0.01 * exact.norm()
+    assert (rough != rough.bfloat16()).float().mean() > 0.9  # not rounded to bfloat16

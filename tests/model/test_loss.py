@@ -32,3 +32,18 @@ def test_bfloat16_products_keep_a_float32_softmax() -> None:
     assert loss.dtype == torch.float32
     exact = F.cross_entropy(hidden @ weight.t(), target, reduction="sum")
     assert abs(loss - exact) / exact < 5e-3
+
+
+def test_the_softmax_of_bfloat16_products_is_float32() -> None:
+    """On the same bfloat16 logits the loss equals float64's to float32 rounding; a bfloat16 softmax is off by 1e-3."""
+    generator = torch.Generator().manual_seed(0)
+    hidden_TD = torch.randn(64, 32, generator=generator).bfloat16().float()
+    weight_VD = torch.randn(300, 32, generator=generator).bfloat16().float()
+    target_T = torch.randint(300, (64,), generator=generator)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = linear_cross_entropy(hidden_TD, weight_VD, target_T)
+    logits_TV = (hidden_TD.bfloat16() @ weight_VD.bfloat16().t()).double()
+    exact = F.cross_entropy(logits_TV, target_T, reduction="sum")
+    assert abs(loss.double() - exact) / exact < 1e-6
+    rough = F.cross_entropy(logits_TV.bfloat16(), target_T, reduction="none").double().sum()
+    assert abs(rough - exact) / exact > 1e-5

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from raymoe.config import ModelSection
 from raymoe.model.dispatch import LocalDispatch
-from raymoe.model.experts import ClusteredExperts
+from raymoe.model.experts import ClusteredExperts, Member
 from raymoe.model.router import auxiliary_loss, move_bias, route
 
 
@@ -76,3 +76,40 @@ def test_auxiliary_loss_is_least_when_balanced() -> None:
     balanced = torch.eye(4).repeat(3, 1) * 5
     assert value(balanced) == pytest.approx(12.0)  # rows · 1
     assert value(torch.eye(4)[:1].repeat(12, 1) * 5) > 40
+
+
+def test_a_step_of_the_bias_is_clamped_to_the_rate() -> None:
+    """One group has the whole load: its relative surplus is 3, the step is the rate; the others rise by the rate."""
+    bias = torch.zeros(4)
+    move_bias(bias, torch.tensor([400, 0, 0, 0]), 0.1)
+    torch.testing.assert_close(bias, torch.tensor([-0.15, 0.05, 0.05, 0.05]))  # -0.1 and +0.1, mean removed
+    bias = torch.zeros(2)
+    move_bias(bias, torch.tensor([110, 90]), 0.1)
+    torch.testing.assert_close(bias, torch.tensor([-0.01, 0.01]))  # below the clamp: in proportion
+
+
+def test_shares_change_the_load_at_which_a_bias_rests() -> None:
+    bias = torch.zeros(3)
+    move_bias(bias, torch.tensor([40, 40, 20]), 0.1, torch.tensor([1.0, 1.0, 0.5]))
+    assert torch.equal(bias, torch.zeros(3))
+    move_bias(bias, torch.tensor([40, 40, 20]), 0.1)
+    assert bias[2] > 0 > bias[0]
+
+
+def test_a_ghost_and_its_expert_share_one_load_while_they_move() -> None:
+    """At progress 0.25 a moving expert rests at a quarter of an even load and its ghost at three quarters."""
+    model = ModelSection(
+        layers=1, d_model=6, heads=1, kv_heads=1, d_expert=4, n_experts=6, n_clusters=2, experts_per_token=1,
+        residual_width=2,
+    )  # fmt: skip
+    layer = ClusteredExperts(model, [1, 0, 0, 1, 1, 1], LocalDispatch(2), ghosts={0: 0})
+    layer.set_progress(0.25)
+    shares = dict(zip(layer.local_members, layer.share_e.tolist(), strict=True))
+    assert shares[Member(0)] == 0.25 and shares[Member(0, ghost=True)] == 0.75 and shares[Member(1)] == 1.0
+    load = torch.tensor([100, 400, 400, 400, 400, 400] + [300, 0, 0, 0, 0, 0])  # experts, then ghosts: all at rest
+    layer.balance(torch.tensor([1100, 1300]), load, 0.1)
+    torch.testing.assert_close(layer.expert_bias, torch.zeros(7))
+    load[6] = 400  # the ghost has an even load: too much for three quarters
+    layer.balance(torch.tensor([1100, 1300]), load, 0.1)
+    bias = dict(zip(layer.local_members, layer.expert_bias.tolist(), strict=True))
+    assert bias[Member(0, ghost=True)] < 0 < bias[Member(1)] and bias[Member(0)] == 0

@@ -88,3 +88,38 @@ def test_initial_weights_are_sane() -> None:
     assert abs(loss.item() - torch.tensor(2048.0).log().item()) < 0.3
     experts = transformer.logical()
     assert not torch.equal(experts["layers.0.experts.0.gate_in"], experts["layers.0.experts.1.gate_in"])
+
+
+def test_initialization_law() -> None:
+    """Each leaf has the size of its law: 1/√fan-in, less for writers to the residual stream, 0.3 for residuals."""
+    model = replace(MODEL, d_model=64, d_expert=96, heads=4, residual_width=8, vocabulary=400)
+    quieter = (2 * model.layers) ** -0.5
+    d, f, w = 64**-0.5, 96**-0.5, 8**-0.5
+    laws = {
+        "embedding": 0.02, "query": d, "key": d, "value": d, "output": d * quieter,
+        "base_gate": d, "base_up": d, "base_down": f * quieter,
+        "gate_in": d, "up_in": d, "down_in": f, "gate_out": 0.3 * w, "up_out": 0.3 * w, "down_out": 0.3 * w * quieter,
+        "router": 0.02, "weight": 0.02,
+    }  # fmt: skip
+    found: dict[str, list[torch.Tensor]] = {}
+    for key, view in build(model).logical().items():
+        leaf = key.rsplit(".", 1)[-1]
+        if leaf.endswith("norm"):
+            assert (view == 1).all(), key
+        elif leaf == "bias":
+            assert (view == 0).all(), key
+        else:
+            found.setdefault(leaf, []).append(view.flatten())
+    assert found.keys() == laws.keys()
+    for leaf, views in found.items():
+        values = torch.cat(views)
+        assert values.std().item() == pytest.approx(laws[leaf], rel=5 / len(values) ** 0.5), leaf
+        assert abs(values.mean().item()) < 5 * laws[leaf] / len(values) ** 0.5, leaf
+
+
+@pytest.mark.parametrize("name", ["gate", "up", "down"])
+def test_a_residual_starts_at_three_tenths_of_its_base(name: str) -> None:
+    experts = build(replace(MODEL, d_model=64, d_expert=96, heads=4, residual_width=8)).logical()
+    base = experts[f"layers.0.clusters.0.base_{name}"]
+    residual = experts[f"layers.0.experts.0.{name}_in"] @ experts[f"layers.0.experts.0.{name}_out"]
+    assert residual.norm() / base.norm() == pytest.approx(0.3, rel=0.15)
