@@ -1,4 +1,4 @@
-"""What regrouping costs and does: the names `remap` and `regroup` of `jobs/benchmark.py`, which is the command."""
+"""Cost and effect of regrouping: the benchmarks `remap` and `regroup` of `jobs/benchmark.py`."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ from raymoe.parallel.local import gloo, total
 from raymoe.parallel.remap import Membership, moved
 from raymoe.parallel.remap import remap as change
 from raymoe.storage.checkpoint import newest
+from raymoe.storage.run_folder import read_records
 from raymoe.training.loop import Trainer
 from raymoe.training.regroup.clients import ClustererClient, DirectClient, ReplayClient
 from raymoe.training.regroup.clusterer import Clusterer, ClustererStatus, Message
@@ -43,9 +44,9 @@ def say(line: str) -> None:
     print(line, flush=True)
 
 
-def records(file: Path, *what: str, key: str = "name") -> Records:
-    """Records of a run's journal of which `key` is one of `what`."""
-    return [r for r in map(json.loads, file.read_text().splitlines()) if r.get(key) in what]
+def records(file: Path, *values: str, key: str = "name") -> Records:
+    """Return the records of a JSONL file whose `key` is one of `values`."""
+    return [r for r in read_records(file) if r.get(key) in values]
 
 
 def trainer(config: Config, corpus: Any, run: Path, client: ClustererClient | None, rank: int = 0) -> Trainer:
@@ -54,30 +55,34 @@ def trainer(config: Config, corpus: Any, run: Path, client: ClustererClient | No
 
 
 def corpus_for(config: Config, data: str, root: str) -> str:
-    """Prepared token shards: tokenizer and held-out part of seed 0, whatever the seeds of the runs."""
+    """Prepare token shards with the tokenizer and the held-out part of seed 0, for runs of all seeds."""
     return str(prepare(override(config, [f"data.path={data}", f"run.root={root}"])))
 
 
 def in_processes(world: int, work: Callable[..., Any], folder: str, *arguments: Any) -> Any:
-    """What rank 0's `work(rank, *arguments)` returns, in a gloo world of processes with one thread each."""
+    """Run `work(rank, *arguments)` in gloo processes with one thread each; return the result of rank 0."""
     context = multiprocessing.get_context("spawn")
     mine, theirs = context.Pipe(duplex=False)
     store = f"{folder}/store{time.time_ns()}"
-    processes = [context.Process(target=_be, args=(r, world, store, theirs, work, arguments)) for r in range(world)]
+    processes = [
+        context.Process(target=_start_rank, args=(r, world, store, theirs, work, arguments)) for r in range(world)
+    ]
     for process in processes:
         process.start()
     theirs.close()
     try:
         result = mine.recv()
     except EOFError:
-        raise RuntimeError("a process of the benchmark failed: see its traceback above") from None
+        raise RuntimeError("a process of the benchmark failed; see its traceback above") from None
     finally:
         for process in processes:
             process.join()
     return result
 
 
-def _be(rank: int, world: int, store: str, pipe: Any, work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+def _start_rank(
+    rank: int, world: int, store: str, pipe: Any, work: Callable[..., Any], arguments: tuple[Any, ...]
+) -> None:
     torch.set_num_threads(1)
     with gloo(rank, world, store):
         result = work(rank, *arguments)
@@ -86,7 +91,7 @@ def _be(rank: int, world: int, store: str, pipe: Any, work: Callable[..., Any], 
 
 
 def timed(step: Callable[[], Any]) -> float:
-    """Milliseconds of a step that all ranks begin together. A collective."""
+    """Return the milliseconds of a step that all ranks start together. Collective."""
     total(0.0)
     started = time.perf_counter()
     step()
@@ -94,13 +99,13 @@ def timed(step: Callable[[], Any]) -> float:
     return 1000 * (time.perf_counter() - started)
 
 
-# remap: what a forced plan costs.
+# remap: the cost of a forced plan.
 
 PROBE_EVERY = 10
 
 
 def remap(name: str, data: str, seeds: int, warmup: int, steps: int = 200) -> dict[str, Any]:
-    """A forced plan of 4 experts in every layer, against a branch from the same checkpoint without one; 2 processes."""
+    """Compare a forced plan of 4 experts per layer with a branch from the same checkpoint without a plan; 2 processes."""
     result: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="raymoe-remap-") as folder:
         nothing = Path(folder, "none.jsonl")
@@ -139,13 +144,13 @@ def remap(name: str, data: str, seeds: int, warmup: int, steps: int = 200) -> di
             say(f"remap  seed {seed}: probe at apply {row['probe_before']:.4f} -> {row['probe_after']:.4f} ({row['probe_relative']:+.1e}); "
                 f"over {steps} steps against the branch without: mean {row['mean_percent']:+.3f} %, max {row['max_percent']:+.3f} %")  # fmt: skip
             result[f"seed {seed}"] = row
-            for done in (base, *branches.values()):
-                shutil.rmtree(done)
+            for finished in (base, *branches.values()):
+                shutil.rmtree(finished)
     return result
 
 
 def _branch(rank: int, name: str, changes: list[str], run: str, corpus: str, until: int) -> list[float]:
-    """Train from what is in `run` to step `until`, probe on the way, leave a checkpoint: milliseconds of each step."""
+    """Train from the checkpoint in `run` to step `until`, with probes; return the milliseconds of each step."""
     config = override(preset(name), changes)
     client = ReplayClient(Path(config.regroup.replay)) if config.regroup.replay else None
     Path(run).mkdir(exist_ok=True)
@@ -165,7 +170,7 @@ def _branch(rank: int, name: str, changes: list[str], run: str, corpus: str, unt
 
 
 def forced(config: Config, run: Path) -> RemapPlan:
-    """A plan that moves what costs least, up to the cap in every layer, from the statistics in a run's checkpoint."""
+    """Make a forced plan with the cheapest moves of every layer, from the statistics in a run's checkpoint."""
     checkpoint, _ = newest(run / "checkpoints")
     assert checkpoint is not None
     keys = [key for key in checkpoint.keys if key.startswith("statistics.")]
@@ -205,7 +210,7 @@ def _cost(branches: dict[str, Path], step_ms: float, start: int) -> dict[str, An
 
 @torch.no_grad()
 def _exact(config: Config, corpus: str, run: Path, plan: RemapPlan) -> dict[str, float]:
-    """The warmed model in one process, float32: logits before a plan is applied, after, and with the overlap cut short."""
+    """Compare logits before a plan, after it, and without an overlap, in one process with float32."""
     text = Corpus.open(corpus)
     one = trainer(override(config, ["regroup.mode=off"]), text, run, None)
     tokens = torch.from_numpy(text.validation(context=config.model.context, limit=16).tokens)
@@ -230,42 +235,42 @@ def _exact(config: Config, corpus: str, run: Path, plan: RemapPlan) -> dict[str,
     }
 
 
-# regroup, first question: what all of it costs.
+# regroup, first question: the total cost.
 
 
 class Piped:
-    """A client of the benchmark's own: the clusterer in a process beside the workers, reached through queues."""
+    """A client of a clusterer in a process beside the workers, connected by queues."""
 
-    def __init__(self, rank: int, inbox: Any, answers: Any, taken: Any) -> None:
-        self.lost, self._rank, self._inbox, self._answers, self._taken = 0, rank, inbox, answers, taken
-        self._posted, self._asked = 0, False
+    def __init__(self, rank: int, inbox: Any, statuses: Any, taken: Any) -> None:
+        self.lost, self._rank, self._inbox, self._statuses, self._taken = 0, rank, inbox, statuses, taken
+        self._sent, self._is_polling = 0, False
 
     def ready(self) -> bool:
-        return self._taken[self._rank] == self._posted
+        return self._taken[self._rank] == self._sent
 
     def send(self, message: Message) -> None:
-        self._posted += 1
+        self._sent += 1
         self._inbox.put(message)
 
     def poll(self, attempt: int) -> ClustererStatus | None:
-        if not self._asked:
+        if not self._is_polling:
             self._inbox.put(attempt)
-            self._asked = True
+            self._is_polling = True
         try:
-            answer = self._answers.get_nowait()
+            status = self._statuses.get_nowait()
         except queue.Empty:
             return None
-        self._asked = False
-        return answer
+        self._is_polling = False
+        return status
 
     def flush(self) -> None:
-        raise RuntimeError("this client never waits: regroup.mode=async alone")
+        raise RuntimeError("this client does not wait; use regroup.mode=async")
 
     def wait_for_status(self, attempt: int) -> ClustererStatus | None:
-        raise RuntimeError("this client never waits: regroup.mode=async alone")
+        raise RuntimeError("this client does not wait; use regroup.mode=async")
 
 
-def _clusterer(config: dict[str, Any], inbox: Any, answers: Any, taken: Any) -> None:
+def _clusterer(config: dict[str, Any], inbox: Any, statuses: Any, taken: Any) -> None:
     torch.set_num_threads(1)
     clusterer = Clusterer(config)
     while (item := inbox.get()) is not None:
@@ -273,15 +278,15 @@ def _clusterer(config: dict[str, Any], inbox: Any, answers: Any, taken: Any) -> 
             clusterer.observe(item)
             taken[item.rank] += 1
         else:
-            answers.put(clusterer.poll(item))
+            statuses.put(clusterer.poll(item))
 
 
 LEAD = 30
-"""Steps before the first sample at which the overhead's runs begin; all but 10 of them warm up."""
+"""Steps before the first sample at which the runs start. All but the last 10 are warm-up."""
 
 
 def overhead(name: str, data: str, periods: int) -> dict[str, Any]:
-    """Regrouping on and off, step by step in turn, over whole periods of T=100; 2 processes and the clusterer's."""
+    """Alternate steps with and without regrouping over whole periods of T=100; 2 processes and a clusterer."""
     period = 100
     changes = [
         "regroup.mode=async", "regroup.min_gain=0", f"regroup.period={period}", f"regroup.burn_in={period}",
@@ -289,13 +294,13 @@ def overhead(name: str, data: str, periods: int) -> dict[str, Any]:
     ]  # fmt: skip
     config = override(preset(name), changes)
     context = multiprocessing.get_context("spawn")
-    inbox, answers, taken = context.Queue(), context.Queue(), context.Array("q", 2)
-    clusterer = context.Process(target=_clusterer, args=(config.to_dict(), inbox, answers, taken))
+    inbox, statuses, taken = context.Queue(), context.Queue(), context.Array("q", 2)
+    clusterer = context.Process(target=_clusterer, args=(config.to_dict(), inbox, statuses, taken))
     clusterer.start()
     try:
         with tempfile.TemporaryDirectory(prefix="raymoe-overhead-") as folder:
             corpus = corpus_for(config, data, folder)
-            rows = in_processes(2, _alternate, folder, name, changes, folder, corpus, periods, (inbox, answers, taken))
+            rows = in_processes(2, _alternate, folder, name, changes, folder, corpus, periods, (inbox, statuses, taken))
     finally:
         inbox.put(None)
         clusterer.join()
@@ -328,7 +333,7 @@ def overhead(name: str, data: str, periods: int) -> dict[str, Any]:
 def _alternate(
     rank: int, name: str, changes: list[str], folder: str, corpus: str, periods: int, mail: Any
 ) -> list[dict[str, Any]]:
-    """Milliseconds of each step with regrouping and without, and what the step with it did."""
+    """Return the milliseconds of each step with and without regrouping, and the kind of the step."""
     config = override(preset(name), changes)
     period, regroup = config.period, config.regroup
     sides: dict[str, Trainer] = {}
@@ -341,7 +346,7 @@ def _alternate(
     rows: list[dict[str, Any]] = []
     while (step := sides["on"].position.step) < (periods + 1) * period - 10:
         ghosts = any(sides["on"].position.membership.ghosts)
-        order = list(sides.items())[:: 1 if step % 2 else -1]  # each goes first half of the time
+        order = list(sides.items())[:: 1 if step % 2 else -1]  # each side is first in half of the steps
         rows.append({side: timed(one.train_step) for side, one in order} | {"step": step})
         now = any(sides["on"].position.membership.ghosts)
         done = step + 1
@@ -359,11 +364,11 @@ def _alternate(
     return rows[LEAD - 10 :]
 
 
-# regroup, second question: what it does when the mix of domains changes.
+# regroup, second question: the effect when the mix of domains changes.
 
 FIRST = ("legal", "novel")
-"""Domains of the first half where a corpus has them; else the first half of its domains."""
-RIG = (
+"""Domains of the first half if a corpus has them; otherwise the first half of its domains."""
+SHIFT_CHANGES = (
     "model.n_experts=32", "train.lr=4e-3", "train.warmup=50", "train.validate_every=100", "train.validate_windows=256",
     "checkpoint.every=100000", "train.log_every=50", "regroup.period=100", "regroup.burn_in=200",
     "regroup.stats_every=10", "regroup.plan_lag=20", "regroup.overlap=32",
@@ -372,9 +377,9 @@ RIG = (
 
 
 class Shift:
-    """A corpus of which training sees some domains before step `at` and the others from there; validation sees all.
+    """A corpus that trains on some domains before step `at` and on the others from `at`; validation has all domains.
 
-    `at=0`: all domains throughout. As with a corpus, the tokens of a step are a function of (seed, step).
+    With `at=0` training has all domains throughout. The tokens of a step are a function of (seed, step).
     """
 
     def __init__(self, corpus: Corpus, at: int) -> None:
@@ -386,7 +391,7 @@ class Shift:
         self._order = cache(self._order)
 
     def _windows(self, late: bool, context: int) -> np.ndarray:
-        """[windows, 2]: domain and first token of each."""
+        """Return the domain and the first token of each window, [windows, 2]."""
         return np.array([
             (i, start)
             for i, domain in enumerate(self.domains) if domain in self.halves[late]
@@ -409,9 +414,9 @@ class Shift:
 
 
 def shift_run(changes: Sequence[str], corpus: str, at: int, clusterer: type[Clusterer] = Clusterer) -> dict[str, Any]:
-    """One run of one process to its end: the records of its plans and its validation losses."""
+    """Train in one process to the end; return the records of plans and the validation losses."""
     torch.set_num_threads(1)
-    config = override(preset("tiny"), [*RIG, *changes])
+    config = override(preset("tiny"), [*SHIFT_CHANGES, *changes])
     with tempfile.TemporaryDirectory() as folder:
         client = DirectClient(clusterer(config.to_dict())) if config.regroups else None
         trainer(config, Shift(Corpus.open(corpus), at), Path(folder), client).train()
@@ -420,14 +425,14 @@ def shift_run(changes: Sequence[str], corpus: str, at: int, clusterer: type[Clus
     return {"plans": plans, "validation": loss, "final": loss[config.train.steps]}
 
 
-def acts(run: dict[str, Any], at: int, steps: int) -> dict[str, Any]:
-    """What a run's regrouping did before step `at` and from there: counts, and gains expected and seen."""
+def summarize(run: dict[str, Any], at: int, steps: int) -> dict[str, Any]:
+    """Return the counts of plans and the expected and measured gains, before step `at` and after."""
     out: dict[str, Any] = {}
-    seen = {r["version"]: r["gain"] for r in run["plans"] if r["name"] == "gain_measured"}
+    measured = {r["version"]: r["gain"] for r in run["plans"] if r["name"] == "gain_measured"}
     for half, span in (("before", range(at)), ("after", range(at, steps))):
         made = [r["plan"] for r in run["plans"] if r["name"] == "made" and r["plan"]["made_at_step"] in span]
         applied = [r for r in run["plans"] if r["name"] == "applied" and r["plan"]["made_at_step"] in span]
-        pairs = [(r["plan"]["expected_gain"], seen[v]) for r in applied if (v := r["plan"]["version"]) in seen]
+        pairs = [(r["plan"]["expected_gain"], measured[v]) for r in applied if (v := r["plan"]["version"]) in measured]
         out[half] = {
             "made": len(made),
             "applied": len(applied),
@@ -437,15 +442,15 @@ def acts(run: dict[str, Any], at: int, steps: int) -> dict[str, Any]:
             "gains": pairs,
         }
     pairs = out["before"]["gains"] + out["after"]["gains"]
-    out["seen"] = len(pairs)
-    out["seen_positive"] = sum(gain > 0 for _, gain in pairs)
+    out["measured"] = len(pairs)
+    out["measured_positive"] = sum(gain > 0 for _, gain in pairs)
     out["mean_expected"] = statistics.mean(e for e, _ in pairs) if pairs else None
-    out["mean_seen"] = statistics.mean(g for _, g in pairs) if pairs else None
+    out["mean_measured"] = statistics.mean(g for _, g in pairs) if pairs else None
     return out
 
 
 def shift(data: str, seeds: int, steps: int) -> dict[str, Any]:
-    """Does regrouping act when the domains change half-way, and does what it gains last? And where nothing changes?"""
+    """Measure plans and gains when the domains change half-way, and in a control without a change."""
     tasks: dict[str, tuple[list[str], int]] = {}
     sides = {
         "dense start": ["regroup.mode=lockstep", "regroup.start=dense"],
@@ -461,12 +466,12 @@ def shift(data: str, seeds: int, steps: int) -> dict[str, Any]:
     result: dict[str, Any] = {}
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory(prefix="raymoe-shift-") as folder:
-        corpus = corpus_for(override(preset("tiny"), RIG), data, folder)
+        corpus = corpus_for(override(preset("tiny"), SHIFT_CHANGES), data, folder)
         with ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
             futures = {task: pool.submit(shift_run, changes, corpus, at) for task, (changes, at) in tasks.items()}
             for task, future in futures.items():
                 run = future.result()
-                row = {"validation": run["final"], **acts(run, steps // 2, steps)}
+                row = {"validation": run["final"], **summarize(run, steps // 2, steps)}
                 result[task] = row
                 line = f"regroup  {task:32} validation {row['validation']:.4f}"
                 if "off" not in task:
@@ -474,15 +479,15 @@ def shift(data: str, seeds: int, steps: int) -> dict[str, Any]:
                         f"{half}: {row[half]['made']} plans, {row[half]['applied']} applied, {row[half]['moves']} moves, "
                         f"{row[half]['none']} none, {row[half]['refused']} refused" for half in ("before", "after")
                     )  # fmt: skip
-                    line += f"  {halves}  gain seen positive {row['seen_positive']} of {row['seen']}"
-                if row["seen"]:
-                    line += f", mean expected {row['mean_expected']:.4f}, seen {row['mean_seen']:+.4f}"
+                    line += f"  {halves}  measured gain above 0 in {row['measured_positive']} of {row['measured']}"
+                if row["measured"]:
+                    line += f", mean expected {row['mean_expected']:.4f}, measured {row['mean_measured']:+.4f}"
                 say(line)
     return result
 
 
 def regroup(name: str, data: str, seeds: int, steps: int, periods: int, parts: Sequence[str]) -> dict[str, Any]:
-    """Both questions, or one of them."""
+    """Run both questions, or one of them."""
     result: dict[str, Any] = {}
     if "overhead" in parts:
         result["overhead"] = overhead(name, data, periods)

@@ -104,10 +104,10 @@ def versions() -> dict[str, str]:
 
 
 def bytes_per_token(corpus: Corpus, split: str) -> float:
-    """Return the mean size of a token of a split in UTF-8 bytes; 0 for an empty split."""
+    """Return the mean size of a token of a split in UTF-8 bytes; 0 if unknown."""
     parts = corpus.about["splits"][split].values()
     tokens = sum(part["tokens"] for part in parts)
-    return sum(part["bytes"] for part in parts) / tokens if tokens else 0.0
+    return sum(part.get("bytes", 0) for part in parts) / tokens if tokens else 0.0
 
 
 def processor() -> str:

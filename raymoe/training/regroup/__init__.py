@@ -1,1 +1,1 @@
-"""The workers' side of regrouping and the clustering actor: messages, and application of plans."""
+"""Regrouping in training: the clusterer, its clients, the recorder of statistics, and the application of plans."""

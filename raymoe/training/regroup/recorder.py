@@ -1,7 +1,7 @@
-"""What a worker sees of its experts, as statistics that merge: routed inputs, and answers on a shared sample.
+"""Recorder of a worker's statistics: routed inputs, and expert outputs on a shared sample.
 
-Inputs are summed on every `regroup.stats_every`-th step. At each period's end every expert answers on the
-same few hundred tokens, spread over the global batch, whether routed to it or not.
+Routed inputs are summed every `regroup.stats_every` steps. At the end of each period every expert is evaluated
+on the same few hundred tokens, spread over the global batch, regardless of routing.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from raymoe.training.load import RoutingLoad
 
 
 class Sample:
-    """The inputs of each FFN for the same tokens of a global batch, whichever ranks compute them."""
+    """Inputs of each FFN for fixed tokens of a global batch, independent of the ranks that compute them."""
 
     def __init__(self, config: Config, device: torch.device) -> None:
         self.config, self.device = config, device
@@ -37,13 +37,13 @@ class Sample:
         self._rows_LND = torch.zeros(config.model.layers, count, config.model.d_model, device=device)
 
     def _taken(self, rows: range) -> tuple[Tensor, Tensor]:
-        """Which tokens of the sample are in these sequences of the global batch, and their positions there."""
+        """Return the sampled tokens in these sequences of the global batch, and their positions there."""
         start, stop = (edge * self.config.model.context for edge in (rows.start, rows.stop))
         mine = (self._at >= start) & (self._at < stop)
         return mine.nonzero().flatten(), self._at[mine] - start
 
     def positions(self, rows: range) -> Tensor:
-        """Positions of the sample in a forward of these sequences of the global batch."""
+        """Return the positions of the sample in a forward of these sequences of the global batch."""
         return self._taken(rows)[1]
 
     def add(self, rows: range, seen: Observation) -> None:
@@ -51,7 +51,7 @@ class Sample:
         self._rows_LND[:, self._taken(rows)[0].to(self.device)] = seen.samples_LND.to(self._rows_LND)
 
     def gather(self) -> Tensor:
-        """Return the inputs that all ranks added: [L, N, D] float32. A collective."""
+        """Return the inputs that all ranks added: [L, N, D] float32. Collective."""
         if dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(self._rows_LND)
         return self._rows_LND
@@ -59,7 +59,7 @@ class Sample:
 
 @torch.no_grad()
 def sample_inputs(model: Transformer, grains: Grains, step: int) -> Tensor:
-    """`regroup.sample` inputs of each FFN [L, N, D] in step `step`'s batch, by a forward of it. A collective."""
+    """Return `regroup.sample` inputs of each FFN [L, N, D], by a forward of the batch of `step`. Collective."""
     sample = Sample(grains.config, grains.device)
     for rows, batch in grains.training(step):
         seen = Observation(model.model, sampled_rows=sample.positions(rows))
@@ -70,19 +70,19 @@ def sample_inputs(model: Transformer, grains: Grains, step: int) -> Tensor:
 
 
 class Recorder:
-    """Statistics of one worker; those of all workers add up to the run's."""
+    """Gathers the statistics of one worker. The statistics of all workers add up to those of the run."""
 
     def __init__(self, config: Config, sharded: Sharded, version: int, step: int) -> None:
         self.config, self.sharded = config, sharded
         self.restart(version, step)
         self.samples_LND: Tensor | None = None
-        """The rows of the last sample, the same on all ranks."""
+        """Rows of the last sample, the same on all ranks."""
         self._sample: Sample | None = None
-        self._watching = False
+        self._is_recorded = False
         self._input_sums_eD: list[Tensor] = []
 
     def restart(self, version: int, step: int) -> None:
-        """Begin anew: what was gathered under another assignment says nothing of this one."""
+        """Reset the statistics, since those of another assignment are invalid for this one."""
         model, beta = self.config.model, self.config.regroup.beta
         self.total = Statistics.empty(version, model.layers, model.n_experts, model.d_model, beta, step)
 
@@ -90,31 +90,31 @@ class Recorder:
         return self.sharded.transformer.ffns_of(ClusteredExperts)
 
     def arm(self, step: int) -> None:
-        """Before step `step` (counted from 1) runs: watch it, if it is one to be watched."""
+        """Decide before step `step` (counted from 1) whether to record it, and whether to sample it."""
         regroup, device = self.config.regroup, self._ffns()[0].base_gate.device
         is_last = step % self.config.period == 0 and step >= regroup.burn_in
         self._sample = Sample(self.config, device) if is_last else None
-        self._watching = is_last or step % regroup.stats_every == 0
+        self._is_recorded = is_last or step % regroup.stats_every == 0
         self._input_sums_eD = []
 
     def options(self, rows: range) -> dict[str, Any]:
         """Return the options of the `Observation` for a forward of these sequences of the global batch."""
         sampled_rows = self._sample.positions(rows) if self._sample else None
-        return {"input_sums": self._watching, "sampled_rows": sampled_rows}
+        return {"input_sums": self._is_recorded, "sampled_rows": sampled_rows}
 
     def add(self, rows: range, seen: Observation) -> None:
-        """Add what a forward of these sequences observed."""
+        """Add the observations of a forward of these sequences."""
         if self._sample:
             self._sample.add(rows, seen)
-        if self._watching:
+        if self._is_recorded:
             sums = self._input_sums_eD or [torch.zeros_like(sum_eD) for sum_eD in seen.input_sums_eD]
             self._input_sums_eD = [a + b for a, b in zip(sums, seen.input_sums_eD, strict=True)]
 
     def read(self, step: int, load: RoutingLoad, assignment: tuple[tuple[int, ...], ...]) -> None:
-        """After step `step`: take in what was watched. A collective where the step was a period's last."""
-        if not self._watching:
+        """Merge the observations of step `step` into the statistics. Collective at the end of a period."""
+        if not self._is_recorded:
             return
-        self._watching = False
+        self._is_recorded = False
         model = self.config.model
         rows = load.experts.numpy() if self.sharded.rank == 0 else np.zeros((model.layers, model.n_experts))
         inputs = np.zeros((model.layers, model.n_experts, model.d_model))
@@ -132,13 +132,13 @@ class Recorder:
             count = self.samples_LND.shape[1] if self.sharded.rank == 0 else 0
             seen = replace(seen, gram=found, sampled=count)
         if not all(np.isfinite(array).all() for array in (inputs, *seen.gram.values())):
-            seen = replace(self.total.emptied(), step=step, gram={})  # what a diverged step says would never decay
+            seen = replace(self.total.emptied(), step=step, gram={})  # NaN would never decay
         self.total = merge(self.total, seen)
 
-    # Checkpoints hold the sum over ranks.
+    # Checkpoints contain the sum over ranks.
 
     def tensors(self) -> dict[str, Tensor]:
-        """The statistics of all ranks by key, on rank 0. A collective."""
+        """Return the statistics of all ranks by key on rank 0, and nothing on other ranks. Collective."""
         arrays = self._with_same_grams().arrays()
         if self.sharded.world > 1:
             summed = [key for key in arrays if key not in ("version", "step", "beta")]
@@ -153,14 +153,14 @@ class Recorder:
         return {f"statistics.{key}": torch.from_numpy(np.ascontiguousarray(a)) for key, a in arrays.items()}
 
     def _with_same_grams(self) -> Statistics:
-        """The total with the same grams on every rank, zeros where there are none: a rank's diverged step leaves none."""
+        """Return the total with the same grams on every rank. After a diverged step a rank has none and adds zeros."""
         model = self.config.model
         names = ("residual", "answer", *(["weight"] if self.config.regroup.similarity == "paper" else []))
         zeros = np.zeros((model.layers, model.n_experts, model.n_experts))
         return replace(self.total, gram={name: self.total.gram.get(name, zeros) for name in names})
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Go on from what `tensors` gave: rank 0 with all of it, the others with zeros."""
+        """Restore the statistics of a checkpoint: all of them on rank 0, zeros on other ranks."""
         keys = [key for key in checkpoint.keys if key.startswith("statistics.")]
         if keys:
             arrays = {key.split(".", 1)[1]: tensor.numpy() for key, tensor in checkpoint.read(keys).items()}
