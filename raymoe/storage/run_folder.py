@@ -170,7 +170,7 @@ def find_artifact(root: str, name: str) -> Path:
         exports = artifact_folder(root, "")
         found = sorted(exports.glob(f"[!.]*/{MANIFEST}"), key=lambda path: path.stat().st_mtime)
         if not found:
-            raise FileNotFoundError(f"there is no export under {exports}: make one with jobs/export.py")
+            raise FileNotFoundError(f"no export under {exports}: create one with `raymoe export NAME`")
         return found[-1].parent
     for folder in (expand(name), artifact_folder(root, name)):
         if (folder / MANIFEST).is_file():
