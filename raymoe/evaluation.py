@@ -1,6 +1,6 @@
-"""How good a model is: perplexity of anything that gives logits, and how evenly its load is spread.
+"""Measures of a model: perplexity and bits per byte from a function of tokens to logits, and balance of loads.
 
-Knows neither models nor data: tokens in, logits out is all it asks for.
+This module depends on neither models nor data.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Perplexity:
-    """The likelihood of a text, and how it was measured."""
+    """The likelihood of a text, and the conditions of the measurement."""
 
     nll: float
     """Total negative log-likelihood, in nats."""
@@ -29,7 +29,7 @@ class Perplexity:
     bytes: int
     """UTF-8 bytes of the text; 0 if unknown."""
     context: int
-    """Most tokens that a prediction sees."""
+    """Largest number of tokens that condition a prediction."""
     stride: int
     """Tokens between the starts of two windows. Below `context` they overlap."""
 
@@ -49,7 +49,7 @@ class Perplexity:
 
     @classmethod
     def merge(cls, parts: Iterable[Perplexity]) -> Perplexity:
-        """That of several streams together. Raises ValueError for none, or where context or stride differ."""
+        """Merge the results of several streams. Raises ValueError for none, or if context or stride differ."""
         parts = list(parts)
         if len({(part.context, part.stride) for part in parts}) != 1:
             raise ValueError(

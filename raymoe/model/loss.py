@@ -1,4 +1,4 @@
-"""Cross-entropy of a linear head without the whole [T, V] logits: chunk by chunk, gradients made on the way."""
+"""Cross-entropy of a linear head in chunks, without the whole [T, V] logits; the forward computes the gradients."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from raymoe.model.expert_math import compute_dtype
 
 CHUNK = 512
-"""Rows at a time: a chunk's float32 logits stay in cache for vocabularies of some ten thousand."""
+"""Rows per chunk: its float32 logits stay in the cache for vocabularies of about ten thousand."""
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -45,7 +45,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def linear_cross_entropy(hidden_TD: Tensor, weight_VD: Tensor, target_T: Tensor) -> Tensor:
-    """Σ_t −log softmax(hidden_t · weightᵀ)[target_t], a scalar in float32 (float64 for float64 inputs).
+    """Return Σ_t −log softmax(hidden_t · weightᵀ)[target_t], a scalar in float32 (float64 for float64 inputs).
 
     The products run in the autocast type, the softmax in float32, the sum in float64.
     """

@@ -1,4 +1,4 @@
-"""The best product of two narrow factors for a full matrix: truncated SVD, weighted by the inputs where they are known."""
+"""Factorization of a matrix into two narrow factors by truncated SVD, optionally weighted by inputs."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from torch import Tensor
 
 OVERSAMPLING, POWER_ITERATIONS = 16, 4
 RIDGE = 1e-2
-"""Of the inputs' mean square: what a direction without inputs still counts."""
+"""Weight of a direction without inputs, relative to the mean square of the inputs."""
 
 
 def factor(target: Tensor, width: int, inputs: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """first [m, W] and second [W, n] with first @ second ≈ target [m, n], the singular values shared equally.
+    """Return first [m, W] and second [W, n] with first @ second ≈ target [m, n]; both share the singular values.
 
-    The squared error is least over all matrices; with `inputs` [rows, m], that of inputs @ target is.
-    By a randomised SVD from a fixed seed, so that replicas agree bit for bit. (Paper section 3.2: residuals by truncated SVD.)
+    The factors minimize the squared error of the matrix; with `inputs` [rows, m], that of inputs @ target.
+    The randomized SVD has a fixed seed, so that replicas are equal bit for bit (paper section 3.2).
     """
     a, unweight = target.float(), None
     if inputs is not None and len(inputs):
@@ -35,7 +35,7 @@ def factor(target: Tensor, width: int, inputs: Tensor | None = None) -> tuple[Te
 
 
 def _svd(a: Tensor, kept: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The leading `kept` singular triples: u [m, kept], s [kept], v [n, kept]."""
+    """Return the leading `kept` singular triples: u [m, kept], s [kept], v [n, kept]."""
     wide = kept + OVERSAMPLING
     if 2 * wide >= min(a.shape):
         u, s, vh = torch.linalg.svd(a, full_matrices=False)

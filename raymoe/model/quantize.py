@@ -1,6 +1,6 @@
-"""Four-bit residuals: balance the two factors of a product, then store them two values to a byte.
+"""Four-bit residuals: balance the two factors of a product, then store two values per byte.
 
-A residual is first @ second, [m, W] and [W, n]. Both are quantised along their long axis (D or F),
+A residual is first @ second, [m, W] and [W, n]. Both are quantized along their long axis (D or F),
 never along W: columns of different weight must not share a scale (the paper's heterogeneous precision).
 """
 
@@ -22,7 +22,7 @@ _CLIPS = (0.0, 1 / 90, 2 / 90, 3 / 90)
 
 
 def balance(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    """Factors with the same product and the singular values shared equally: U√Σ and √ΣVᵀ.
+    """Return factors with the same product that share the singular values: U√Σ and √ΣVᵀ.
 
     first [..., m, W], second [..., W, n]; leading dimensions are batched. The SVD is of a [W, W] core.
     """
@@ -54,25 +54,25 @@ class Int4:
 
 
 def packed_shapes(shape: tuple[int, ...], axis: int, group: int = GROUP) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shapes of `Int4.packed` and of its scale and minimum, for an x of this shape."""
+    """Return the shapes of `Int4.packed` and of its scale and minimum, for an x of this shape."""
     others = tuple(size for i, size in enumerate(shape) if i != axis)
     groups = -(-shape[axis] // group)
     return (*others, groups * group // 2), (*others, groups)
 
 
 def quantize(x: Tensor, axis: int, group: int = GROUP) -> Int4:
-    """x in four bits, grouped along `axis` (0 or more).
+    """Quantize x to four bits, grouped along `axis` (0 or more).
 
-    Each group's grid is the one of least squared error among a few that cut its ends a little, so that
+    Each group has the grid of least squared error among a few that clip its ends slightly, so that
     |x − x'| ≤ range/30 (half a step of the uncut grid) + float16's rounding of minimum and scale.
     Raises ValueError for values that are not finite or beyond float16, and for an odd group.
     """
     if group < 2 or group % 2:
         raise ValueError(f"group={group} is not allowed: values are packed in pairs, so an even number above 0")
     if not x.isfinite().all():
-        raise ValueError("cannot quantise values that are not finite")
+        raise ValueError("cannot quantize values that are not finite: check the weights for NaN")
     if x.numel() and x.abs().max() > _FLOAT16_MAX:
-        raise ValueError(f"cannot quantise values beyond ±{_FLOAT16_MAX:.0f}: a group's minimum is a float16")
+        raise ValueError(f"cannot quantize values beyond ±{_FLOAT16_MAX:.0f}: a group's minimum is a float16")
     lines = x.detach().float().movedim(axis, -1)
     padding = -lines.shape[-1] % group
     if padding:  # repeats a value of the last group, so its range stays
@@ -97,14 +97,14 @@ def quantize(x: Tensor, axis: int, group: int = GROUP) -> Int4:
 
 
 def dequantize(q: Int4, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The values that `q` stands for, in its shape."""
+    """Return the values of `q`, in the shape of x."""
     codes = torch.stack((q.packed & 15, q.packed >> 4), -1).flatten(-2).unflatten(-1, (-1, q.group))
     groups = q.minimum.float()[..., None] + codes * q.scale.float()[..., None]
     return groups.flatten(-2)[..., : q.shape[q.axis]].movedim(-1, q.axis).to(dtype).contiguous()
 
 
 def _grid(groups: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(minimum, scale, codes) from the ends of the grid; the first two already rounded to float16."""
+    """Return (minimum, scale, codes) for the ends of the grid; minimum and scale are rounded to float16."""
     minimum = low.half().float()
     scale = ((high - minimum).clamp(min=0) / _LEVELS).half().float()
     codes = ((groups - minimum) / torch.where(scale > 0, scale, torch.inf)).round().clamp(0, _LEVELS)

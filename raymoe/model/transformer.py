@@ -1,4 +1,4 @@
-"""The decoder-only language model: RMSNorm, RoPE, grouped-query attention, and the FFN that the config names."""
+"""The decoder-only language model: RMSNorm, RoPE, grouped-query attention, and the feed-forward layer of the config."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Kind = TypeVar("Kind", ClusteredExperts, FlatExperts, DenseFFN)
 
 
 def rope(length: int, head_dim: int, theta: float, device: torch.device, start: int = 0) -> tuple[Tensor, Tensor]:
-    """Cosine and sine [length, head_dim/2] of the rotary angles of positions start…start+length−1, float32."""
+    """Return cosine and sine [length, head_dim/2] of the rotary angles of positions start…start+length−1, float32."""
     frequency = theta ** (-torch.arange(0, head_dim, 2, device=device, dtype=torch.float64) / head_dim)
     angle = torch.arange(start, start + length, device=device, dtype=torch.float64)[:, None] * frequency
     return angle.cos().float(), angle.sin().float()
@@ -38,7 +38,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class KVCache:
-    """Keys and values of the tokens so far, preallocated: two [layers, B, kv_heads, capacity, head_dim]."""
+    """Preallocated keys and values of previous tokens: two [layers, B, kv_heads, capacity, head_dim]."""
 
     def __init__(self, model: ModelSection, batch: int, capacity: int, dtype: torch.dtype = torch.float32) -> None:
         shape = (model.layers, batch, model.kv_heads, capacity, model.d_model // model.heads)
@@ -46,10 +46,12 @@ class KVCache:
         self.length = 0
 
     def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the new tokens of a layer; returns all of its keys and values so far."""
+        """Store the new tokens of a layer; return all of its keys and values."""
         stop = self.length + key.shape[2]
         if stop > self.keys.shape[3]:
-            raise ValueError(f"the KV cache holds {self.keys.shape[3]} tokens and {stop} were asked for")
+            raise ValueError(
+                f"the KV cache holds {self.keys.shape[3]} tokens, {stop} are needed: allocate a larger capacity"
+            )
         self.keys[layer, :, :, self.length : stop] = key
         self.values[layer, :, :, self.length : stop] = value
         return self.keys[layer, :, :, :stop].to(key.dtype), self.values[layer, :, :, :stop].to(value.dtype)
@@ -107,9 +109,9 @@ def norm(x: Tensor, weight: Tensor) -> Tensor:
 class Transformer(nn.Module):
     """tokens [B, S] -> logits [B, S, V].
 
-    `dispatch`: one per layer, says which groups live here and how rows reach the others (all local by
-    default). `assignment` [layers][E] is the clusters' membership (contiguous by default), `ghosts` by
-    layer what is on the move. Weights are uninitialised until `initialize` or `load_logical`.
+    dispatch: one per layer; its local groups and the transport of rows to the others (all local by
+    default). assignment [layers][E]: the cluster of each expert (contiguous by default). ghosts: the
+    ghosts of each layer. Weights are uninitialized until `initialize` or `load_logical`.
     """
 
     def __init__(
@@ -170,10 +172,10 @@ class Transformer(nn.Module):
         assert len(found) == len(self.layers), f"not all layers are {kind.__name__}"
         return found
 
-    # Logical names: the same whatever process holds a tensor.
+    # Logical names do not depend on the process that has a tensor.
 
     def slices(self) -> Iterator[tuple[str, str, int | None, int]]:
-        """(logical key, parameter or buffer name, index or None, fan-in) of everything held here."""
+        """Yield (logical key, parameter or buffer name, index or None, fan-in) of every local tensor."""
         d = self.model.d_model
         yield "embedding", "embedding", None, d
         if not self.model.tied_head:
@@ -189,7 +191,7 @@ class Transformer(nn.Module):
                 yield prefix + item.key, prefix + "ffn." + item.name, item.index, item.fan_in
 
     def logical(self, tensors: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """Logical key -> view into `tensors` (by parameter name; by default the weights and biases themselves)."""
+        """Return logical key -> view into `tensors` (by parameter name; by default the weights and biases)."""
         tensors = tensors if tensors is not None else self.stacked()
         return {
             key: tensors[name] if index is None else tensors[name][index]
@@ -198,26 +200,26 @@ class Transformer(nn.Module):
         }
 
     def stacked(self) -> dict[str, Tensor]:
-        """Parameters and selection biases by name, as held."""
+        """Return parameters and selection biases by name, stacked."""
         return {name: t.detach() for name, t in self.named_parameters()} | dict(self.named_buffers())
 
     def load_logical(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy logical tensors into place. Raises ValueError on a missing key or a wrong shape."""
         for key, view in self.logical().items():
             if key not in tensors:
-                raise ValueError(f"the weights lack {key!r}")
+                raise ValueError(f"the weights lack {key!r}: they are of another model")
             if tensors[key].shape != view.shape:
                 raise ValueError(f"{key!r} has shape {list(tensors[key].shape)}, the model needs {list(view.shape)}")
             view.copy_(tensors[key])
 
     @torch.no_grad()
     def initialize(self, seed: int, *, common: bool = False) -> None:
-        """Draw each logical tensor from its own stream, so that the result depends on seed and key alone.
+        """Initialize each logical tensor from its own random stream: the result depends on seed and key alone.
 
-        `common`: all experts of a layer start with the same matrices; their router rows differ.
+        common: all experts of a layer start with the same matrices; their router rows differ.
 
-        Matrices: normal with std 1/√fan-in; those that write to the residual stream 1/√(2·layers) of that;
-        norms one, biases zero, embeddings and routers std 0.02.
+        Matrices are normal with std 1/√fan-in, times 1/√(2·layers) if they write to the residual stream, times
+        `RESIDUAL_START` for the outer factors. Norms are one, biases zero, embeddings and routers have std 0.02.
         """
         quieter = (2 * self.model.layers) ** -0.5
         views = self.logical()
@@ -239,4 +241,4 @@ class Transformer(nn.Module):
 
 
 RESIDUAL_START = 0.3
-"""Size of a residual's product beside its base at the start: experts differ from the first step on."""
+"""Initial size of a residual relative to its base; experts differ from the first step."""

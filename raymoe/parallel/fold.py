@@ -1,6 +1,6 @@
-"""Independent experts become clusters: by similarity, each a mean base and residuals by truncated SVD.
+"""Fold of independent experts into clusters by similarity: a mean base each, and residuals by truncated SVD.
 
-The paper's way (arXiv 2510.02345, sections 3.1 and 3.2), for experts that grew from one initialisation.
+The method is the paper's (arXiv 2510.02345, sections 3.1 and 3.2), for experts with a common initialization.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ def fold(
     alpha: float,
     seed: int,
 ) -> tuple[tuple[tuple[int, ...], ...], dict[str, Tensor]]:
-    """The assignment [L][E] and every tensor of the clustered model by logical key, with `moments.m.…` and `.v.…`.
+    """Return the assignment [L][E] and all tensors of the clustered model by logical key, with their moments.
 
     sharded: a flat model; moments by kind and parameter name; samples_LND [L, N, D]: inputs of its
     layers, the same on all ranks. Balanced k-means over `alpha` · cos(W_i − mean, W_j − mean) + the rest ·
-    cos of the answers on the samples, mean removed. Moments of a base are the sum of its experts' (its
-    gradient is the sum of theirs), those of residuals and of the stage-1 router start at zero. A collective.
+    cos of the outputs on the samples, mean removed. The moments of a base are the sum of its experts' (its
+    gradient is the sum of theirs); those of residuals and of the stage-1 router start at zero. Collective.
     """
     model = sharded.transformer.model
     d, f = model.d_model, model.d_expert
@@ -96,14 +96,14 @@ def _layer(
     alpha: float,
     seed: int,
 ) -> dict[str, Tensor]:
-    """One layer's assignment, bases and residuals with moments (`m|KEY`), from the experts' stacks [E, …]."""
+    """Return a layer's assignment, bases and residuals with moments (`m|KEY`), from the experts' stacks [E, …]."""
     n_experts, n_clusters = clustered.n_experts, clustered.n_clusters
     x = samples_ND.to(stacked["gate"])
     hidden = F.silu(x @ stacked["gate"]) * (x @ stacked["up"])
     answers = (hidden @ stacked["down"]).flatten(1)
     weights = torch.cat([stacked[name].flatten(1) for name in MATRICES], 1)
     alike = lambda rows: cosine((rows @ rows.t()).double().cpu().numpy()[None])[0]  # noqa: E731
-    # The common initialisation is in all weights and says nothing: the mean goes first.
+    # The common initialization is in all weights and carries no information: remove the mean.
     weights, answers = weights - weights.mean(0), answers - answers.mean(0)
     S_EE = alpha * alike(weights) + (1 - alpha) * alike(answers)
     sizes = np.bincount(np.arange(n_experts) * n_clusters // n_experts, minlength=n_clusters)
@@ -112,7 +112,7 @@ def _layer(
     found, _ = improve(S_EE, found, load, proposal_E=found, max_moves=n_experts, load_weight=0.0, n_clusters=n_clusters)
     assignment = torch.from_numpy(np.asarray(found)).to(x.device)
     out = {"assignment": assignment.to(x)}
-    # p(cluster | x) multiplies what the flat layer weighted by 1 in all: the down projections make up for it.
+    # The weights of the flat layer sum to 1, those of clusters to p(cluster | x): scale the down projections.
     up_C = _mean_router(ffn.router.weight.detach(), assignment, n_clusters)
     scale = 1 / (
         clustered.gate_scale * (x @ up_C.t()).softmax(-1).topk(clustered.clusters_per_token).values.sum(-1).mean()
@@ -135,7 +135,7 @@ def _layer(
 
 
 def _mean_router(weight_ED: Tensor, assignment: Tensor, n_clusters: int) -> Tensor:
-    """u_c [C, D]: the mean row of a cluster's experts; softmax over clusters then is about the mass of theirs."""
+    """Return u_c [C, D], the mean row of each cluster's experts: a softmax over clusters approximates their mass."""
     one_hot = F.one_hot(assignment, n_clusters).to(weight_ED)
     return one_hot.t() @ weight_ED / one_hot.sum(0)[:, None].clamp(min=1)
 
@@ -143,7 +143,7 @@ def _mean_router(weight_ED: Tensor, assignment: Tensor, n_clusters: int) -> Tens
 def _broadcast(
     folded: Mapping[str, Tensor], source: int, ffn: FlatExperts, clustered: ModelSection, kinds: list[str]
 ) -> dict[str, Tensor]:
-    """What `source` has folded of a layer, on all ranks. A collective."""
+    """Broadcast the folded layer of rank `source`. Collective."""
     d, f, w = clustered.d_model, clustered.d_expert, clustered.residual_width
     shapes: dict[str, tuple[int, ...]] = {"assignment": (clustered.n_experts,)}
     for name, (m, n) in zip(MATRICES, ((d, f), (d, f), (f, d)), strict=True):
@@ -168,7 +168,7 @@ def _routers(
     assignment: tuple[int, ...],
     clustered: ModelSection,
 ) -> None:
-    """Both stages' routers from the flat one: experts keep their rows, clusters get the mean."""
+    """Set the routers of both stages from the flat router: experts keep their rows, clusters get the mean."""
     weight, bias = ffn.router.weight.detach(), ffn.router.bias
     cluster = torch.tensor(assignment, device=weight.device)
     mean = _mean_router(weight, cluster, clustered.n_clusters)
