@@ -184,7 +184,7 @@ def test_the_api_receives_the_key_of_the_process_that_builds(tmp_path: Path, mon
 
 
 def test_the_newest_export_is_found(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="there is no export under"):
+    with pytest.raises(FileNotFoundError, match="no export under"):
         ServeSettings(root=str(tmp_path)).folder()
     for i, name in enumerate(("new", "old")):
         made = artifact(tmp_path / "made" / name).folder
