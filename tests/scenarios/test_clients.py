@@ -1,6 +1,6 @@
-"""Real clients at a real endpoint: openai, lm-eval, locust, and those that send nonsense, come in crowds, or leave.
+"""Real clients of a deployed application: openai, lm-eval, locust, malformed requests, full queues and disconnects.
 
-Two applications on one Serve: one as shipped, one that takes few requests at a time and long ones, with a key of its own.
+One Ray Serve has two applications: one as shipped, and one with few and long requests and a key of its own.
 """
 
 from __future__ import annotations
@@ -45,17 +45,17 @@ pytestmark = pytest.mark.soak
 KEY, KEY_OF_LIMITED = "key-of-the-head-5fd1c3", "key-of-one-application-a27e90"
 PROMPTS = ["The cat sat on", "the dog, naive as ever", "ran after 42 birds"]
 BODIES, ROUTES = 1300, 300
-"""Malformed requests to try: bodies, and paths with headers."""
+"""Number of malformed requests: bodies, and paths with headers."""
 DEADLINE_S = 20.0
-"""No malformed request may take longer."""
+"""Maximum time of a malformed request."""
 LOCUST_S = 20
 LENGTH, LONG = 4096, 4000
-"""Tokens of a request at the limited application, at most; those of an answer that outlasts what a test does meanwhile."""
+"""Context of the limited application, and tokens of a completion that takes longer than the rest of a test."""
 
 
 @dataclass(frozen=True)
 class Site:
-    """An application as its clients see it."""
+    """An application from the view of its clients."""
 
     rollout: Rollout
     prefix: str
@@ -69,14 +69,14 @@ class Site:
         return HTTPConnection(self.rollout.base.removeprefix("http://"), timeout=timeout)
 
     def post(self, path: str, body: dict[str, Any], connection: HTTPConnection | None = None) -> HTTPResponse:
-        """Its beginning."""
+        """Return a response, whose content may still be on its way."""
         connection = connection or self.connect()
         headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self.key}"}
         connection.request("POST", self.prefix + path, json.dumps({"model": "test", **body}), headers)
         return connection.getresponse()
 
     def complete(self, prompt: str, tokens: int, **options: Any) -> str:
-        """The greedy answer."""
+        """Return the greedy completion."""
         response = self.post("/v1/completions", greedy(prompt, tokens) | options)
         content = response.read().decode()
         assert response.status == 200, content
@@ -87,7 +87,7 @@ class Site:
         return "".join(json.loads(event.removeprefix("data: "))["choices"][0]["text"] for event in events)
 
     def metric(self, name: str, **labels: str) -> float:
-        """Of its api."""
+        """Return the value of a metric of the API replica."""
         for family in text_string_to_metric_families(self.rollout.get(f"{self.prefix}/metrics") or ""):
             for sample in family.samples:
                 if sample.name == f"raymoe_{name}" and labels.items() <= sample.labels.items():
@@ -100,7 +100,7 @@ def greedy(prompt: str, tokens: int) -> dict[str, Any]:
 
 
 def local(model: Artifact, prompts: Sequence[str], tokens: int, stop: tuple[str, ...] = ()) -> list[str]:
-    """The greedy answers of an engine in this process; with `stop` they end with the text, too."""
+    """Return the greedy completions of an engine in this process. With `stop`, end-of-text ends them, too."""
     clusters = LocalClusters(model, range(model.model.n_clusters), torch.float32)
     engine = Engine(Trunk(model, clusters, torch.float32, model.model.context), tokenizer())
     texts = dict.fromkeys(range(len(prompts)), "")
@@ -151,6 +151,9 @@ def sites(
             of = site.rollout
             of.wait(lambda of=of, at=site.prefix: of.ready(at) and of.running() == of.targets(), "to be ready")
         yield found
+        for site in found:  # no request is left, and none failed in the engine
+            until(lambda of=site: of.metric("num_requests_running") == 0, "the application to be idle")
+            assert site.metric("request_success_total", finished_reason="error") == 0
     finally:
         serve(ray, "shutdown", "-y")
 
@@ -162,8 +165,8 @@ def site(sites: tuple[Site, Site]) -> Site:
 
 @pytest.fixture
 def limited(sites: tuple[Site, Site]) -> Site:
-    """Idle, as each test must leave it."""
-    until(lambda: sites[1].metric("num_requests_running") == 0, "it to be idle")
+    """The limited application, idle."""
+    until(lambda: sites[1].metric("num_requests_running") == 0, "the application to be idle")
     return sites[1]
 
 
@@ -258,13 +261,13 @@ def test_openai_errors(client: Any) -> None:
     import openai
 
     asked: dict[str, Any] = {"prompt": PROMPTS[0], "max_tokens": 1}
-    for refused in (
+    for request in (
         lambda: client.completions.create(model="another", **asked),
         lambda: client.chat.completions.create(model="another", messages=[{"role": "user", "content": "x"}]),
         lambda: client.models.retrieve("another"),
     ):
         with pytest.raises(openai.NotFoundError) as unknown:
-            refused()
+            request()
         assert unknown.value.code == "model_not_found"
     with pytest.raises(openai.BadRequestError, match="maximum context length is 128 tokens") as long:
         client.completions.create(model="test", **asked | {"max_tokens": 10_000})
@@ -276,8 +279,11 @@ def test_openai_errors(client: Any) -> None:
         pass
 
 
-def test_only_who_has_the_key_is_answered_and_nobody_learns_it(sites: tuple[Site, Site], ray: Head) -> None:
-    """That of the head's environment, or that of the application's own, which wins, but which Ray's own logs tell."""
+def test_v1_requires_the_key_and_no_log_contains_it(sites: tuple[Site, Site], ray: Head) -> None:
+    """The key is from the environment of the head, or from the runtime_env of the application, which takes precedence.
+
+    Ray itself logs a runtime_env, so that the logs are searched for the key of the head only.
+    """
     import openai
 
     for site in sites:
@@ -287,12 +293,12 @@ def test_only_who_has_the_key_is_answered_and_nobody_learns_it(sites: tuple[Site
                     assert client.models.list().data
                     assert client.completions.create(model="test", prompt="x", max_tokens=1).choices
                     continue
-                for refused in (
+                for request in (
                     client.models.list,
                     lambda client=client: client.completions.create(model="test", prompt="x", stream=True),
                 ):
                     with pytest.raises(openai.AuthenticationError) as wrong:
-                        refused()
+                        request()
                     assert wrong.value.code == "invalid_api_key" and site.key not in str(wrong.value.body)
     assert KEY not in serve(ray, "status") + serve(ray, "config") and KEY_OF_LIMITED not in serve(ray, "status")
     logs = [path for path in (ray.folder / "ray").glob("session_2*/logs/**/*") if path.is_file()]
@@ -306,9 +312,9 @@ LM_EVAL = """
 import json, sys, lm_eval
 from lm_eval.tasks import TaskManager
 
-here = TaskManager(include_path=".", include_defaults=False)  # to find its thousands of own takes half a minute
+tasks = TaskManager(include_path=".", include_defaults=False)  # the search for the default tasks takes 30 s
 report = lm_eval.simple_evaluate(
-    "local-completions", json.loads(sys.argv[1]), tasks=sys.argv[2:], task_manager=here, batch_size=2, bootstrap_iters=0
+    "local-completions", json.loads(sys.argv[1]), tasks=sys.argv[2:], task_manager=tasks, batch_size=2, bootstrap_iters=0
 )
 with open("report.json", "w") as file:
     json.dump({key: report[key] for key in ("results", "samples")}, file, default=str)
@@ -316,7 +322,7 @@ with open("report.json", "w") as file:
 
 
 def test_lm_eval(site: Site, model: Artifact, tmp_path: Path) -> None:
-    """Its likelihoods are those of the model in this process, its texts those of an engine in this process."""
+    """lm-eval reports the likelihoods of the model, and the texts of the engine, in this process."""
     queries, choices = ["The cat sat on", "The dog, naïve as", "ran after 42"], ["the mat", "birds", "日本語 🙂"]
     reference, likelihoods = whole(model), []
     for query in queries:
@@ -390,14 +396,14 @@ def test_locust(site: Site) -> None:
     stats = {each["name"]: each for each in json.loads(done.stdout)}
     assert stats.keys() == {"streamed completion", "chat"}
     assert all(each["num_failures"] == 0 and each["num_requests"] > 0 for each in stats.values()), stats
-    until(lambda: site.metric("num_requests_running") == 0, "all users to be gone")
+    until(lambda: site.metric("num_requests_running") == 0, "all users to finish")
 
 
-# Nonsense
+# Malformed requests
 
 
-def test_nothing_malformed_breaks_the_service(site: Site) -> None:
-    """Through Serve's proxy: no 500, nothing that hangs, and afterwards the same answers."""
+def test_malformed_requests_get_an_error_and_the_service_continues(site: Site) -> None:
+    """Through the proxy of Ray Serve: no status 500, no timeout, and the same completions afterwards."""
     before = site.complete(PROMPTS[0], 40)
     connection = site.connect(timeout=DEADLINE_S)
     statuses: dict[int, int] = {}
@@ -412,7 +418,7 @@ def test_nothing_malformed_breaks_the_service(site: Site) -> None:
             connection.close()
             raise
         assert time.monotonic() - began < DEADLINE_S
-        malformed.sound(method, response.status, answer)
+        malformed.check(method, response.status, answer)
         statuses[response.status] = statuses.get(response.status, 0) + 1
 
     key = {"Authorization": f"Bearer {site.key}"}
@@ -428,7 +434,7 @@ def test_nothing_malformed_breaks_the_service(site: Site) -> None:
     @given(request=malformed.ROUTES)
     def routes(request: malformed.Route) -> None:
         method, path, content, headers = request
-        if name := headers.get("X-Request-Id"):  # Serve's proxy answers 500 by itself when this is not UTF-8
+        if name := headers.get("X-Request-Id"):  # Serve's proxy itself fails with 500 when it is not UTF-8
             headers["X-Request-Id"] = name.encode("ascii", "replace").decode()
         send(method, path, content, key | headers)
 
@@ -436,22 +442,22 @@ def test_nothing_malformed_breaks_the_service(site: Site) -> None:
     routes()
     connection.close()
     assert sum(statuses.values()) - statuses[200] >= 1000, statuses
-    until(lambda: site.metric("num_requests_running") == 0, "it to be idle")
+    until(lambda: site.metric("num_requests_running") == 0, "the application to be idle")
     assert site.complete(PROMPTS[0], 40) == before
 
 
-# Crowds
+# Full queues
 
 
-def test_a_full_queue_refuses_at_once_and_forgets_nobody(limited: Site, long_model: Artifact) -> None:
+def test_a_full_queue_rejects_at_once_and_keeps_accepted_requests(limited: Site, long_model: Artifact) -> None:
     rejected, tokens = limited.metric("requests_rejected_total", reason="full"), LONG
     seconds: list[float] = []
     with ThreadPoolExecutor(3) as pool:
         generated = limited.metric("generation_tokens_total")
         accepted = [pool.submit(limited.complete, PROMPTS[0], tokens, stream=True)]
-        until(lambda: limited.metric("generation_tokens_total") > generated, "the first to begin")
+        until(lambda: limited.metric("generation_tokens_total") > generated, "the first completion to start")
         accepted += [pool.submit(limited.complete, prompt, 8) for prompt in PROMPTS[1:]]
-        until(lambda: limited.metric("num_requests_running") == 3, "the others to wait")
+        until(lambda: limited.metric("num_requests_running") == 3, "the other requests to wait")
         for i in range(10):
             began = time.monotonic()
             response = limited.post("/v1/completions", greedy("x", 1) | {"stream": i % 2 == 0})
@@ -459,21 +465,21 @@ def test_a_full_queue_refuses_at_once_and_forgets_nobody(limited: Site, long_mod
             seconds.append(time.monotonic() - began)
             assert response.status == 503 and response.headers["Retry-After"] == "1", body
             assert body["error"]["code"] == "queue_full"
-        assert not accepted[0].done(), "the first answer was too short"
+        assert not accepted[0].done(), "the first completion ended too early"
         texts = [future.result() for future in accepted]
-    measured = f"refused after {1000 * statistics.median(seconds):.1f} ms, at most {1000 * max(seconds):.1f}"
+    measured = f"rejected after {1000 * statistics.median(seconds):.1f} ms, at most {1000 * max(seconds):.1f}"
     print(measured)
     assert max(seconds) < 1, measured
     assert limited.metric("requests_rejected_total", reason="full") == rejected + 10
     assert texts == [*local(long_model, PROMPTS[:1], tokens), *local(long_model, PROMPTS[1:], 8)]
 
 
-# Leavers
+# Disconnects
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_leaves_frees_the_service(limited: Site, stream: bool) -> None:
-    """It generates one answer at a time: were it not given up, the next would wait for the rest of it."""
+def test_a_disconnected_client_frees_the_service(limited: Site, stream: bool) -> None:
+    """The application computes one request at a time, so that the next one would wait for a request not cancelled."""
     aborted = limited.metric("request_success_total", finished_reason="abort")
     before = limited.metric("generation_tokens_total")
 
@@ -484,7 +490,7 @@ def test_a_client_that_leaves_frees_the_service(limited: Site, stream: bool) -> 
     began = time.monotonic()
     with ThreadPoolExecutor(1) as pool:
         asked = pool.submit(limited.post, "/v1/completions", greedy(PROMPTS[0], LONG) | {"stream": stream}, connection)
-        until(lambda: generated() >= 20, "an answer to begin")
+        until(lambda: generated() >= 20, "a completion to start")
         if stream:
             assert asked.result().readline().startswith(b"data: ")
         per_token = (time.monotonic() - began) / generated()
@@ -492,20 +498,13 @@ def test_a_client_that_leaves_frees_the_service(limited: Site, stream: bool) -> 
         if connection.sock is not None:
             connection.sock.shutdown(socket.SHUT_RDWR)
         connection.close()
-        until(lambda: limited.metric("num_requests_running") == 0, "the answer to be given up")
+        until(lambda: limited.metric("num_requests_running") == 0, "the request to be cancelled")
         noticed = time.monotonic() - left
         asked.exception()
-    assert generated() < LONG / 2, f"{generated()} tokens, {noticed:.2f} s after its client had left"
+    assert generated() < LONG / 2, f"{generated()} tokens, {noticed:.2f} s after the disconnect"
     assert limited.metric("request_success_total", finished_reason="abort") == aborted + 1
     began = time.monotonic()
     limited.complete(PROMPTS[1], 1)
     waited, rest = time.monotonic() - began, per_token * (LONG - generated())
-    print(f"noticed after {noticed:.2f} s; the next answer after {waited:.2f} s, not {rest:.1f}")
+    print(f"cancelled after {noticed:.2f} s; the next completion took {waited:.2f} s instead of {rest:.1f} s")
     assert waited < rest / 2
-
-
-def test_all_of_it_is_over(sites: tuple[Site, Site]) -> None:
-    """No request is left behind, none failed in the engine."""
-    for site in sites:
-        assert site.metric("num_requests_running") == 0
-        assert site.metric("request_success_total", finished_reason="error") == 0

@@ -1,4 +1,7 @@
-"""Users for locust: one reads completions as they come, one asks for whole chats. Model and key are in the environment."""
+"""Users for locust: one streams completions, one requests whole chat completions.
+
+The environment has the model (RAYMOE_MODEL) and the key (RAYMOE_API_KEY).
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ TOKENS = 8
 
 
 class Reader(HttpUser):
-    """Every token must come, and the end mark after them."""
+    """Fails unless all tokens and the end mark arrive."""
 
     wait_time = between(0.01, 0.1)
 
