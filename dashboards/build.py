@@ -24,7 +24,7 @@ HERE = Path(__file__).resolve().parent
 
 EXTERNAL = {
     "up": "Whether Prometheus could scrape the process: 1 or 0.",
-    "ray_serve_autoscaling_target_replicas": "Ray Serve: replicas that the autoscaler wants.",
+    "ray_serve_autoscaling_target_replicas": "Ray Serve: target number of replicas.",
     "ray_serve_deployment_replica_healthy": "Ray Serve: whether a replica is healthy: 1 or 0.",
 }
 """Metrics that raymoe does not declare, with their help texts."""

@@ -263,8 +263,8 @@ def test_prometheus_finds_and_scrapes_a_worker(
         {"targets": ["[fd00::1]:9"], "labels": {"job": "raymoe", "run": "first", "worker": "2"}},
     ]
     metrics.observe(record(10))
-    with urllib.request.urlopen(f"http://{entries[0]['targets'][0]}/metrics", timeout=10) as answer:
-        families = {family.name: family for family in text_string_to_metric_families(answer.read().decode())}
+    with urllib.request.urlopen(f"http://{entries[0]['targets'][0]}/metrics", timeout=10) as response:
+        families = {family.name: family for family in text_string_to_metric_families(response.read().decode())}
     (sample,) = [s for s in families["raymoe_tokens"].samples if s.name == "raymoe_tokens_total"]
     assert sample.value == 10_000 and sample.labels == WORKER
 

@@ -360,8 +360,8 @@ def ask(port: int, path: str, **query: str) -> Any:
     """Return `data` of a response of Prometheus' API, or None while Prometheus starts."""
     url = f"http://127.0.0.1:{port}/api/v1/{path}?{urllib.parse.urlencode(query)}"
     try:
-        with urllib.request.urlopen(url, timeout=10) as answer:
-            return json.load(answer)["data"]
+        with urllib.request.urlopen(url, timeout=10) as response:
+            return json.load(response)["data"]
     except urllib.error.HTTPError as error:
         if error.code == 503:
             return None

@@ -70,9 +70,9 @@ def test_invalid_fields_are_rejected_by_name(
     site: Site, path: str, change: dict[str, Any], param: str, words: str
 ) -> None:
     valid = {"prompt": PROMPT, **GREEDY} if path == "/v1/completions" else {**CHAT, **GREEDY}
-    answer = site.ask("POST", path, valid | change)
-    error = answer.json["error"]
-    assert answer.status == 400 and error.keys() == {"message", "type", "param", "code"}
+    response = site.ask("POST", path, valid | change)
+    error = response.json["error"]
+    assert response.status == 400 and error.keys() == {"message", "type", "param", "code"}
     assert error["param"] == param and words in error["message"]
     assert error["type"] == "invalid_request_error" and len(error["message"]) < 400
 
@@ -102,9 +102,9 @@ def padded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
 )
 def test_ids_beyond_the_tokenizer_are_rejected(padded: Site, path: str, body: Any, field: str, token: int) -> None:
     assert padded.ask("POST", path, GREEDY | body(319)).status == 200
-    answer = padded.ask("POST", path, GREEDY | body(token))
-    error = answer.json["error"]
-    assert answer.status == 400 and error["param"] == field
+    response = padded.ask("POST", path, GREEDY | body(token))
+    error = response.json["error"]
+    assert response.status == 400 and error["param"] == field
     assert error["message"] == f"{field}: token id {token} is not in the vocabulary; use ids from 0 to 319"
 
 
@@ -124,5 +124,5 @@ def test_empty_values_of_unsupported_fields_are_accepted(site: Site) -> None:
 )  # fmt: skip
 def test_bodies_that_are_not_json_objects_are_rejected(site: Site, content: bytes) -> None:
     for path in ("/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"):
-        answer = site.ask("POST", path, content)
-        assert answer.status == 400 and answer.json["error"]["message"]
+        response = site.ask("POST", path, content)
+        assert response.status == 400 and response.json["error"]["message"]

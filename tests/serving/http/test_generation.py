@@ -21,12 +21,12 @@ from tests.support.waiting import until
 
 
 def ask_in_thread(site: Site, path: str, body: Any) -> tuple[threading.Thread, list[Response]]:
-    answers: list[Response] = []
+    responses: list[Response] = []
     thread = threading.Thread(
-        target=lambda: answers.append(Response(site.send("POST", path, body).getresponse())), daemon=True
+        target=lambda: responses.append(Response(site.send("POST", path, body).getresponse())), daemon=True
     )
     thread.start()
-    return thread, answers
+    return thread, responses
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -61,18 +61,18 @@ def test_a_full_queue_rejects_at_once_and_keeps_accepted_requests(artifact: Arti
         times = []
         for stream in (False, True) * 3:
             begin = time.monotonic()
-            answer = site.ask(
+            response = site.ask(
                 "POST", "/v1/completions", body | {"prompt": ["a", "b"], "stream": stream}
             )  # the queue has room for one of the two
             times.append(time.monotonic() - begin)
-            assert answer.status == 503 and answer.headers["Retry-After"] == "3"
-            assert answer.json["error"]["code"] == "queue_full"
+            assert response.status == 503 and response.headers["Retry-After"] == "3"
+            assert response.json["error"]["code"] == "queue_full"
             until(lambda: site.service.engine.running + site.service.engine.waiting == 2)
         assert min(times) < 0.1 and site.metric("requests_rejected_total", reason="full") == 6
         site.service.pause(False)
-        for thread, answers in accepted:
+        for thread, responses in accepted:
             thread.join(DEADLINE_S)
-            assert answers[0].text() == expected
+            assert responses[0].text() == expected
         assert site.metric("request_success_total", finished_reason="abort") == 0
     finally:
         site.close()
@@ -89,8 +89,8 @@ def test_one_rejected_choice_ends_the_others(site: Site, monkeypatch: pytest.Mon
     monkeypatch.setattr(site.service.engine, "submit", reject_second)
     site.service.pause()
     for stream in (False, True):
-        answer = site.complete([[5, 6], [7]], stream=stream)
-        assert answer.status == 400 and answer.json["error"]["message"] == "7 cannot be served"
+        response = site.complete([[5, 6], [7]], stream=stream)
+        assert response.status == 400 and response.json["error"]["message"] == "7 cannot be served"
         until(lambda: site.service.engine.idle)
 
 
@@ -116,14 +116,14 @@ def test_errors_of_the_service(artifact: Artifact, error: Exception, good: int, 
     service.error, service.good = error, good
     site = Site(service)
     try:
-        answer = site.complete()
-        assert answer.status == status and b"secret" not in answer.content and answer.headers["X-Request-Id"]
-        assert answer.headers["Retry-After"] == ("5" if status == 503 else None)
+        response = site.complete()
+        assert response.status == status and b"secret" not in response.content and response.headers["X-Request-Id"]
+        assert response.headers["Retry-After"] == ("5" if status == 503 else None)
         stream = site.complete(stream=True)
         if good:
             assert stream.status == 200 and "error" in stream.events[-1] and len(stream.events) == 2
         else:
-            assert stream.status == status and stream.json == answer.json
+            assert stream.status == status and stream.json == response.json
         assert site.metric("request_success_total", finished_reason="error") == 2 * good
         assert site.metric("num_requests_running") == 0
     finally:

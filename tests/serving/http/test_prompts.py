@@ -41,10 +41,10 @@ def test_an_invalid_template_is_rejected_at_construction() -> None:
 
 
 def test_bytes_of_tokens_concatenate_to_the_text(site: Site) -> None:
-    answer = site.chat({"role": "user", "content": "🙂 日本語"}, logprobs=True, max_tokens=40, temperature=1, seed=2, ignore_eos=True)  # fmt: skip
-    content = answer.json["choices"][0]["logprobs"]["content"]
+    response = site.chat({"role": "user", "content": "🙂 日本語"}, logprobs=True, max_tokens=40, temperature=1, seed=2, ignore_eos=True)  # fmt: skip
+    content = response.json["choices"][0]["logprobs"]["content"]
     joined = bytes(byte for entry in content for byte in entry["bytes"])
-    assert joined.decode(errors="replace") == answer.text() and any("\ufffd" in entry["token"] for entry in content)
+    assert joined.decode(errors="replace") == response.text() and any("\ufffd" in entry["token"] for entry in content)
     tokens = Codec(site.service.tokenizer)
     for text in (served.TEXT, "<|endoftext|>", "\x00\xff\u0100"):
         ids = site.encode(text)

@@ -20,10 +20,10 @@ from tests.support.http_site import CHAT, GREEDY, PROMPT, Site
 
 
 def test_a_completion(site: Site) -> None:
-    answer = site.complete()
-    body = answer.json
-    assert answer.status == 200 and body.keys() == {"id", "object", "created", "model", "choices", "usage"}
-    assert body["id"] == f"cmpl-{answer.headers['X-Request-Id']}" and body["object"] == "text_completion"
+    response = site.complete()
+    body = response.json
+    assert response.status == 200 and body.keys() == {"id", "object", "created", "model", "choices", "usage"}
+    assert body["id"] == f"cmpl-{response.headers['X-Request-Id']}" and body["object"] == "text_completion"
     assert body["model"] == "test" and abs(body["created"] - time.time()) < 60
     (choice,) = body["choices"]
     assert choice == {"index": 0, "text": choice["text"], "logprobs": None, "finish_reason": "length"}
@@ -44,12 +44,12 @@ def test_null_is_the_default_and_unknown_fields_are_ignored(site: Site) -> None:
 
 
 def test_a_chat(site: Site) -> None:
-    answer = site.chat({"role": "user", "content": [{"type": "text", "text": "Hello"}]})
-    body = answer.json
+    response = site.chat({"role": "user", "content": [{"type": "text", "text": "Hello"}]})
+    body = response.json
     assert body["id"].startswith("chatcmpl-") and body["object"] == "chat.completion"
     (choice,) = body["choices"]
-    assert choice["message"] == {"role": "assistant", "content": answer.text(), "refusal": None}
-    assert answer.text() == site.complete("user: Hello\nassistant:").text() == site.chat().text()
+    assert choice["message"] == {"role": "assistant", "content": response.text(), "refusal": None}
+    assert response.text() == site.complete("user: Hello\nassistant:").text() == site.chat().text()
     prompt = len(site.encode("user: Hello\nassistant:"))
     rest = site.chat(max_tokens=None, ignore_eos=True).json["usage"]
     assert rest == {"prompt_tokens": prompt, "completion_tokens": 128 - prompt, "total_tokens": 128}
@@ -100,7 +100,7 @@ def test_usage_in_a_stream(site: Site) -> None:
 def test_choices_of_a_batch_are_in_order(site: Site) -> None:
     prompts = ["The cat", "42 birds", "日本語"]
     alone = [site.complete(prompt, temperature=1, seed=5, n=2) for prompt in prompts]
-    texts = [answer.text(i) for answer in alone for i in range(2)]
+    texts = [response.text(i) for response in alone for i in range(2)]
     together = site.complete(prompts, temperature=1, seed=5, n=2)
     assert [together.text(i) for i in range(6)] == texts and len(set(texts)) == 6
     as_tokens = site.complete([site.encode(prompt) for prompt in prompts], temperature=1, seed=5, n=2)
@@ -131,8 +131,8 @@ def test_stop_strings_end_an_answer(site: Site) -> None:
     text = site.complete(max_tokens=30, ignore_eos=True).text()
     stop = text[10:12]
     for stops in (stop, [stop, "never there"]):
-        answer = site.complete(max_tokens=30, ignore_eos=True, stop=stops)
-        assert answer.text() == text[: text.index(stop)] and answer.json["choices"][0]["finish_reason"] == "stop"
+        response = site.complete(max_tokens=30, ignore_eos=True, stop=stops)
+        assert response.text() == text[: text.index(stop)] and response.json["choices"][0]["finish_reason"] == "stop"
 
 
 def test_logit_bias_stop_token_ids_and_min_tokens(site: Site) -> None:
@@ -151,8 +151,8 @@ def test_logit_bias_stop_token_ids_and_min_tokens(site: Site) -> None:
 def test_likelihoods_equal_those_of_evaluation(site: Site, artifact: Artifact) -> None:
     """The request of lm-eval: a prompt of tokens, echo, and one token more."""
     prompts, model = [site.encode(served.TEXT)[:n] for n in (40, 23)], served.whole(artifact)
-    answer = site.complete(prompts, max_tokens=1, logprobs=1, echo=True, seed=1234)
-    for tokens, choice in zip(prompts, answer.json["choices"], strict=True):
+    response = site.complete(prompts, max_tokens=1, logprobs=1, echo=True, seed=1234)
+    for tokens, choice in zip(prompts, response.json["choices"], strict=True):
         with torch.no_grad():
             table = model(torch.tensor([tokens]))[0].log_softmax(-1)
         given = choice["logprobs"]

@@ -85,9 +85,9 @@ def test_status_of_other_rejections(site: Site) -> None:
         assert site.ask("POST", "/v1/completions", valid, {"Content-Type": kind}).status == 415
     assert site.ask("POST", "/v1/completions", valid, {"Content-Type": "Application/JSON; charset=utf-8"}).status == 200
     for method, path, status in (("GET", "/nothing", 404), ("GET", "/v1/completions", 405), ("POST", "/health", 405)):
-        answer = site.ask(method, path)
-        assert answer.status == status and answer.json["error"]["type"] == "invalid_request_error"
-    assert {word.strip() for word in answer.headers["Allow"].split(",")} == {"GET", "HEAD"}
+        response = site.ask(method, path)
+        assert response.status == status and response.json["error"]["type"] == "invalid_request_error"
+    assert {word.strip() for word in response.headers["Allow"].split(",")} == {"GET", "HEAD"}
     assert site.ask("GET", "/nothing", headers={"Host": "["}).status == 404
     for body in ({}, {"prompt": "a", "messages": CHAT["messages"]}):
         assert site.ask("POST", "/tokenize", body).status == 400
@@ -100,8 +100,8 @@ def test_valid_request_ids_are_returned(site: Site) -> None:
     for bad in ("a" * 129, "a b", "\xe9", ""):
         name = site.ask("GET", "/nothing", headers={"X-Request-Id": bad}).headers["X-Request-Id"]
         assert name != bad and len(name) == 32
-    answer = site.ask("POST", "/v1/completions", {"prompt": "a", **GREEDY}, {"X-Request-Id": "mine-2"})
-    assert answer.json["id"] == "cmpl-mine-2"
+    response = site.ask("POST", "/v1/completions", {"prompt": "a", **GREEDY}, {"X-Request-Id": "mine-2"})
+    assert response.json["id"] == "cmpl-mine-2"
 
 
 def test_v1_requires_the_key(artifact: Artifact) -> None:
@@ -110,8 +110,8 @@ def test_v1_requires_the_key(artifact: Artifact) -> None:
         body = {"prompt": PROMPT, **GREEDY}
         for header in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "secret"}, {"Authorization": "Basic secret"}, {"Authorization": "Bearer secre\xe9"}, {"Authorization": "Bearer"}):  # fmt: skip
             for method, path in (("POST", "/v1/completions"), ("POST", "/v1/chat/completions"), ("GET", "/v1/models")):
-                answer = site.ask(method, path, body if method == "POST" else None, header)
-                assert answer.status == 401 and answer.json["error"]["code"] == "invalid_api_key"
+                response = site.ask(method, path, body if method == "POST" else None, header)
+                assert response.status == 401 and response.json["error"]["code"] == "invalid_api_key"
         assert site.metric("requests_rejected_total", reason="unauthorized") == 18
         for header in ("Bearer secret", "bearer secret"):
             assert site.ask("POST", "/v1/completions", body, {"Authorization": header}).status == 200
@@ -132,7 +132,7 @@ def test_invalid_settings_are_rejected(change: dict[str, Any]) -> None:
 
 def test_unexpected_errors_have_an_error_body(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(site.service, "ready", lambda: 1 / 0)
-    answer = site.ask("GET", "/ready", headers={"X-Request-Id": "mine"})
+    response = site.ask("GET", "/ready", headers={"X-Request-Id": "mine"})
     site.local.connection = None
-    assert answer.status == 500 and answer.json["error"]["message"] == "Internal server error"
-    assert answer.headers["X-Request-Id"] == "mine"
+    assert response.status == 500 and response.json["error"]["message"] == "Internal server error"
+    assert response.headers["X-Request-Id"] == "mine"
