@@ -121,7 +121,7 @@ def check_listening(address: str) -> None:
         return  # the handshake needs the cluster's certificates
     import grpc
 
-    with grpc.insecure_channel(address) as channel:
+    with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:  # as Ray connects
         try:
             grpc.channel_ready_future(channel).result(timeout=GRPC_TIMEOUT_S)
         except grpc.FutureTimeoutError:

@@ -90,9 +90,11 @@ def check_free(run: Path) -> None:
 
 def _refuse_if_alive(run: Path, owner: Owner, age: float) -> None:
     if _alive(owner, age):
+        elsewhere = owner.namespace != _namespace()
+        dead = f"; the lock of a dead process is released after {HEARTBEAT_TIMEOUT_S:.0f} s" if elsewhere else ""
         raise RunInUse(
             f"{run} is in use by {owner} (last heartbeat {age:.0f} s ago): wait until it ends, stop it, or choose "
-            "another run.name"
+            f"another run.name{dead}"
         )
 
 

@@ -38,6 +38,8 @@ class Progress:
                     self._show(record)
                 except OSError:
                     self.closed = True
+                except (KeyError, TypeError, ValueError, AttributeError):
+                    continue  # a damaged record
 
     def close(self) -> None:
         """Show the last records and end the bar."""

@@ -80,6 +80,16 @@ def test_a_server_that_is_no_gcs_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
         server.server_close()
 
 
+def test_a_proxy_of_the_environment_is_not_used(gcs: str, closed_port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray connects directly, too."""
+    monkeypatch.setattr(ray_connection, "GRPC_TIMEOUT_S", 3.0)
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    for name in ("grpc_proxy", "http_proxy", "https_proxy"):
+        monkeypatch.setenv(name, f"http://127.0.0.1:{closed_port}")
+    assert find_ray({"RAY_ADDRESS": gcs}).address == gcs
+
+
 def test_the_address_and_its_source_are_shown(gcs: str) -> None:
     target = find_ray({"RAY_ADDRESS": f" {gcs} "})
     assert target == RayTarget(gcs, "RAY_ADDRESS")

@@ -326,6 +326,27 @@ def test_a_closed_terminal_ends_neither_the_stop_nor_the_progress(
     assert received == [signal.SIGHUP] and (tmp_path / "stop").exists()
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"kind": "train", "step": null}',
+        '{"kind": "train", "step": 3}',
+        '{"kind": "train", "step": 3, "loss": "x", "tokens_per_s": 1, "load_cv": {"experts": 1, "clusters": 1}}',
+        '{"kind": "train", "step": 3, "loss": 1, "tokens_per_s": [], "load_cv": []}',
+        '{"kind": "event", "step": 3}',
+        '{"kind": [], "step": 3}',
+        "{",
+    ],
+)
+def test_a_damaged_record_does_not_end_the_driver(line: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    path = tmp_path / "metrics.jsonl"
+    progress = Progress(path, 9)
+    path.write_text(line + '\n{"kind": "event", "step": 4, "name": "stopped"}\n')
+    progress.update()
+    progress.close()
+    assert "step 4/9  stopped" in capsys.readouterr().out
+
+
 def test_an_unrecoverable_failure_ends_the_run_at_once(tmp_path: Path) -> None:
     record_failure(tmp_path, RuntimeError("one"))
     assert not stop_reason(tmp_path, allowed=3)
