@@ -385,6 +385,7 @@ class Shift:
     def __init__(self, corpus: Corpus, at: int) -> None:
         self.corpus, self.at, self.domains = corpus, at, corpus.domains
         self.validation, self.validation_windows = corpus.validation, corpus.validation_windows
+        self.fingerprint, self.tokenizer_fingerprint = f"{corpus.fingerprint}-shift-{at}", corpus.tokenizer_fingerprint
         first = set(FIRST) if set(FIRST) < set(self.domains) else set(self.domains[: len(self.domains) // 2])
         self.halves = (first, set(self.domains) - first) if at else (set(self.domains),) * 2
         self._windows = cache(self._windows)
