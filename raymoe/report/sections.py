@@ -112,7 +112,7 @@ def cost_section(trains: Sequence[Record]) -> str:
     memory = {f"worker {w}": over_steps(trains, "rss_mb", w) for w in range(workers)}
     figures = [
         plot("Speed", "All workers together.", "tokens / s", {"tokens/s": over_steps(trains, "tokens_per_s")}),
-        plot("Step time", "Mean over workers and over the steps since the previous record.", "ms", step_times(trains)),
+        plot("Step time", "Mean over workers and steps since the previous record. On GPUs, communication is the time of launches.", "ms", step_times(trains)),
         plot("Memory", "Resident memory of each worker.", "MiB", memory),
         plot(
             "All-to-all", "Bytes that expert parallelism sends per training token.", "bytes / token",

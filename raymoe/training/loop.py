@@ -187,14 +187,18 @@ class Trainer:
                 recorder.add(rows, seen)
             loss += part.detach()
         own = self.report(loss.item(), checksum, started)
+        started = time.perf_counter()
         load, report = sync_stats(own, loads, self.config.model.n_experts, self.device)
         self.gradients.reduce()
+        self.window.communication_s += time.perf_counter() - started
         return report.loss, self.gradients.clip(train.clip), load, report
 
     def report(self, loss: float, checksum: int, started: float) -> StepReport:
-        """Return this rank's report of a step whose gradients are computed, and add its compute time to the window."""
+        """Return this rank's report of a step whose gradients are computed, and add its times to the window."""
         plan = tuple(self.regrouping.encode_offer()) if self.regrouping else ()
-        self.window.compute_s += time.perf_counter() - started - self.sharded.meter.waited_s
+        waited_s = self.sharded.meter.waited_s
+        self.window.compute_s += time.perf_counter() - started - waited_s
+        self.window.communication_s += waited_s
         checkpoints = self.checkpoints
         return StepReport(
             loss=loss, sent_bytes=self.sharded.meter.take(), tokens_hash=checksum, plan=plan,

@@ -18,7 +18,7 @@ from raymoe.training.stragglers import ratios
 
 @dataclass
 class Window:
-    """Measurements since the last train record. Sums over ranks, except `compute_s` and `grains`."""
+    """Measurements since the last train record. Sums over ranks, except `compute_s`, `communication_s` and `grains`."""
 
     steps: int = 0
     tokens: int = 0
@@ -31,6 +31,8 @@ class Window:
     load: RoutingLoad | None = None
     compute_s: float = 0.0
     """Compute time of this rank, without collectives."""
+    communication_s: float = 0.0
+    """Time of this rank in collectives of training steps, with waits for other ranks. On a GPU, the time of launches."""
     grains: int = 0
     """Grains of this rank."""
 
@@ -56,7 +58,8 @@ class Window:
     def record(self, device: torch.device) -> dict[str, Any]:
         """Return the fields of a train record that this window measured. Collective."""
         assert self.load is not None
-        rss, compute, grains = _by_worker((psutil.Process().memory_info().rss, self.compute_s, self.grains), device)
+        own = (psutil.Process().memory_info().rss, self.compute_s, self.communication_s, self.grains)
+        rss, compute, communication, grains = _by_worker(own, device)
         return {
             "loss": self.mean_loss,
             "grad_norm": self.grad_norm,
@@ -68,6 +71,7 @@ class Window:
             "tokens_hash": self.tokens_hash,
             "rss_mb": [round(b / 2**20, 1) for b in rss],
             "compute_ms": [round(1000 * s / self.steps, 3) for s in compute],
+            "communication_ms": [round(1000 * s / self.steps, 3) for s in communication],
             "slowness": ratios(compute, grains),
             "load_experts": shares(self.load.experts),
             "load_clusters": shares(self.load.clusters),

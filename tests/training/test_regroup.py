@@ -167,6 +167,13 @@ def test_a_resume_without_regrouping_ends_the_overlap(tmp_path: Path) -> None:
     assert records(tmp_path, "assignment")[-1]["version"] == 1
 
 
+def test_train_records_split_the_step_time(tmp_path: Path) -> None:
+    train(0, 1, str(tmp_path), ("train.steps=4", "regroup.mode=off"))
+    for record in records(tmp_path, "train"):
+        (compute,), (communication,) = record["compute_ms"], record["communication_ms"]
+        assert compute > 0 and communication > 0 and compute + communication <= record["step_ms"]
+
+
 def test_statistics_survive_a_restart(tmp_path: Path) -> None:
     """Saved and restored, they equal those of an uninterrupted run."""
     gathered = []
