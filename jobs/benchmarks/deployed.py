@@ -80,11 +80,11 @@ def http(artifact: str, root: str, text: str, domain: str, rounds: int) -> dict[
             for name in RESIDENT[:: -1 if i % 2 else 1]:
                 rollout = Rollout(ray.dashboard, configs[name])
                 rollout.up()
-                asked = time.monotonic()
+                started = time.monotonic()
                 first = run(rollout, 1, 1)["p50_ttft_s"]
                 run(rollout, 16, 48)  # hot clusters become resident, others scale to one replica
                 rollout.wait(lambda r=rollout, n=name: _whole(r, n), "to have its replicas")
-                cold[name].append((first, time.monotonic() - asked))
+                cold[name].append((first, time.monotonic() - started))
                 run(rollout, 16, 48)  # longer than a trunk takes to discover them
                 rows[name] += [run(rollout, 16, 48) for _ in range(2)]
                 if name == "all":

@@ -66,8 +66,8 @@ def shares_of_time(artifact: Artifact, text: str, domain: str | None) -> list[fl
 
     length = min(PROMPT + NEW, model.context)
     engine = Engine(Trunk(artifact, timed, torch.float32, length), tokenizer)
-    asked = pieces(text, domain=domain, share=0.8, words=40, count=ROUNDS * TOGETHER, seed=0)
-    prompts = [tokenizer.encode(prompt).ids[: length - NEW] for prompt in asked]
+    texts = pieces(text, domain=domain, share=0.8, words=40, count=ROUNDS * TOGETHER, seed=0)
+    prompts = [tokenizer.encode(prompt).ids[: length - NEW] for prompt in texts]
     for first in range(0, len(prompts), TOGETHER):
         answer(engine, prompts[first : first + TOGETHER])
     return [seconds[c] / seconds.total() for c in range(model.n_clusters)]

@@ -1,1 +1,1 @@
-"""From an artifact to answers: the engine that makes tokens, and the policy that says how many replicas a cluster needs."""
+"""Serving an artifact: deployments of Ray Serve, replica discovery, residency, autoscaling and rollouts."""

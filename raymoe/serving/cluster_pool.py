@@ -273,7 +273,7 @@ class RowConnections:
             try:
                 connection = self._connect(address, c)
             except ConnectionLost as error:
-                log.warning("cluster %d: %s", c, error)
+                log.warning("cluster %d: replica not used: %s", c, error)
                 with self._changed:
                     self._delay(address)
                 continue

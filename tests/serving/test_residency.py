@@ -81,7 +81,7 @@ def test_wanted_keys_fit_and_are_stable(situation: tuple) -> None:
     assert free >= 0 and keep <= chosen <= sizes.keys()
     assert all(sizes[key] > free for key in sizes.keys() - chosen), "something fits and is left out"
     assert wanted(sizes, use, chosen, budget, margin, keep) == chosen
-    # Nobody is left out for one that is larger and less used by the margin.
+    # No key is left out for a larger one that is less used by the margin.
     for out in sizes.keys() - chosen:
         for inside in chosen - keep:
             if sizes[inside] >= sizes[out]:
@@ -477,7 +477,7 @@ def test_stall_time_is_counted() -> None:
         residency.need(0)
         assert residency.stats().stall_s == 2.0
         residency.need(0)
-        steps(residency, 20, k1=9)  # ahead: nobody waits
+        steps(residency, 20, k1=9)  # loaded ahead: no caller waits
         residency.need(1)
         assert loads.calls == [0, 1] and residency.stats().stall_s == 2.0
 
@@ -596,7 +596,7 @@ def test_a_failed_load_frees_its_memory() -> None:
                 residency.need(0)
             except OSError as error:
                 assert "load" in {entry.name for entry in traceback.extract_tb(error.__traceback__)}, (
-                    "the traceback says where"
+                    "the traceback names the load"
                 )
             residency._failing.clear()
             residency.observe({0: 1})

@@ -40,9 +40,9 @@ class Key:
 
 @dataclass
 class Contexts:
-    """Contexts of an application: `asked[c]` rows/s, computed by one replica in `cost` busy seconds each."""
+    """Contexts of an application: `offered[c]` rows/s, computed by one replica in `cost` busy seconds each."""
 
-    asked: list[float]
+    offered: list[float]
     cost: float = 0.002
     minimum: int = 0
     maximum: int = 4
@@ -51,11 +51,11 @@ class Contexts:
 
     def contexts(self) -> dict[Key, Any]:
         made: dict[Key, Any] = {Key("api"): SimpleNamespace(aggregated_metrics={})}
-        trunk = {f"remote_{c}": {"t": rows} for c, rows in enumerate(self.asked)}
-        trunk |= {f"bytes_{c}": {"t": 100.0} for c in range(len(self.asked))}
+        trunk = {f"remote_{c}": {"t": rows} for c, rows in enumerate(self.offered)}
+        trunk |= {f"bytes_{c}": {"t": 100.0} for c in range(len(self.offered))}
         made[Key("trunk")] = SimpleNamespace(aggregated_metrics=trunk)
         for c, n in enumerate(self.replicas):
-            busy = min(1.0, self.asked[c] * self.cost / n) if n else 0.0
+            busy = min(1.0, self.offered[c] * self.cost / n) if n else 0.0
             own = {"busy": {f"r{i}": busy for i in range(n)}, "latency_s": {f"r{i}": 0.001 for i in range(n)}}
             made[Key(f"cluster-{c}")] = SimpleNamespace(
                 target_num_replicas=n, aggregated_metrics=own if n else {},
@@ -83,15 +83,15 @@ def test_hot_clusters_scale_up_in_two_decisions_and_back_and_cold_ones_stay() ->
     contexts = Contexts([0.0] * 4, replicas=[0] * 4)
     policy = scaler(contexts, target=0.5, down_cooldown_s=10, idle_s=30)
     assert contexts.run(policy, 10)[-1] == [0, 0, 0, 0]
-    contexts.asked = [900.0, 10.0, 10.0, 10.0]
+    contexts.offered = [900.0, 10.0, 10.0, 10.0]
     history = contexts.run(policy, 6)
     assert history[40][0] == 4 and history[-1] == [4, 1, 1, 1]
-    contexts.asked = [10.0] * 4
+    contexts.offered = [10.0] * 4
     history = contexts.run(policy, 60)
     assert history[-1] == [1, 1, 1, 1]
     changes = sum(a != b for a, b in zip(history, history[1:], strict=False))
     assert changes == 1
-    contexts.asked = [0.0] * 4
+    contexts.offered = [0.0] * 4
     assert contexts.run(policy, 60)[-1] == [0, 0, 0, 0]
 
 
@@ -272,10 +272,10 @@ class Serving(Rollout):
 
     def get(self, path: str) -> str | None:
         prefix = path.rpartition("/")[0] or "/"
-        answers = [name for name, route in self.history[-1].items() if route == prefix and name not in self.broken]
+        responding = [name for name, route in self.history[-1].items() if route == prefix and name not in self.broken]
         return (
             '# TYPE raymoe_num_requests_running gauge\nraymoe_num_requests_running{model_name="m"} 0.0\n'
-            if answers
+            if responding
             else None
         )
 

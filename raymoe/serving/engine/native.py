@@ -49,7 +49,8 @@ def kernel_name() -> str:
     """Return a name for the code that computes rows here. Processes with equal names compute bit-equal outputs.
 
     It is the hash of the compiled library and the version of the C library, whose `expf` it calls; without a
-    library, torch's version and the processor's instruction set.
+    library, torch's version and the processor's instruction set. Nodes with different processors have equal names
+    with a common target for the compiler: `CC="gcc -march=x86-64-v3"` on all of them.
     """
     found = library()
     if found is None:
@@ -78,6 +79,12 @@ def _load(path: Path) -> CDLL:
     return found
 
 
+def _flags(command: Sequence[str]) -> list[str]:
+    """Return the flags for a compiler command. A target in the command replaces this machine's."""
+    targeted = any(part.startswith(("-march=", "-mcpu=")) for part in command)
+    return [flag for flag in FLAGS if not (targeted and flag == "-march=native")]
+
+
 def _built(compiler: str) -> Path:
     """Return the path of the library for this machine and compiler; build it if it is missing or damaged.
 
@@ -100,7 +107,7 @@ def _built(compiler: str) -> Path:
     os.close(handle)
     try:
         subprocess.run(
-            [*command, *FLAGS, str(SOURCES[0]), "-o", partial, "-lm"],
+            [*command, *_flags(command), str(SOURCES[0]), "-o", partial, "-lm"],
             check=True, capture_output=True, text=True, timeout=300,
         )  # fmt: skip
         with open(partial, "ab") as file:  # the loader ignores it; loading a damaged library would end the process

@@ -48,6 +48,9 @@ HANDSHAKE_TIMEOUT_S = 5.0
 MAX_PENDING = 64
 """Connections of one server that may be in the handshake at the same time."""
 
+REMEDIES = {"kernel": ": give all nodes the same compiler, and CC with the same -march if their processors differ"}
+"""What to do about a field in which client and server differ."""
+
 Exchange = Generator[tuple[bytes, int], bytes, Identity]
 """Yields (bytes to send, number of bytes to read next), receives the bytes read, returns the peer's identity."""
 
@@ -114,7 +117,7 @@ def mismatch(server: Identity, client: Identity) -> str | None:
     """Return the first field in which the client differs, as a reason for it."""
     for name, value in client.items():
         if server.get(name) != value:
-            return f"its {name} is {_brief(server.get(name))}, not {_brief(value)}"
+            return f"its {name} is {_brief(server.get(name))}, not {_brief(value)}{REMEDIES.get(name, '')}"
     return None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -139,6 +140,31 @@ def test_a_failing_compiler_is_logged_once(monkeypatch, caplog, cold: Path) -> N
     monkeypatch.setenv("CC", "false")
     assert native.library() is None and native.library() is None
     assert len(caplog.records) == 1 and "false failed" in caplog.text and not list(cold.iterdir())
+
+
+@needs_compiler
+def test_the_kernel_name_is_that_of_the_code(monkeypatch: pytest.MonkeyPatch, cold: Path) -> None:
+    """Two builds of one source are equal; another target, or torch, is another kernel."""
+    name = native.kernel_name()
+    for library in cold.glob("*.so"):
+        library.unlink()
+    native._library.cache_clear()
+    assert native.kernel_name() == name and name.startswith("native-")
+    if platform.machine() == "x86_64":
+        monkeypatch.setenv("CC", "cc -march=x86-64-v2")
+        assert native.kernel_name().startswith("native-") and native.kernel_name() != name
+    monkeypatch.setenv("RAYMOE_NATIVE", "0")
+    assert native.kernel_name().startswith("torch-")
+
+
+def test_a_user_without_a_home_computes_with_torch(monkeypatch: pytest.MonkeyPatch, cold: Path) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME")
+
+    def home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", home)
+    assert native.library() is None
 
 
 def test_a_folder_that_others_can_write_is_not_trusted(caplog, cold: Path) -> None:
