@@ -1,1 +1,1 @@
-"""Machines and Ray: a Ray head, and checks of a cluster before a run."""
+"""Machines and Ray: the connection to Ray, a private head, and checks of a cluster before a run."""

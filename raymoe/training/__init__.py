@@ -1,1 +1,1 @@
-"""Training on Ray: the loop of a worker, what it saves and logs, and the driver that launches it."""
+"""Training on Ray: the loop of a worker, its checkpoints and records, and the driver that launches it."""

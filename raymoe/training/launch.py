@@ -74,9 +74,15 @@ def launch(config: Config) -> tuple[Path, int]:
             outcome, received = train(config, run, corpus, nonce, gpus)
         finally:
             finish_folder(config, run, mirror)
-    if reason := outcome.value.get("unshared"):
-        if not config.train.resume:
+        if "unshared" in outcome.value and not config.train.resume:
             shutil.rmtree(run, ignore_errors=True)  # it holds no step
+    raise_failure(config, run, outcome)
+    return run, received[0] if received else 0
+
+
+def raise_failure(config: Config, run: Path, outcome: Outcome) -> None:
+    """Raise RunFolderNotShared, TooManyFailures or the error of Ray Train if the run failed."""
+    if reason := outcome.value.get("unshared"):
         raise RunFolderNotShared(reason)
     if outcome.error is not None:
         raise outcome.error
@@ -84,7 +90,6 @@ def launch(config: Config) -> tuple[Path, int]:
         raise TooManyFailures(
             f"{reason}; see {RunFolder(run).metrics}, and continue with train.resume={config.run.name}"
         )
-    return run, received[0] if received else 0
 
 
 def check_inputs(config: Config, run: Path) -> tuple[Corpus, Mirror | None]:
