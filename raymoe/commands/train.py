@@ -99,6 +99,7 @@ def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
             check_source(config.data)
     except (ValueError, OSError) as error:
         return refuse(parse.prog, error)
+    from raymoe.storage.run_folder import RunFolder
     from raymoe.training.launch import TooManyFailures, launch
 
     try:
@@ -108,7 +109,8 @@ def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
     except TooManyFailures as error:
         print(f"{parse.prog}: {error}", file=sys.stderr)
         return 1
-    print(f"run     {run}\nreport  {run / 'report.html'}\nmetrics {run / 'metrics.jsonl'}")
+    folder = RunFolder(run)
+    print(f"run     {run}\nreport  {folder.report}\nmetrics {folder.metrics}")
     if stopped_by:
         print(f"stopped by {signal.Signals(stopped_by).name}; continue with: train.resume={config.run.name}")
         return 128 + stopped_by

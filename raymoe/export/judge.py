@@ -1,4 +1,4 @@
-"""What a stored model is worth on a text: perplexity, which clusters serve which domain, speed."""
+"""Evaluation of a whole model on a text: perplexity by domain, load of clusters and experts, coactivation, speed."""
 
 from __future__ import annotations
 
@@ -21,17 +21,20 @@ from raymoe.model.transformer import Transformer
 
 @dataclass(frozen=True)
 class Judgement:
+    """Result of an evaluation."""
+
     domains: dict[str, Perplexity]
     clusters: np.ndarray
-    """Choices by layer and cluster [L, C]; empty where the model has no clusters."""
+    """[L, C]: choices of each cluster by layer; empty for a model without clusters."""
     experts: np.ndarray
-    """Choices by layer and expert [L, E]; empty where the model has no experts."""
+    """[L, E]: choices of each expert by layer; empty for a model without experts."""
     coactivation: np.ndarray
-    """[L−1, C, C]: tokens that chose cluster a in a layer and cluster b in the next."""
+    """[L-1, C, C]: tokens that chose cluster a in a layer and cluster b in the next."""
     seconds: float
 
     @property
     def whole(self) -> Perplexity:
+        """Perplexity of all domains together."""
         return Perplexity.merge(self.domains.values())
 
 
@@ -46,7 +49,10 @@ def judge(
     precision: str = "float32",
     progress: Callable[[int], Any] | None = None,
 ) -> Judgement:
-    """Predict every token of each domain's text once. Raises ValueError for an empty text or a bad stride."""
+    """Predict every token of each domain's text once.
+
+    `progress` receives the tokens scored since its last call. Raises ValueError for an empty text or a bad stride.
+    """
     n_layers = model.model.layers
     n_clusters = model.model.n_clusters if model.model.experts == "clustered" else 0
     coactivation = np.zeros((n_layers - 1, n_clusters, n_clusters), dtype=np.int64)
@@ -79,7 +85,7 @@ def judge(
 
 
 def load_measures(counts: np.ndarray) -> dict[str, float] | None:
-    """CV, MaxVio and the variance of the load fraction, averaged over layers; None where there is no such level."""
+    """Return the CV, MaxVio and variance of the load fraction, averaged over layers; None if `counts` is empty."""
     if not counts.size:
         return None
     return {"cv": load_cv(counts), "max_vio": load_max_vio(counts), "variance": load_variance(counts)}

@@ -11,6 +11,7 @@ from typing import Any
 from raymoe.config import expand
 
 MANIFEST = "manifest.json"
+TARGETS = "prometheus_targets.json"
 
 
 @dataclass(frozen=True)
@@ -51,16 +52,18 @@ class RunFolder:
 
     @property
     def checkpoints(self) -> Path:
+        """Folder with one folder per checkpoint."""
         return self.path / "checkpoints"
 
     @property
     def report(self) -> Path:
+        """The run on one page."""
         return self.path / "report.html"
 
     @property
     def targets(self) -> Path:
-        """Scrape targets for Prometheus' file discovery."""
-        return self.path / "prometheus_targets.json"
+        """Scrape targets for Prometheus' file-based discovery."""
+        return self.path / TARGETS
 
     @property
     def failures(self) -> Path:
@@ -111,7 +114,7 @@ RENAMED = {
     "clusterer restarted": "clusterer_restarted",
     "overlap over": "overlap_ended",
 }
-"""Names of events in records that version 0.1 wrote (field `what`), and their names today (field `name`)."""
+"""Event names in records of version 0.1 (field `what`), and their present names (field `name`)."""
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
@@ -144,25 +147,26 @@ def parse_record(line: str) -> dict[str, Any] | None:
 
 
 def run_folder(root: str, name: str) -> Path:
-    """Where the run `name` lives."""
+    """Return the folder of the run `name`."""
     return expand(root).resolve() / name
 
 
 def artifact_folder(root: str, name: str) -> Path:
-    """Where the export of run `name` goes."""
+    """Return the folder of the export of run `name`."""
     return expand(root).resolve() / "exports" / name
 
 
 def serving_targets(root: str, application: str) -> Path:
     """Return the scrape targets file of a Serve application, in the folder of its name."""
-    return Path(root).expanduser() / "serving" / application / "prometheus_targets.json"
+    return expand(root) / "serving" / application / TARGETS
 
 
 NEWEST = "newest"
+"""Name of the export that was written last."""
 
 
 def find_artifact(root: str, name: str) -> Path:
-    """The folder of the artifact `name`: a folder that is one, the export of a run, or of all the `newest`.
+    """Return the folder of an artifact. `name` is its folder, the name of an exported run, or `newest`.
 
     Raises FileNotFoundError.
     """
