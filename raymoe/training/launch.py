@@ -33,6 +33,7 @@ from raymoe.training.regroup.clients import ReplayClient, start_clusterer
 from raymoe.training.run_report import write_report
 from raymoe.training.run_summary import overview, save_config, saved_corpus
 from raymoe.training.stop_signals import stop_on_signal
+from raymoe.training.trackers import require_tracker
 from raymoe.training.worker import WorkerJob, train_worker
 
 
@@ -94,6 +95,7 @@ def raise_failure(config: Config, run: Path, outcome: Outcome) -> None:
 
 def check_inputs(config: Config, run: Path) -> tuple[Corpus, Mirror | None]:
     """Return the prepared corpus and the mirror. Nothing is left in the run's folder if one of them is refused."""
+    require_tracker(config.train.tracker)
     if config.regroup.replay:
         ReplayClient(Path(config.regroup.replay))  # raises ValueError for a file that it cannot read
     mirror = None
