@@ -40,7 +40,7 @@ from raymoe.training.regroup.clusterer import Clusterer, ClustererStatus, Messag
 Records = list[dict[str, Any]]
 
 
-def say(line: str) -> None:
+def report(line: str) -> None:
     print(line, flush=True)
 
 
@@ -118,7 +118,7 @@ def remap(name: str, data: str, seeds: int, warmup: int, steps: int = 200) -> di
                 f"regroup.period={warmup}", "regroup.plan_lag=2", "regroup.overlap=32", "regroup.stats_every=10",
                 f"train.steps={max(preset(name).train.steps, warmup + steps)}",
             ]  # fmt: skip
-            say(f"remap  seed {seed}: {warmup} steps to warm up, then 2 branches of {steps}")
+            report(f"remap  seed {seed}: {warmup} steps to warm up, then 2 branches of {steps}")
             record = [*changes, "regroup.mode=replay", f"regroup.replay={nothing}"]
             in_processes(2, _branch, folder, name, record, str(base), corpus, warmup)
             branches = {"without": Path(folder, f"without{seed}"), "with": Path(folder, f"with{seed}")}
@@ -137,11 +137,11 @@ def remap(name: str, data: str, seeds: int, warmup: int, steps: int = 200) -> di
             row = _cost(branches, statistics.median(times["with"]), warmup)
             if seed == 0:
                 row["float32"] = _exact(override(preset(name), [*changes, "train.precision=float32"]), corpus, base, plan)  # fmt: skip
-                say(f"remap  float32, one process: logits differ by {row['float32']['logits_max_relative']:.1e} of the largest at apply "
+                report(f"remap  float32, one process: logits differ by {row['float32']['logits_max_relative']:.1e} of the largest at apply "
                     f"(loss {row['float32']['loss_relative']:+.1e}; {row['float32']['loss_relative_at_once']:+.1e} without an overlap)")  # fmt: skip
-            say(f"remap  seed {seed}: {row['moves']} moves, {row['bytes'] / 1e6:.1f} MB; apply {row['apply_ms']:.0f} ms = {row['apply_steps']:.2f} steps, "
+            report(f"remap  seed {seed}: {row['moves']} moves, {row['bytes'] / 1e6:.1f} MB; apply {row['apply_ms']:.0f} ms = {row['apply_steps']:.2f} steps, "
                 f"overlap over {row['drop_ms']:.0f} ms = {row['drop_steps']:.2f} steps, median step {row['step_ms']:.0f} ms")  # fmt: skip
-            say(f"remap  seed {seed}: probe at apply {row['probe_before']:.4f} -> {row['probe_after']:.4f} ({row['probe_relative']:+.1e}); "
+            report(f"remap  seed {seed}: probe at apply {row['probe_before']:.4f} -> {row['probe_after']:.4f} ({row['probe_relative']:+.1e}); "
                 f"over {steps} steps against the branch without: mean {row['mean_percent']:+.3f} %, max {row['max_percent']:+.3f} %")  # fmt: skip
             result[f"seed {seed}"] = row
             for finished in (base, *branches.values()):
@@ -162,7 +162,7 @@ def _branch(rank: int, name: str, changes: list[str], run: str, corpus: str, unt
         if started_at and one.position.step % PROBE_EVERY == 0:
             one.validate(whole=False)
         if rank == 0 and one.position.step % 100 == 0:
-            say(f"remap  {Path(run).name}: step {one.position.step}, median {statistics.median(times):.0f} ms")
+            report(f"remap  {Path(run).name}: step {one.position.step}, median {statistics.median(times):.0f} ms")
     if not started_at:
         one.checkpoints.write(one.position, one.statistics())
         one.checkpoints.wait_for_checkpoint()
@@ -315,7 +315,7 @@ def overhead(name: str, data: str, periods: int) -> dict[str, Any]:
         "kinds": {},
         "rows": rows,
     }
-    say(f"regroup  overhead over {len(rows)} steps: {result['overhead_of_sums']:+.2%} of the sums, "
+    report(f"regroup  overhead over {len(rows)} steps: {result['overhead_of_sums']:+.2%} of the sums, "
         f"{result['overhead_of_medians']:+.2%} of the medians (median step {np.median(off):.0f} ms [{off.min():.0f}, {off.max():.0f}])")  # fmt: skip
     for kind in ("samples", "applies", "drops", "overlaps", "records", "nothing"):
         of = np.array([row["kind"] == kind for row in rows])
@@ -324,7 +324,7 @@ def overhead(name: str, data: str, periods: int) -> dict[str, Any]:
             result["kinds"][kind] = {
                 "steps": int(of.sum()), "share": share, "on_ms": float(np.median(on[of])), "off_ms": float(np.median(off[of])),
             }  # fmt: skip
-            say(
+            report(
                 f"regroup  overhead  {kind:9}{of.sum():4} steps  {share:+.2%} of the time  median on {np.median(on[of]):.0f} ms, off {np.median(off[of]):.0f} ms"
             )
     return result
@@ -360,7 +360,7 @@ def _alternate(
             kind = "nothing" if done % regroup.stats_every else "records"
         rows[-1]["kind"] = kind
         if rank == 0 and done % 20 == 0:
-            say(f"regroup  overhead: step {done}, version {sides['on'].position.version}")
+            report(f"regroup  overhead: step {done}, version {sides['on'].position.version}")
     return rows[LEAD - 10 :]
 
 
@@ -483,7 +483,7 @@ def shift(data: str, seeds: int, steps: int) -> dict[str, Any]:
                     line += f"  {halves}  measured gain above 0 in {row['measured_positive']} of {row['measured']}"
                 if row["measured"]:
                     line += f", mean expected {row['mean_expected']:.4f}, measured {row['mean_measured']:+.4f}"
-                say(line)
+                report(line)
     return result
 
 

@@ -118,8 +118,8 @@ def regrouping(root: str, name: str) -> str:
         number = lambda value, form: "-" if math.isnan(value) else format(value, form)  # noqa: E731
         lines.append(
             f"{d.step:>5}{d.outcome:>10}{number(d.moves, '.0f'):>7}{number(d.bytes / 1000, ',.0f'):>8}"
-            f"{number(d.pause_ms, '.0f'):>10}{number(d.gain_expected, '.4f'):>15}{number(d.gain_seen, '.4f'):>11}"
-            f"{number(d.probe_before, '.5f'):>14}{number(d.probe_after, '.5f'):>9}{number(d.probe_settled, '.5f'):>14}"
+            f"{number(d.pause_ms, '.0f'):>10}{number(d.expected_gain, '.4f'):>15}{number(d.measured_gain, '.4f'):>11}"
+            f"{number(d.probe_before, '.5f'):>14}{number(d.probe_after, '.5f'):>9}{number(d.probe_after_overlap, '.5f'):>14}"
             f"  {d.reason}"
         )
     return "\n".join(lines)

@@ -51,7 +51,7 @@ def number(value: Any) -> float:
 
 
 def find(record: Any, *keys: str | int) -> float:
-    """Return the number under nested `keys`; NaN if there is none."""
+    """Return the number under nested `keys`; NaN without a number."""
     try:
         return number(reduce(getitem, keys, record))
     except (KeyError, IndexError, TypeError):
@@ -59,7 +59,7 @@ def find(record: Any, *keys: str | int) -> float:
 
 
 def column(records: Iterable[Record], *keys: str | int) -> np.ndarray:
-    """Return the number under nested `keys` of each record, NaN if there is none. Shape [records]."""
+    """Return the number under nested `keys` of each record, NaN without a number. Shape [records]."""
     return np.array([find(record, *keys) for record in records])
 
 
@@ -69,7 +69,7 @@ def over_steps(records: Sequence[Record], *keys: str | int) -> Line:
 
 
 def last(values: np.ndarray) -> float:
-    """Return the last finite value; NaN if there is none."""
+    """Return the last finite value; NaN without a number."""
     known = values[np.isfinite(values)]
     return float(known[-1]) if known.size else math.nan
 

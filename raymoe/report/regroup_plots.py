@@ -57,11 +57,11 @@ class Decision:
     moves: float = math.nan
     bytes: float = math.nan
     pause_ms: float = math.nan
-    gain_expected: float = math.nan
-    gain_seen: float = math.nan
+    expected_gain: float = math.nan
+    measured_gain: float = math.nan
     probe_before: float = math.nan
     probe_after: float = math.nan
-    probe_settled: float = math.nan
+    probe_after_overlap: float = math.nan
     """Probe loss at the end of the overlap."""
     reason: str = ""
     before: Picture | None = None
@@ -81,14 +81,14 @@ def decisions(plans: Sequence[Record]) -> list[Decision]:
         key = find(plan, "version"), find(plan, "made_at_step")
         if name in ("made", "no_plan", "folded", "clusterer_restarted"):
             row = Decision(reason=_reason(record) or _reason(plan))
-            row.gain_expected = find(plan if name == "made" else record, "expected_gain")
+            row.expected_gain = find(plan if name == "made" else record, "expected_gain")
             row.before = _picture(record.get("similarity"), "before")
             rows.append(row)
             if name == "made":
                 waiting[key] = row
         elif name in ("applied", "refused"):
             if (row := waiting.pop(key, None)) is None:
-                rows.append(row := Decision(gain_expected=find(plan, "expected_gain")))
+                rows.append(row := Decision(expected_gain=find(plan, "expected_gain")))
             row.reason = _reason(record) or row.reason or _reason(plan)
             if name == "applied":
                 applied[key[0]] = row
@@ -97,9 +97,9 @@ def decisions(plans: Sequence[Record]) -> list[Decision]:
         else:
             row = applied.get(find(record, "version"))
             if row and name == "gain_measured":
-                row.gain_seen, row.after = find(record, "gain"), _picture(record.get("similarity"), "after")
+                row.measured_gain, row.after = find(record, "gain"), _picture(record.get("similarity"), "after")
             elif row and name == "overlap_ended":
-                row.probe_settled = find(record, "probe")
+                row.probe_after_overlap = find(record, "probe")
             continue
         row.step, row.outcome, row.version = record["step"], str(name), key[0]
     return rows

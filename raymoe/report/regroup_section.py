@@ -25,15 +25,15 @@ OPEN_ROWS = 20
 
 READING = (
     "A positive measured gain does not show that a plan was useful. Experts adapt to the cluster in which they train, "
-    "so forced random swaps were also followed by a positive measured gain. The measure of usefulness is the "
-    "validation loss beside a run with regroup.mode=off."
+    "so random swaps were also followed by a positive measured gain. To see whether plans help, compare the validation "
+    "loss with that of a run with regroup.mode=off."
 )
 
 COLUMNS = {
     "version": ("version", ".0f"), "moves": ("moves", ",.0f"), "bytes": ("bytes", ",.0f"),
-    "pause ms": ("pause_ms", ",.1f"), "expected gain": ("gain_expected", "+.4f"), "measured gain": ("gain_seen", "+.4f"),
+    "pause ms": ("pause_ms", ",.1f"), "expected gain": ("expected_gain", "+.4f"), "measured gain": ("measured_gain", "+.4f"),
     "probe before": ("probe_before", ".4f"), "probe after": ("probe_after", ".4f"),
-    "probe after overlap": ("probe_settled", ".4f"),
+    "probe after overlap": ("probe_after_overlap", ".4f"),
 }  # fmt: skip
 
 
@@ -50,7 +50,7 @@ def regroup_section(
     membership, left_out = flows(assignments, max(recorded, default=0))
     lead = f"Membership is drawn for the layers that change most; {left_out} layers are left out." if left_out else ""
     figures = [*membership, *similarities(rows), purity_plot(validations, marked), remap_losses(trains, marked)]
-    reading = paragraph(READING) if any(not math.isnan(row.gain_seen) for row in applied) else ""
+    reading = paragraph(READING) if any(not math.isnan(row.measured_gain) for row in applied) else ""
     content = terms(plan_facts(plans, applied, trains)) + reading + _plan_table(rows)
     return section("Regrouping", figures, lead, content)
 
@@ -59,10 +59,10 @@ def plan_facts(plans: Sequence[Record], applied: Sequence[Decision], trains: Seq
     """Return the number of plans, their gains, the change of similarity and the pause, by title."""
     names = {"made": "Plans made", "applied": "Plans applied", "refused": "Plans refused", "no_plan": "Periods without a plan"}  # fmt: skip
     facts = {title: f"{sum(r.get('name') == name for r in plans):,}" for name, title in names.items()}
-    measured = [row for row in applied if not math.isnan(row.gain_seen)]
+    measured = [row for row in applied if not math.isnan(row.measured_gain)]
     if measured:
-        gains = np.array([row.gain_seen for row in measured])
-        facts["Mean expected gain"] = f"{show(_mean([row.gain_expected for row in measured]), '+.4f')} of the objective"
+        gains = np.array([row.measured_gain for row in measured])
+        facts["Mean expected gain"] = f"{show(_mean([row.expected_gain for row in measured]), '+.4f')} of the objective"
         facts["Mean measured gain"] = f"{gains.mean():+.4f}, {len(gains)} of {len(applied)} plans measured"
         facts["Measured gain above 0"] = f"{(gains > 0).sum()} of {len(gains)} plans"
     facts |= _similarity_facts(applied)

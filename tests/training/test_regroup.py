@@ -94,15 +94,15 @@ def train(rank: int, world: int, run: str, changes: tuple[str, ...], decide: Any
     versions: list[int] = []
     step = trainer.forward_backward
 
-    def watched(number: int) -> Any:
+    def record_version(number: int) -> Any:
         versions.append(trainer.position.version)
         return step(number)
 
-    trainer.forward_backward = watched  # type: ignore[method-assign]
+    trainer.forward_backward = record_version  # type: ignore[method-assign]
     trainer.train()
-    held = trainer.model.logical() | trainer.optimizer.logical()
+    tensors = trainer.model.logical() | trainer.optimizer.logical()
     return {
-        "held": {k: v.clone() for k, v in held.items()}, "versions": versions,
+        "tensors": {k: v.clone() for k, v in tensors.items()}, "versions": versions,
         "membership": trainer.position.membership, "probe": trainer.probe(),
     }  # fmt: skip
 
@@ -163,7 +163,7 @@ def test_a_resume_without_regrouping_ends_the_overlap(tmp_path: Path) -> None:
     train(0, 1, str(tmp_path), ("train.steps=15",))
     result = train(0, 1, str(tmp_path), ("regroup.mode=off", "train.steps=30"))
     assert not any(result["membership"].ghosts) and set(result["versions"]) == {1}
-    assert not any("ghosts" in key for key in result["held"])
+    assert not any("ghosts" in key for key in result["tensors"])
     assert records(tmp_path, "assignment")[-1]["version"] == 1
 
 

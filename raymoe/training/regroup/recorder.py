@@ -135,7 +135,7 @@ class Recorder:
             seen = replace(self.total.emptied(), step=step, gram={})  # NaN would never decay
         self.total = merge(self.total, seen)
 
-    # Checkpoints contain the sum over ranks.
+    # Checkpoints contain the all-reduced statistics.
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the statistics of all ranks by key on rank 0, and nothing on other ranks. Collective."""
