@@ -1,4 +1,4 @@
-"""The data room: any source gives the same streams, and batches are a pure function of the step."""
+"""Corpora: equal text gives equal streams from any source, and batches are a pure function of the step."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def epoch(corpus: Corpus, number: int, seed: int = 0) -> list[tuple[int, ...]]:
 
 @settings(max_examples=40, deadline=None)
 @given(step=st.integers(0, 10_000), cuts=st.lists(st.integers(0, 24), max_size=4), seed=st.integers(0, 3))
-def test_rows_do_not_depend_on_who_asks(corpus: Corpus, step: int, cuts: list[int], seed: int) -> None:
+def test_rows_do_not_depend_on_the_rank(corpus: Corpus, step: int, cuts: list[int], seed: int) -> None:
     arguments = dict(seed=seed, step=step, global_batch=24, context=CONTEXT)
     whole = corpus.batch(rows=range(24), **arguments)
     edges = [0, *sorted(cuts), 24]
@@ -282,7 +282,7 @@ def test_a_file_given_by_itself_is_whole_whatever_its_name(tmp_path: Path) -> No
     assert len(corpus.stream("train", corpus.domains[0])) > 10 * len(corpus.stream("validation", corpus.domains[0])) > 0
 
 
-def test_what_other_tools_leave_and_rows_without_text_are_passed_over(tmp_path: Path) -> None:
+def test_marker_files_and_rows_without_text_are_skipped(tmp_path: Path) -> None:
     folder = tmp_path / "text"
     folder.mkdir()
     (folder / "_SUCCESS").write_bytes(b"")
@@ -484,7 +484,7 @@ def test_a_cached_corpus_is_found_again_and_a_damaged_one_made_again(
     assert [path.name for path in folder.parent.iterdir()] == [folder.name], "nothing temporary is left"
 
 
-def test_who_loses_the_race_uses_the_winners_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_concurrent_preparation_uses_the_first_finished_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "d.txt").write_text(prose("abcdef", 300))
     asked = config(tmp_path / "d.txt", tmp_path / "cache")
     write, winners = data._write, []
@@ -559,7 +559,7 @@ def test_errors_name_the_place_and_the_remedy(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", ["./here", "~/no/such", "a/b/c", "gone.parquet", "/no such/text"])
-def test_what_looks_like_a_path_is_not_asked_of_the_hub(path: str, tmp_path: Path) -> None:
+def test_a_path_is_not_looked_up_on_the_hub(path: str, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=f"data.path={path}: there is no such file or folder here"):
         prepared(path, tmp_path)
 
@@ -581,7 +581,7 @@ def test_a_short_validation_split_is_an_error(tmp_path: Path) -> None:
 
 @pytest.fixture
 def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody answers, as without a network."""
+    """The hub is unreachable."""
 
     def info(*_: object, **__: object) -> None:
         raise ConnectionError("Name or service not known")
@@ -624,9 +624,7 @@ def test_the_hubs_wikitext_is_the_original_text(tmp_path: Path, monkeypatch: pyt
     )
 
 
-def test_what_the_hub_refuses_is_one_sentence_that_keeps_the_reason(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_error_of_the_hub_is_one_sentence_with_its_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def load(*_: object) -> None:
         raise ConnectionError("Config name is missing.\nPlease pick one among ['easy', 'hard']")
 
@@ -679,7 +677,7 @@ def test_the_built_in_corpus_is_real_text_in_domains_that_share_none() -> None:
     assert sum(paragraph in source for paragraph in some) < 0.02 * len(some)
 
 
-def test_a_corpus_that_is_too_small_says_what_it_found(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_built_in_corpus_that_is_too_small_is_refused_with_its_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(builtin, "_standard_library", lambda: ())
     monkeypatch.setattr(builtin, "PACKAGES", ())
     with pytest.raises(ValueError, match=r"only 0\.5 MB.*'source': 0.*data\.path"):

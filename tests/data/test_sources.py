@@ -105,8 +105,8 @@ def test_preparing_names_the_files_that_are_not_read(mixed: Path, capsys: pytest
 
     for _ in range(2):  # also when the corpus comes from the cache
         prepare(config_of(mixed, mixed.parent / "cache", *config))
-        told = capsys.readouterr().err
-        assert "7 files are not read" in told and "table.csv (unsupported format)" in told
+        printed = capsys.readouterr().err
+        assert "7 files are not read" in printed and "table.csv (unsupported format)" in printed
 
 
 def test_a_skipped_file_does_not_change_the_corpus(mixed: Path) -> None:

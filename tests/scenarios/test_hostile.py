@@ -1,7 +1,7 @@
-"""What comes from outside may be made to harm: it is read as what it should be, or refused with its own error.
+"""Untrusted input is read correctly or refused with the error of its reader.
 
-Never another exception, never code that runs, never memory beyond what is there, never a file outside of the folder.
-What single lies are answered with is in the tests of each room; here anything may be anything.
+No other exception, no code from data, no memory beyond the size of the input, no file outside of the folder.
+The tests of each room cover single violations; these tests generate arbitrary ones.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ from tests.support.served import artifact
 from tests.training.test_loop import config, train
 
 MEMORY = 6 << 30
-"""Bytes of address space that reading something hostile may take beyond what the process has. A `Precompiled` normaliser
-that lies makes tokenizers ask for 4 GiB, which it never touches."""
+"""Bytes of address space that reading untrusted input may add. A malformed `Precompiled` normalizer makes tokenizers
+reserve 4 GiB, which it never touches."""
 
 FEW = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -60,7 +60,7 @@ ODD = st.one_of(
 
 @contextmanager
 def little_memory() -> Iterator[None]:
-    """What asks for more than `MEMORY` gets a MemoryError, which is an error of another type."""
+    """Limit the address space: a larger allocation raises MemoryError."""
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     before = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, before[1]))
@@ -71,14 +71,14 @@ def little_memory() -> Iterator[None]:
 
 
 def paths(value: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """Where something could be put into a JSON value, of long objects the beginning."""
+    """Return paths to the values inside a JSON value, the first 12 of each object."""
     items = list(value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ())[:12]
     return [at, *(path for key, inner in items for path in paths(inner, (*at, key)))]
 
 
 @st.composite
 def changed(draw: st.DrawFn, value: Any, most: int = 2) -> Any:
-    """The value with odd things in a few places."""
+    """Draw the value with a few fields replaced or removed."""
     value = copy.deepcopy(value)
     for _ in range(draw(st.integers(1, most))):
         path = draw(st.sampled_from([p for p in paths(value) if p] or [()]))
@@ -95,7 +95,7 @@ def changed(draw: st.DrawFn, value: Any, most: int = 2) -> Any:
 
 
 def only(error: type[Exception] | tuple[type[Exception], ...], read: Callable[[], Any]) -> str:
-    """What `read` was refused with, which is of this type exactly or below it; nothing where it was not."""
+    """Return the message of the `error` that `read` raises; empty if it raises nothing. Other exceptions pass."""
     with little_memory():
         try:
             read()
@@ -105,7 +105,7 @@ def only(error: type[Exception] | tuple[type[Exception], ...], read: Callable[[]
 
 
 BOMBS = ["[" * 200_000, '{"a":' * 200_000, "9" * 5000, '{"a": 1' + "0" * 5000 + "}", "\ufeff{}", "NaN", "[]", "", "\0", '"x"', "null", '{"a": 1, "a": 2}']  # fmt: skip
-"""Texts that are no object of JSON, or that some parser chokes on."""
+"""Texts that are not a JSON object, or that exhaust a parser."""
 
 
 # Safetensors
@@ -131,15 +131,15 @@ FORGED = {
     "offsets that run backwards": safetensors({"x": {**X, "data_offsets": [64, 0]}}),
     "offsets beyond the file": safetensors({"x": {**X, "shape": [32], "data_offsets": [0, 128]}}),
     "offsets below 0": safetensors({"x": {**X, "data_offsets": [-64, 0]}}),
-    "a type that is none": safetensors({"x": {**X, "dtype": "pickle"}}),
-    "a header that is no JSON": safetensors(b"\x80\x04." + b" " * 40),
+    "an unknown dtype": safetensors({"x": {**X, "dtype": "pickle"}}),
+    "a header that is not JSON": safetensors(b"\x80\x04." + b" " * 40),
     "a header of brackets": safetensors(b"[" * 100_000),
     "content after the last tensor": safetensors({"x": X}, bytes(65)),
 }
 
 
 def forge(folder: Path, content: bytes) -> None:
-    """A checkpoint whose one file is this, and whose manifest agrees with it as far as it can."""
+    """Write a checkpoint with one file of this content and a manifest with its size and checksum."""
     folder.mkdir(parents=True)
     (folder / "x.safetensors").write_bytes(content)
     entry = {"file": "x.safetensors", "dtype": "F32", "shape": [4, 4]}
@@ -179,13 +179,13 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def outside(tmp_path: Path) -> Iterator[Path]:
-    """A file that nobody may open: a pipe, at which whoever opens it waits for ever, and the test with it."""
+    """A pipe outside of the folder. Opening it blocks, so a reader that follows a path to it hangs the test."""
     os.mkfifo(tmp_path / "outside")
     yield tmp_path / "outside"
 
 
 def with_manifest(folder: Path, at: Path, text: str) -> Path:
-    """A folder with the files of another one and a manifest of one's own."""
+    """Return a copy of a folder with another manifest."""
     shutil.rmtree(at, ignore_errors=True)
     shutil.copytree(folder, at, copy_function=os.link, ignore=shutil.ignore_patterns("manifest.json"))
     (at / "manifest.json").write_text(text, errors="surrogatepass")
@@ -306,7 +306,7 @@ META: list[Callable[[dict[str, Any]], Any]] = [
 
 
 @pytest.mark.parametrize("change", META, ids=range(len(META)))
-def test_a_checkpoint_that_says_of_no_position_is_refused_before_it_is_gone_on_from(
+def test_a_checkpoint_without_a_valid_position_is_refused_before_training_resumes(
     change: Callable[[dict[str, Any]], Any], run: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "first"
@@ -374,7 +374,7 @@ def test_a_pipe_is_no_file_of_plans(outside: Path) -> None:
         ReplayClient(outside)
 
 
-def test_damaged_lines_cost_a_journal_themselves_alone(tmp_path: Path) -> None:
+def test_a_journal_drops_damaged_lines_only(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     good = [json.dumps({"kind": "train", "step": step}) for step in range(1, 5)]
     bad = ["[1]", "[" * 100_000, '{"kind": "tr', "3", "null", "9" * 5000, '{"step": "x"}', '{"step": null}']

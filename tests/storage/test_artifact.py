@@ -1,6 +1,6 @@
-"""The artifact: what comes back is what went in, to the stated bound, and nothing damaged or hostile is believed.
+"""The artifact: tensors are read back within the bound of their encoding, and damaged or forged artifacts are refused.
 
-`python tests/test_export.py` regenerates the golden artifact; do so only with a new format_version.
+`python -m tests.storage.test_artifact` regenerates the golden artifact; do so only with a new format_version.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def loaded(artifact: Artifact, residuals: Any = "int4") -> Transformer:
 
 
 def arguments(tmp_path: Path, model: ModelSection = CLUSTERED) -> dict[str, Any]:
-    """What `write_artifact` needs beside a target."""
+    """Arguments of `write_artifact` besides the target."""
     tokenizer = tmp_path / "tokens.json"
     tokenizer.write_text('{"version": "1.0"}')
     return dict(
@@ -103,7 +103,7 @@ def edit(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_comes_back_is_what_went_in(tmp_path: Path, kind: str) -> None:
+def test_tensors_are_read_back_within_the_bound_of_their_encoding(tmp_path: Path, kind: str) -> None:
     model = KINDS[kind]
     artifact = Artifact.open(export(tmp_path, model))
     assert artifact.model == model and artifact.config == {"preset": "test", "model": asdict(model)}
@@ -127,7 +127,7 @@ def test_what_comes_back_is_what_went_in(tmp_path: Path, kind: str) -> None:
     assert (after - before).norm() < 0.1 * before.norm()
 
 
-def test_residuals_are_balanced_before_they_are_quantised(tmp_path: Path) -> None:
+def test_residuals_are_balanced_before_they_are_quantized(tmp_path: Path) -> None:
     tensors = build(CLUSTERED).logical()
     tensors["layers.0.experts.0.gate_in"] *= 1000
     tensors["layers.0.experts.0.gate_out"] /= 1000
@@ -421,10 +421,10 @@ def test_an_expert_in_another_cluster_than_the_manifest_says_is_refused(tmp_path
         (lambda t: t.update(surplus=torch.ones(1)), "expected absent"),
     ],
 )
-def test_consistent_lies_about_the_weights_are_refused(
+def test_files_that_match_the_manifest_but_not_the_config_are_refused(
     tmp_path: Path, change: Callable[[dict[str, Any]], Any], reason: str
 ) -> None:
-    """Checksums and manifest agree with the file, and the file is not the model of the config."""
+    """Checksums and manifest agree with the file, but the file does not contain the model of the config."""
     folder = export(tmp_path)
     file = folder / "trunk.safetensors"
     tensors = load_file(file)
@@ -455,7 +455,7 @@ def test_no_folder_is_no_artifact(tmp_path: Path) -> None:
     refused(tmp_path / "nowhere", "manifest.json", "is missing")
 
 
-# The format that is out in the world
+# The published format
 
 
 def golden_inputs() -> dict[str, Any]:
@@ -473,7 +473,7 @@ def golden_inputs() -> dict[str, Any]:
 
 
 def summary(tensors: dict[str, Tensor]) -> dict[str, list[float]]:
-    """Of each tensor: its sum, its sum weighted by position, its first and its last value."""
+    """Return the sum, the sum weighted by position, the first and the last value of each tensor."""
     flat = {key: tensor.double().flatten() for key, tensor in sorted(tensors.items())}
     return {
         key: [x.sum().item(), (x @ torch.linspace(0, 1, len(x), dtype=x.dtype)).item(), x[0].item(), x[-1].item()]

@@ -36,7 +36,7 @@ def tokenizer() -> Tokenizer:
 
 
 def artifact(folder: Path, model: ModelSection = MODEL, seed: int = 0) -> Artifact:
-    """Random weights of a size that makes answers vary."""
+    """Write an artifact of random weights, large enough that outputs vary."""
     transformer = Transformer(model, UNEVEN)
     transformer.initialize(seed)
     tensors = transformer.logical()
@@ -61,7 +61,7 @@ def artifact(folder: Path, model: ModelSection = MODEL, seed: int = 0) -> Artifa
 
 
 def whole(artifact: Artifact) -> Transformer:
-    """What evaluation makes of it."""
+    """Return the whole model of an artifact, as evaluation loads it."""
     transformer = Transformer(artifact.model, artifact.assignment)
     transformer.load_logical(artifact.tensors())
     return transformer.eval()
