@@ -1,4 +1,4 @@
-"""Perplexity against a loop over tokens and against distributions whose answer is known; measures of load."""
+"""Perplexity equals a loop over tokens and known cross-entropies; load metrics follow their definitions."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def stream(length: int, seed: int = 0) -> np.ndarray:
 TABLE = torch.randn(5, VOCABULARY, VOCABULARY, generator=torch.Generator().manual_seed(0))
 
 
-def remembers(tokens: Tensor) -> Tensor:
-    """A causal model whose logits depend on up to five tokens back: it sees where a window begins."""
+def causal_logits(tokens: Tensor) -> Tensor:
+    """Return logits that depend on the last five tokens of the window, and so on the start of the window."""
     out = TABLE[0][tokens]
     for back in range(1, 5):
         out[:, back:] += TABLE[back][tokens[:, : max(0, tokens.shape[1] - back)]]
@@ -33,14 +33,14 @@ def remembers(tokens: Tensor) -> Tensor:
 
 
 def brute_force(text: np.ndarray, context: int, stride: int) -> float:
-    """Total NLL, token after token, each with the context that its window gives it."""
+    """Return the total NLL by a loop over tokens, each with the context in its window."""
     whole = [FIRST, *text.tolist()]
     total = 0.0
     for i in range(len(text)):
         # The first window that reaches token i, which is predicted from whole[..i].
         window = max(0, -(-(i + 1 - context) // stride))
         inputs = torch.tensor([whole[window * stride : i + 1]])
-        total -= remembers(inputs)[0, -1].double().log_softmax(-1)[whole[i + 1]].item()
+        total -= causal_logits(inputs)[0, -1].double().log_softmax(-1)[whole[i + 1]].item()
     return total
 
 
@@ -61,7 +61,7 @@ def test_each_target_counts_once_with_enough_context(n: int, context: int, data:
 def test_equals_a_loop_over_tokens(n: int, context: int, batch: int, data: st.DataObject) -> None:
     stride = data.draw(st.integers(1, context))
     text = stream(n, seed=n)
-    found = perplexity(remembers, text, n_bytes=7, context=context, stride=stride, batch=batch, first=FIRST)
+    found = perplexity(causal_logits, text, n_bytes=7, context=context, stride=stride, batch=batch, first=FIRST)
     assert found.nll == pytest.approx(brute_force(text, context, stride), rel=1e-6)
     assert (found.tokens, found.bytes, found.context, found.stride) == (n, 7, context, stride)
 
@@ -70,11 +70,11 @@ def test_uniform_logits_have_the_perplexity_of_the_vocabulary() -> None:
     found = perplexity(lambda t: torch.zeros(*t.shape, 50), stream(1000), n_bytes=250, context=64, first=0)
     assert found.loss == pytest.approx(math.log(50), rel=1e-6)
     assert found.token_perplexity == pytest.approx(50, rel=1e-6)
-    assert found.bits_per_byte == pytest.approx(4 * math.log2(50), rel=1e-5)  # four tokens a byte
+    assert found.bits_per_byte == pytest.approx(4 * math.log2(50), rel=1e-5)  # four tokens per byte
 
 
 def test_a_known_distribution_has_its_cross_entropy() -> None:
-    """Constant logits log p: the loss is the mean of -log p over the text, whatever the windows."""
+    """The logits are log p, so the loss is the mean of -log p over the text for any windows."""
     p = torch.arange(1.0, VOCABULARY + 1) / sum(range(1, VOCABULARY + 1))
     text = stream(777)
     expected = -p.double().log()[torch.from_numpy(text.astype(np.int64))].mean().item()
@@ -85,7 +85,7 @@ def test_a_known_distribution_has_its_cross_entropy() -> None:
         assert found.loss == pytest.approx(expected, rel=1e-6)
 
 
-def test_the_model_sees_the_stream_shifted_by_one_from_end_of_text() -> None:
+def test_inputs_are_the_stream_shifted_by_one_after_end_of_text() -> None:
     seen: list[list[int]] = []
 
     def logits(tokens: Tensor) -> Tensor:
@@ -97,7 +97,7 @@ def test_the_model_sees_the_stream_shifted_by_one_from_end_of_text() -> None:
     assert seen == [[FIRST, 0, 1], [2, 3, 4], [5]]
 
 
-def test_windows_of_equal_length_share_a_batch_and_the_partial_one_is_alone() -> None:
+def test_windows_of_equal_length_share_a_batch_and_a_partial_window_has_its_own() -> None:
     shapes: list[tuple[int, ...]] = []
     scored: list[int] = []
 
@@ -111,7 +111,7 @@ def test_windows_of_equal_length_share_a_batch_and_the_partial_one_is_alone() ->
 
 
 def test_bfloat16_logits_are_summed_in_float64() -> None:
-    """A hundred thousand equal terms: float32 would drift, bfloat16 would stop counting."""
+    """With 100,000 equal terms, a float32 sum drifts and a bfloat16 sum stops increasing."""
     found = perplexity(
         lambda t: torch.zeros(*t.shape, 3, dtype=torch.bfloat16),
         np.zeros(100_000, np.uint32), n_bytes=1, context=1000, first=0,
@@ -119,37 +119,37 @@ def test_bfloat16_logits_are_summed_in_float64() -> None:
     assert found.nll == pytest.approx(100_000 * float(np.log(np.float32(3))), rel=1e-7)
 
 
-def test_merging_streams_is_measuring_them_one_after_the_other() -> None:
+def test_merged_perplexity_equals_that_of_all_streams() -> None:
     texts = [stream(n, seed=n) for n in (5, 64, 33)]
-    parts = [perplexity(remembers, text, n_bytes=len(text), context=8, first=FIRST) for text in texts]
+    parts = [perplexity(causal_logits, text, n_bytes=len(text), context=8, first=FIRST) for text in texts]
     merged = Perplexity.merge(parts)
     assert (merged.tokens, merged.bytes, merged.context, merged.stride) == (102, 102, 8, 8)
     assert merged.nll == pytest.approx(sum(brute_force(text, 8, 8) for text in texts), rel=1e-6)
     assert merged.loss == pytest.approx(sum(p.loss * p.tokens for p in parts) / 102)
 
 
-def test_merging_refuses_what_was_measured_differently() -> None:
+def test_merging_rejects_different_windows() -> None:
     with pytest.raises(ValueError, match="cannot merge 2 perplexities"):
         Perplexity.merge([Perplexity(1.0, 1, 1, 8, 8), Perplexity(1.0, 1, 1, 8, 4)])
     with pytest.raises(ValueError, match="cannot merge 0"):
         Perplexity.merge([])
 
 
-def test_hopeless_models_and_texts_without_words_have_an_answer() -> None:
+def test_overflow_is_infinite_and_missing_bytes_give_nan() -> None:
     assert Perplexity(nll=1e6, tokens=10, bytes=10, context=1, stride=1).token_perplexity == math.inf
     assert math.isnan(Perplexity(nll=1.0, tokens=1, bytes=0, context=1, stride=1).bits_per_byte)
     assert math.isnan(Perplexity(nll=math.nan, tokens=1, bytes=1, context=1, stride=1).bits_per_byte)
 
 
 @pytest.mark.parametrize("stride", [0, 9, -1])
-def test_a_stride_that_would_skip_tokens_is_refused(stride: int) -> None:
+def test_a_stride_that_would_skip_tokens_is_rejected(stride: int) -> None:
     with pytest.raises(ValueError, match=rf"stride={stride} is not allowed: between 1 and context=8"):
-        perplexity(remembers, stream(20), n_bytes=1, context=8, stride=stride, first=FIRST)
+        perplexity(causal_logits, stream(20), n_bytes=1, context=8, stride=stride, first=FIRST)
 
 
-def test_an_empty_stream_is_refused() -> None:
+def test_an_empty_stream_is_rejected() -> None:
     with pytest.raises(ValueError, match="empty stream"):
-        perplexity(remembers, stream(0), n_bytes=0, context=8, first=FIRST)
+        perplexity(causal_logits, stream(0), n_bytes=0, context=8, first=FIRST)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.engine import say, spread
+from benchmarks.engine import report, spread
 
 REPO_ROOT = Path(__file__).resolve().parents[2]
 NEW = 64
@@ -69,10 +69,10 @@ def http(artifact: str, root: str, text: str, domain: str, rounds: int) -> dict[
     def run(rollout: Rollout, streams: int, requests: int) -> dict[str, Any]:
         body = {"model": rollout.application["args"]["name"], "max_tokens": NEW, "temperature": 0, "ignore_eos": True}
         pick = lambda n: draw.randrange(len(prompts))  # noqa: E731
-        answers = asyncio.run(load(rollout.base, prompts, streams=streams, requests=requests, body=body, pick=pick))
-        made = summary(answers)
+        completions = asyncio.run(load(rollout.base, prompts, streams=streams, requests=requests, body=body, pick=pick))
+        made = summary(completions)
         if made["failed"]:
-            raise RuntimeError(f"{made['failed']} of {len(answers)} requests failed: {made['errors']}")
+            raise RuntimeError(f"{made['failed']} of {len(completions)} requests failed: {made['errors']}")
         return made
 
     with head(max(2, os.cpu_count() or 1)) as ray:
@@ -93,8 +93,8 @@ def http(artifact: str, root: str, text: str, domain: str, rounds: int) -> dict[
                 memory[name] = [psutil.Process(pid).memory_info().rss for pid in rollout.pids("trunk")]
                 rollout.down()
     result: dict[str, Any] = {
-        "16 streams": {name: _felt(made) for name, made in rows.items()},
-        "all": {str(streams): _felt(made) for streams, made in by_streams.items()},
+        "16 streams": {name: _latencies(made) for name, made in rows.items()},
+        "all": {str(streams): _latencies(made) for streams, made in by_streams.items()},
         "memory": memory,
         "cold": {name: {"first_token_s": spread([f for f, _ in pairs]), "replicas_s": spread([r for _, r in pairs])}
                  for name, pairs in cold.items()},
@@ -102,11 +102,11 @@ def http(artifact: str, root: str, text: str, domain: str, rounds: int) -> dict[
     base = result["16 streams"]["all"]["tokens_per_s"]["median"]
     for name, row in result["16 streams"].items():
         row["of_all"] = row["tokens_per_s"]["median"] / base
-        _say(f"resident {name:5} 16 streams", row, f"  {row['of_all']:.2f} of all")
+        _report(f"resident {name:5} 16 streams", row, f"  {row['of_all']:.2f} of all")
     for streams, row in result["all"].items():
-        _say(f"resident all   {streams:>2} streams", row)
+        _report(f"resident all   {streams:>2} streams", row)
     row = result["cold"]["none"]
-    say(f"http  resident none, no replica yet: first token of the first request after {row['first_token_s']['median']:.2f} s, "
+    report(f"http  resident none, no replica yet: first token of the first request after {row['first_token_s']['median']:.2f} s, "
         f"all clusters have a replica {row['replicas_s']['median']:.1f} s after it was sent, under 16 streams")  # fmt: skip
     return result
 
@@ -119,16 +119,16 @@ def _whole(rollout: Any, resident: str) -> bool:
     return sum(wanted) >= least and rollout.running() == targets
 
 
-def _felt(made: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _latencies(made: Sequence[dict[str, Any]]) -> dict[str, Any]:
     names = ("p50_ttft_s", "p99_ttft_s", "p50_itl_s", "p99_itl_s")
     return {"tokens_per_s": spread([m["output_throughput"] for m in made])} | {
         name: statistics.median(m[name] for m in made) for name in names
     }
 
 
-def _say(label: str, row: dict[str, Any], more: str = "") -> None:
+def _report(label: str, row: dict[str, Any], more: str = "") -> None:
     speed = row["tokens_per_s"]
-    say(f"http  {label}  {speed['median']:6.0f} tokens/s [{speed['min']:.0f}, {speed['max']:.0f}]  first token p50 {row['p50_ttft_s']:.2f} s, "
+    report(f"http  {label}  {speed['median']:6.0f} tokens/s [{speed['min']:.0f}, {speed['max']:.0f}]  first token p50 {row['p50_ttft_s']:.2f} s, "
         f"p99 {row['p99_ttft_s']:.2f} s; between tokens p50 {1000 * row['p50_itl_s']:.0f} ms, p99 {1000 * row['p99_itl_s']:.0f} ms{more}")  # fmt: skip
 
 
@@ -254,7 +254,9 @@ def planes(rounds: int, width: int = 256) -> dict[str, Any]:
                     ordered = sorted(values)
                     row = {"p50_us": 1e6 * statistics.median(values), "p99_us": 1e6 * ordered[int(0.99 * len(ordered))]}
                     result[str(rows)][name] = row
-                    say(f"planes  {rows:>3} rows  {name:27} p50 {row['p50_us']:7.0f} us  p99 {row['p99_us']:7.0f} us")
+                    report(
+                        f"planes  {rows:>3} rows  {name:27} p50 {row['p50_us']:7.0f} us  p99 {row['p99_us']:7.0f} us"
+                    )
             serve.shutdown()
         finally:
             ray.shutdown()
@@ -286,11 +288,11 @@ def memory(artifact: str, root: str, measured: dict[str, list[int]]) -> dict[str
     weights = sum(cluster_sizes(opened, torch.float32).values()) + sum(t.numel() * 4 for t in opened.trunk().values())
     torch_alone, with_serve, trunk = empty(), empty("ray.serve"), max(measured["all"])
     allowed = 1.1 * (weights + settings.kv_bytes)
-    say(f"memory  a trunk {trunk / 2**20:.0f} MiB, {(trunk - torch_alone) / 2**20:.0f} more than an empty torch process, "
+    report(f"memory  a trunk {trunk / 2**20:.0f} MiB, {(trunk - torch_alone) / 2**20:.0f} more than an empty torch process, "
         f"{(trunk - with_serve) / 2**20:.0f} more than one that has imported Ray Serve too; "
         f"weights {weights / 2**20:.0f} + KV budget {settings.kv_bytes / 2**20:.0f}, times 1.1: {allowed / 2**20:.0f} MiB")  # fmt: skip
     for name, rss in measured.items():
-        say(f"memory  trunk with {name:4} resident: {max(rss) / 2**20:.0f} MiB")
+        report(f"memory  trunk with {name:4} resident: {max(rss) / 2**20:.0f} MiB")
     return {
         "trunk": trunk,
         "empty": torch_alone,

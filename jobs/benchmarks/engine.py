@@ -1,7 +1,7 @@
-"""What the engine gives: part `engine` of the name `serve` of `jobs/benchmark.py`, which is the command.
+"""Speed of the engine: part `engine` of `jobs/benchmark.py serve`.
 
-It runs in this process. The peer is transformers' `generate` on a Mixtral of the same shapes,
-in a process of its own that answers over a pipe: both sides take turns, and only one works at a time.
+The engine runs in this process. The peer is transformers' `generate` on a Mixtral of the same shapes, in another
+process connected by pipes. Both sides alternate, and only one computes at a time.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ import torch
 
 PEER = "transformers==5.24.0"
 PROMPT, NEW = 64, 64
-"""Tokens of a prompt, and of an answer."""
+"""Tokens of a prompt, and of a completion."""
 STREAMS = (1, 8, 32)
 TOGETHER = 16
-"""Streams of the comparison: the peer's static batch."""
+"""Streams of the comparison: the static batch of the peer."""
 TRIAL = 8
-"""Tokens of an answer when the peer's expert products are tried: the slowest takes a minute for whole answers."""
+"""Tokens of a completion in the trial of the peer's expert products. The slowest takes a minute for whole completions."""
 TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 Prompts = list[list[int]]
 Run = dict[str, float]
 
 
-def say(line: str) -> None:
+def report(line: str) -> None:
     print(line, flush=True)
 
 
@@ -43,11 +43,11 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
-# Our side
+# The engine
 
 
 def make_artifact(name: str, data: str, folder: Path) -> tuple[Any, Any, Prompts]:
-    """An artifact of the preset with random weights, its tokenizer, and prompts from the text that this was trained on."""
+    """Return an artifact of the preset with random weights, its tokenizer, and prompts from the tokenizer's text."""
     from raymoe.config import DataSection, preset
     from raymoe.data.sources import documents
     from raymoe.data.tokens import train_tokenizer
@@ -84,9 +84,11 @@ def make_engine(artifact: Any, tokenizer: Any, dtype: torch.dtype) -> Any:
     return Engine(Trunk(artifact, clusters, dtype, PROMPT + NEW), tokenizer)
 
 
-def answer(engine: Any, prompts: Prompts) -> tuple[Run, list[float], list[float]]:
-    """All prompts arrive at once. Tokens per second of the answers from first to last, prompts included in the
-    time; every stream's time to the first token, and all gaps between tokens, in ms."""
+def complete(engine: Any, prompts: Prompts) -> tuple[Run, list[float], list[float]]:
+    """Complete all prompts, submitted together. Return the speed, times to the first token and times between tokens.
+
+    The speed is completion tokens per second of the whole time, prefill included. Times are in ms.
+    """
     from raymoe.serving.engine.request import Request
     from raymoe.serving.engine.sampling import Sampling
 
@@ -111,21 +113,23 @@ def answer(engine: Any, prompts: Prompts) -> tuple[Run, list[float], list[float]
     return {"seconds": seconds, "tokens_per_s": count / seconds}, first, gaps
 
 
-# The peer: a process of its own, JSON lines in and out
+# The peer: another process, with JSON lines as input and output
 
 
 def install(folder: Path) -> None:
-    """The peer's package and what it needs, but torch, which is the project's."""
+    """Install the peer's package and its dependencies in `folder`, without torch, which the project has."""
     local = Path(__file__).parents[2] / ".tools/bin/uv"
     uv = str(local) if local.exists() else shutil.which("uv")
     if uv is None:
-        raise SystemExit("benchmark.py: --with-peers needs uv: `make setup` installs it in .tools")
+        raise SystemExit("benchmark.py: --with-peers requires uv: run `make setup`, which installs it in .tools")
     subprocess.run(
         [uv, "pip", "install", "--quiet", "--python", sys.executable, "--target", str(folder), PEER], check=True
     )
 
 
 class Peer:
+    """A process that generates with transformers."""
+
     def __init__(self, folder: Path, model: Any, dtype: str) -> None:
         self.process = subprocess.Popen(
             [sys.executable, __file__],
@@ -134,11 +138,11 @@ class Peer:
             text=True,
             env={**os.environ, "PYTHONPATH": str(folder), "HF_HUB_OFFLINE": "1"},
         )
-        self.about = self.ask({"model": dataclasses.asdict(model), "dtype": dtype})
+        self.about = self.request({"model": dataclasses.asdict(model), "dtype": dtype})
 
-    def ask(self, question: dict[str, Any]) -> dict[str, Any]:
+    def request(self, message: dict[str, Any]) -> dict[str, Any]:
         assert self.process.stdin and self.process.stdout
-        self.process.stdin.write(json.dumps(question) + "\n")
+        self.process.stdin.write(json.dumps(message) + "\n")
         self.process.stdin.flush()
         line = self.process.stdout.readline()
         if not line:
@@ -151,14 +155,14 @@ class Peer:
         self.process.wait()
 
 
-def be_peer() -> None:
-    """Build the model that the first line asks for; generate for each line that follows."""
+def run_peer() -> None:
+    """Build the model of the first input line; generate for each following line."""
     import transformers
     from transformers import MixtralConfig, MixtralForCausalLM  # pyright: ignore
 
     transformers.logging.set_verbosity_error()
-    asked = json.loads(sys.stdin.readline())
-    shapes, dtype = asked["model"], TYPES[asked["dtype"]]
+    request = json.loads(sys.stdin.readline())
+    shapes, dtype = request["model"], TYPES[request["dtype"]]
     torch.manual_seed(0)
     config = MixtralConfig(
         vocab_size=shapes["vocabulary"], hidden_size=shapes["d_model"], intermediate_size=shapes["d_expert"],
@@ -172,13 +176,12 @@ def be_peer() -> None:
     active: list[int] = []
     for layer in model.model.layers:
         layer.mlp.gate.register_forward_hook(lambda _, __, out: active.append(len(out[2].unique())))
-    tell = print
-    tell(json.dumps({"transformers": transformers.__version__, "torch": torch.__version__}), flush=True)
+    print(json.dumps({"transformers": transformers.__version__, "torch": torch.__version__}), flush=True)
     for line in sys.stdin:
-        asked = json.loads(line)
-        torch.set_num_threads(asked["threads"])
-        model.config._experts_implementation = asked["experts"]
-        prompts, new = torch.tensor(asked["prompts"]), asked["new"]
+        request = json.loads(line)
+        torch.set_num_threads(request["threads"])
+        model.config._experts_implementation = request["experts"]
+        prompts, new = torch.tensor(request["prompts"]), request["new"]
         active.clear()
         started = time.perf_counter()
         with torch.inference_mode():
@@ -188,21 +191,21 @@ def be_peer() -> None:
             )  # fmt: skip
         seconds = time.perf_counter() - started
         assert out.shape == (len(prompts), prompts.shape[1] + new)
-        tell(json.dumps({"seconds": seconds, "active": statistics.mean(active[shapes["layers"] :])}), flush=True)
+        print(json.dumps({"seconds": seconds, "active": statistics.mean(active[shapes["layers"] :])}), flush=True)
 
 
 # The parts
 
 
 def compared(engine: Any, peer: Peer | None, prompts: Prompts, threads: int, rounds: int) -> dict[str, Any]:
-    """Both sides in turn on `TOGETHER` streams; the peer with whichever of its expert products is fastest here."""
+    """Measure both sides in turn on `TOGETHER` streams; the peer uses the fastest of its expert products here."""
     tokens = NEW * TOGETHER
-    sides: dict[str, Callable[[], float]] = {"ours": lambda: answer(engine, prompts)[0]["seconds"]}
+    sides: dict[str, Callable[[], float]] = {"ours": lambda: complete(engine, prompts)[0]["seconds"]}
     result: dict[str, Any] = {}
     if peer:
 
         def generate(experts: str, new: int = NEW) -> dict[str, Any]:
-            return peer.ask({"threads": threads, "experts": experts, "prompts": prompts, "new": new})
+            return peer.request({"threads": threads, "experts": experts, "prompts": prompts, "new": new})
 
         tried: dict[str, float] = {}
         for experts in ("eager", "batched_mm", "grouped_mm"):
@@ -228,14 +231,14 @@ def compared(engine: Any, peer: Peer | None, prompts: Prompts, threads: int, rou
 
 
 def streams(engine: Any, prompts: Prompts, rounds: int) -> dict[str, Any]:
-    """Our side alone: tokens/s, time to first token and between tokens (ms) by the number of streams."""
+    """Measure the engine alone: tokens/s, time to first token and between tokens (ms) by the number of streams."""
     result: dict[str, Any] = {}
     for n in STREAMS:
         speeds: list[float] = []
         first: list[float] = []
         gaps: list[float] = []
         for turn in range(1 + rounds):
-            run, ttft, itl = answer(engine, prompts[:n])
+            run, ttft, itl = complete(engine, prompts[:n])
             if turn:
                 speeds.append(run["tokens_per_s"])
                 first += ttft
@@ -253,7 +256,7 @@ def percentile(values: Sequence[float], percent: int) -> float:
 
 
 def engine(name: str, data: str, rounds: int, with_peers: bool) -> dict[str, Any]:
-    """The engine's speed on a preset with random weights, greedy, prompts of 64 tokens and answers of 64."""
+    """Measure the engine on a preset with random weights, greedy, with prompts and completions of 64 tokens."""
     result: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         peers = Path(folder, "peers")
@@ -289,13 +292,13 @@ def show(label: str, both: dict[str, Any], ours: dict[str, Any]) -> None:
             f"; transformers {range_of(both['transformers'])} ({both['experts']}; tried {tried}); "
             f"{both['ratio']:.2f}x, pairs {range_of(both['ratio of pairs'], '.2f')}"
         )
-    say(line)
+    report(line)
     for n, row in ours.items():
-        say(
+        report(
             f"{label}  {n:>2} streams: {range_of(row['tokens_per_s'])} tokens/s; first token {range_of(row['ttft_ms'], '.1f')} ms; "
             f"between tokens {range_of(row['itl_ms'], '.1f')} ms, p99 {row['itl_ms']['p99']:.1f}"
         )
 
 
 if __name__ == "__main__":
-    be_peer()
+    run_peer()

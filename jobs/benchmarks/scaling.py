@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.engine import NEW, PROMPT, TOGETHER, answer, say
+from benchmarks.engine import NEW, PROMPT, TOGETHER, complete, report
 from raymoe.commands.load import pieces
 from raymoe.serving.autoscaling import ClusterDemand, Policy, decide, start
 from raymoe.serving.engine.cluster import LocalClusters, cluster_sizes
@@ -38,15 +38,20 @@ def scaling(artifact: str, root: str, text: str, domain: str | None) -> dict[str
     shares = shares_of_time(opened, text, domain)
     sizes = list(cluster_sizes(opened, torch.float32).values())
     result: dict[str, Any] = {"shares": shares, "bytes": sizes, "demands": {}}
-    say(f"scaling  share of the time by cluster: {', '.join(f'{share:.1%}' for share in shares)}")
+    report(f"scaling  share of the time by cluster: {', '.join(f'{share:.1%}' for share in shares)}")
     for demand in DEMANDS:
         clusters = steady(sizes, [demand * share for share in shares])
         (models,) = steady([sum(sizes)], [demand])
-        held = sum(n * size for n, size in zip(clusters, sizes, strict=True))
+        scaled = sum(n * size for n, size in zip(clusters, sizes, strict=True))
         whole = models * sum(sizes)
-        result["demands"][str(demand)] = {"clusters": clusters, "models": models, "bytes": held, "bytes_models": whole}
-        say(f"scaling  {demand:4g} busy: clusters {clusters}, {sum(clusters)} processes, {held / 2**20:.0f} MiB of weights; "
-            f"whole models {models}, {whole / 2**20:.0f} MiB; saves {1 - held / whole:.0%}")  # fmt: skip
+        result["demands"][str(demand)] = {
+            "clusters": clusters,
+            "models": models,
+            "bytes": scaled,
+            "bytes_models": whole,
+        }
+        report(f"scaling  {demand:4g} busy: clusters {clusters}, {sum(clusters)} processes, {scaled / 2**20:.0f} MiB of weights; "
+            f"whole models {models}, {whole / 2**20:.0f} MiB; saves {1 - scaled / whole:.0%}")  # fmt: skip
     return result
 
 
@@ -69,12 +74,12 @@ def shares_of_time(artifact: Artifact, text: str, domain: str | None) -> list[fl
     texts = pieces(text, domain=domain, share=0.8, words=40, count=ROUNDS * TOGETHER, seed=0)
     prompts = [tokenizer.encode(prompt).ids[: length - NEW] for prompt in texts]
     for first in range(0, len(prompts), TOGETHER):
-        answer(engine, prompts[first : first + TOGETHER])
+        complete(engine, prompts[first : first + TOGETHER])
     return [seconds[c] / seconds.total() for c in range(model.n_clusters)]
 
 
 def steady(sizes: Sequence[int], demands: Sequence[float]) -> list[int]:
-    """Return the replicas at which the policy settles, for constant loads in busy replicas."""
+    """Return the replicas at which the policy converges, for constant loads in busy replicas."""
     policy = replace(Policy(), maximum=1_000_000)
     now, states = 0.0, start(policy, sizes, 0.0)
     for _ in range(100):

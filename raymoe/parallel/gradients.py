@@ -1,6 +1,6 @@
 """Gradients over ranks: an all-reduce with SUM, and a clip by one norm that counts every weight once.
 
-The loss is a sum divided by the global number of tokens, so the sum over ranks is the gradient of the
+The loss is a sum divided by the global number of tokens, so the all-reduce is the gradient of the
 whole batch for any world size.
 """
 

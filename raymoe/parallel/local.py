@@ -21,7 +21,7 @@ def gloo(rank: int, world: int, store: str, timeout_s: float = 300.0) -> Iterato
 
 
 def total(value: float) -> float:
-    """Return the sum over ranks. Collective."""
+    """Return the all-reduced sum. Collective."""
     summed = torch.tensor(value, dtype=torch.float64)
     dist.all_reduce(summed)
     return summed.item()

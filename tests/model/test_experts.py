@@ -1,4 +1,4 @@
-"""The fused layers against plain loops over tokens and experts: forward and every gradient, float64, 1e-10."""
+"""The fused layers equal plain loops over tokens and experts: forward and all gradients, float64, within 1e-10."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ def layers(draw: st.DrawFn) -> tuple[ClusteredExperts, torch.Tensor]:
         n_clusters=clusters, experts_per_token=k, residual_width=width,
         clusters_per_token=draw(st.integers(1, clusters)), gate_scale=1.5,
     )  # fmt: skip
-    # Any assignment: clusters of any size, some with fewer experts than K, some with none.
+    # Any assignment: clusters of any size, some with fewer experts than K, some empty.
     assignment = draw(st.lists(st.integers(0, clusters - 1), min_size=experts, max_size=experts))
     layer = ClusteredExperts(model, assignment, LocalDispatch(clusters)).double()
     seed = draw(st.integers(0, 2**30))
     fill(layer, seed)
     tokens = draw(st.integers(0, 13))
     x = torch.randn(tokens, 8, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    if draw(st.booleans()):  # all rows to few clusters: others stay empty
+    if draw(st.booleans()):  # all rows select few clusters; the others have no rows
         layer.router.bias[0] += 100
     return layer, x.requires_grad_()
 
@@ -92,7 +92,7 @@ def tiny(width: int, **changes: int) -> ModelSection:
 
 
 def test_full_width_residuals_reproduce_flat_experts() -> None:
-    """With W = D and the base subtracted, a cluster's experts are any experts at all."""
+    """With W = D and the base subtracted, the experts of a cluster can be any experts."""
     model = tiny(8, n_clusters=1)
     layer = ClusteredExperts(model, [0] * 6, LocalDispatch(1)).double()
     fill(layer, 0)
@@ -124,7 +124,7 @@ def test_bfloat16_autocast_is_close_to_float32(width: int) -> None:
     exact = layer(x)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         rough = layer(x)
-    assert rough.dtype == torch.float32  # the gate and the sum over choices stay wide
+    assert rough.dtype == torch.float32  # the gate and the sum over choices are float32
     assert (rough - exact).norm() <= 0.02 * exact.norm()
     a, b = gradients(layer, x, exact, 0), gradients(layer, x, rough, 0)
     for name in a:
@@ -158,7 +158,7 @@ def test_pairs_are_sorted_by_expert_and_padded_where_shapes_are_compiled() -> No
         assert pairs.spread(weight).sum() == weight.sum() and pairs.spread(weight)[pairs.position_RK[1, 1]] == 4
 
 
-def test_buckets_are_few_and_waste_little() -> None:
+def test_buckets_are_few_and_add_little_padding() -> None:
     x = torch.zeros(1, dtype=torch.bfloat16)
     sizes = {bucket(n, x) for n in range(1, 4097)}
     assert len(sizes) < 80 and all(n <= bucket(n, x) <= max(8, n * 1.13 + 8) for n in range(1, 4097))
@@ -166,7 +166,7 @@ def test_buckets_are_few_and_waste_little() -> None:
 
 
 def test_gates_of_bfloat16_rows_have_gradients_summed_in_float32() -> None:
-    """The gradient of a gate is a sum over D and W: its error is that of bfloat16 products, not of a bfloat16 sum."""
+    """The gradient of a gate sums over D and W in float32: only the products are rounded to bfloat16."""
     torch.manual_seed(0)
     d, f, w, rows = 256, 512, 8, 24
     x_RD = torch.randn(rows, d)

@@ -1,4 +1,4 @@
-"""Golden losses and loads: a change of the code changes neither a routing decision nor a result."""
+"""Losses and loads equal stored values, so that a change of the code changes no routing decision and no result."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from raymoe.model.observation import Loads, Observation
 from raymoe.model.transformer import Transformer
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "model_losses.json"
-"""Made by `python -m tests.model.test_golden`. Regenerate only for an intended change of the arithmetic."""
+"""File written by `python -m tests.model.test_golden`. Regenerate it only for an intended change of the arithmetic."""
 
 CLUSTERED = replace(preset("tiny").model, context=32)
 MODELS: dict[str, ModelSection] = {
@@ -32,7 +32,7 @@ MODELS: dict[str, ModelSection] = {
 STEPS, BATCH = 4, 4
 
 
-def moving() -> tuple[list[list[int]], list[dict[int, int]]]:
+def moving_experts() -> tuple[list[list[int]], list[dict[int, int]]]:
     """Return an assignment in which experts 0 and 5 of each layer move, and their ghosts."""
     rows = [list(row) for row in CLUSTERED.default_assignment()]
     ghosts = [{0: row[0], 5: row[5]} for row in rows]
@@ -42,9 +42,9 @@ def moving() -> tuple[list[list[int]], list[dict[int, int]]]:
 
 
 def steps(name: str) -> dict[str, list[Any]]:
-    """Train for four float64 steps of two grains, with the auxiliary loss and both balances; return losses and loads."""
+    """Return losses and loads of four float64 steps of two grains, with the auxiliary loss and the balancing of both stages."""
     model = MODELS[name]
-    assignment, ghosts = moving() if name == "ghosts" else (None, None)
+    assignment, ghosts = moving_experts() if name == "ghosts" else (None, None)
     transformer = Transformer(model, assignment, ghosts=ghosts).double()
     transformer.initialize(3)
     generator = torch.Generator().manual_seed(1)
@@ -78,13 +78,13 @@ def steps(name: str) -> dict[str, list[Any]]:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_losses_and_loads_equal_the_golden_ones(name: str) -> None:
+def test_losses_and_loads_equal_the_golden_values(name: str) -> None:
     golden, found = json.loads(GOLDEN.read_text())[name], steps(name)
     assert found["losses"] == pytest.approx(golden["losses"], rel=1e-11)
     assert {k: found[k] for k in ("clusters", "members")} == {k: golden[k] for k in ("clusters", "members")}
 
 
-def test_an_observation_changes_nothing() -> None:
+def test_an_observation_does_not_change_the_output() -> None:
     transformer = Transformer(CLUSTERED)
     transformer.initialize(0)
     tokens = torch.randint(CLUSTERED.vocabulary, (2, 32))

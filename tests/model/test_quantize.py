@@ -1,4 +1,4 @@
-"""INT4: the bound that it promises, exactness where that is possible, and factors that keep their product."""
+"""INT4 quantization: the error bound, exact cases, and balanced factors with an unchanged product."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 
 from raymoe.model.quantize import GROUP, balance, dequantize, packed_shapes, quantize
 
-EPS = 2.0**-11  # relative rounding of float16
-TINY = 2.0**-25  # and absolute, among its subnormals
+EPS = 2.0**-11  # relative rounding error of float16
+TINY = 2.0**-25  # absolute rounding error of its subnormal values
 
 
-def grouped(x: torch.Tensor, axis: int, group: int) -> list[torch.Tensor]:
+def groups_of(x: torch.Tensor, axis: int, group: int) -> list[torch.Tensor]:
     return list(x.movedim(axis, -1).split(group, -1))
 
 
@@ -41,14 +41,14 @@ def test_round_trip_stays_within_half_a_step(
     assert (q.packed.dtype, q.scale.dtype, q.minimum.dtype) == (torch.uint8, torch.float16, torch.float16)
     again = dequantize(q)
     assert again.shape == x.shape and again.dtype == torch.float32 and again.is_contiguous()
-    for values, decoded in zip(grouped(x, axis, group), grouped(again, axis, group), strict=True):
+    for values, decoded in zip(groups_of(x, axis, group), groups_of(again, axis, group), strict=True):
         low, high = values.amin(-1), values.amax(-1)
         step = (high - low) / 15
         rounding = EPS * (low.abs() + 2 * step) + 15 * (EPS * step + TINY) + EPS * EPS * (high.abs() + low.abs())
         assert ((values - decoded).abs().amax(-1) <= step / 2 + rounding).all()
 
 
-def test_what_is_on_the_grid_comes_back_exactly() -> None:
+def test_values_on_the_grid_are_exact() -> None:
     codes = torch.stack([torch.randperm(16) for _ in range(12)]).flatten().view(6, 32)  # every group spans 0…15
     x = 0.25 * codes.float() - 1.5
     assert torch.equal(dequantize(quantize(x, 1)), x)
@@ -62,19 +62,19 @@ def test_constants_are_exact(value: float, length: int) -> None:
     assert torch.equal(dequantize(quantize(x, 1)), x)
 
 
-def test_the_whole_range_of_float16_fits() -> None:
+def test_the_whole_range_of_float16_is_quantized() -> None:
     x = torch.linspace(-65504, 65504, 32)[None]
     assert (dequantize(quantize(x, 1)) - x).abs().max() <= 131008 / 30 + 131008 * 2 * EPS
 
 
-def test_codes_make_up_for_the_rounded_minimum() -> None:
+def test_codes_compensate_for_the_rounded_minimum() -> None:
     generator = torch.Generator().manual_seed(0)
-    low = 1000 + 20 * torch.rand(500, 1, generator=generator)  # float16 steps by 0.5 here, the grid by 1
+    low = 1000 + 20 * torch.rand(500, 1, generator=generator)  # float16 has a spacing of 0.5 here, the grid of 1
     x = low + 15 * torch.rand(500, GROUP, generator=generator)
-    assert (dequantize(quantize(x, 1)) - x).square().mean() < 0.065  # 0.077 when codes count from the exact minimum
+    assert (dequantize(quantize(x, 1)) - x).square().mean() < 0.065  # 0.077 if codes are relative to the exact minimum
 
 
-def test_groups_do_not_touch_each_other() -> None:
+def test_groups_are_independent() -> None:
     x = torch.randn(2, 3 * GROUP)
     louder = x.clone()
     louder[0, :GROUP] *= 1000
@@ -89,7 +89,7 @@ def test_a_short_last_group_equals_that_group_alone() -> None:
     assert torch.equal(dequantize(quantize(x, 1))[:, GROUP:], alone)
 
 
-def test_cutting_the_ends_is_worth_it() -> None:
+def test_clipping_reduces_the_squared_error() -> None:
     groups = torch.randn(2000, GROUP, generator=torch.Generator().manual_seed(0))
     low, high = groups.amin(1, keepdim=True), groups.amax(1, keepdim=True)
     step = (high - low) / 15
@@ -104,13 +104,13 @@ def test_two_values_share_a_byte() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_the_type_asked_for(dtype: torch.dtype) -> None:
+def test_dequantize_returns_the_requested_type(dtype: torch.dtype) -> None:
     q = quantize(torch.randn(5, 40, dtype=dtype), 1)
     assert torch.equal(dequantize(q, dtype), dequantize(q).to(dtype))
 
 
 @pytest.mark.parametrize(
-    ("x", "group", "words"),
+    ("x", "group", "message"),
     [
         (torch.tensor([1.0, float("nan")]), 32, "not finite"),
         (torch.tensor([1.0, float("-inf")]), 32, "not finite"),
@@ -120,8 +120,8 @@ def test_the_type_asked_for(dtype: torch.dtype) -> None:
         (torch.ones(4), 0, "group=0"),
     ],
 )
-def test_what_cannot_be_quantised_is_refused(x: torch.Tensor, group: int, words: str) -> None:
-    with pytest.raises(ValueError, match=words):
+def test_values_and_groups_that_cannot_be_quantized_are_rejected(x: torch.Tensor, group: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         quantize(x, 0, group)
 
 
@@ -144,12 +144,12 @@ def test_balanced_factors_have_the_same_product(
     generator = torch.Generator().manual_seed(seed)
     first = torch.randn(*lead, m, width, generator=generator) * skew
     second = torch.randn(*lead, width, n, generator=generator) / skew
-    first[..., rank:] = 0  # deficient, down to nothing at all
+    first[..., rank:] = 0  # rank-deficient, down to rank 0
     a, b = balance(first, second)
     assert a.shape == first.shape and b.shape == second.shape and a.dtype == first.dtype
     want = first.double() @ second.double()
     torch.testing.assert_close(a.double() @ b.double(), want, rtol=1e-5, atol=1e-6 * float(want.abs().max() + 1e-30))
-    # √Σ on each side: columns of the one and rows of the other are orthogonal, and equally long
+    # √Σ on each side: columns of the first and rows of the second are orthogonal and have equal norms
     gram_a, gram_b = a.double().mT @ a.double(), b.double() @ b.double().mT
     scale = float(gram_a.abs().max() + 1e-30)
     torch.testing.assert_close(gram_a, gram_b, rtol=1e-4, atol=1e-5 * scale)
@@ -157,9 +157,9 @@ def test_balanced_factors_have_the_same_product(
     assert off.abs().max() <= 1e-5 * scale
 
 
-def test_balancing_rescues_factors_that_nearly_cancel() -> None:
+def test_balancing_reduces_the_error_of_factors_that_nearly_cancel() -> None:
     generator = torch.Generator().manual_seed(0)
-    mix = 1 + 0.1 * torch.randn(4, 4, generator=generator)  # the columns of the first factor are nearly the same
+    mix = 1 + 0.1 * torch.randn(4, 4, generator=generator)  # the columns of the first factor are nearly equal
     first = torch.randn(64, 4, generator=generator) @ mix
     second = torch.linalg.inv(mix) @ torch.randn(4, 96, generator=generator)
     want = first @ second

@@ -1,4 +1,4 @@
-"""Both routers' gradients and the balancing of their loads."""
+"""Gradients of both routers and the balancing of their loads."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from raymoe.model.router import auxiliary_loss, move_bias, route
 
 
 @pytest.mark.parametrize("k", [1, 2, 3])
-def test_gradcheck_of_both_routers_with_the_selection_held(k: int) -> None:
-    """u (stage 1) and v (stage 2) through the whole layer; biases make the choice firm under perturbation."""
+def test_gradcheck_of_both_routers_with_a_fixed_selection(k: int) -> None:
+    """Check u (stage 1) and v (stage 2) through the whole layer. Large biases fix the selection under perturbation."""
     model = ModelSection(
         layers=1, d_model=6, heads=1, kv_heads=1, d_expert=4, n_experts=8, n_clusters=2, experts_per_token=k,
         residual_width=2,
@@ -69,7 +69,7 @@ def test_moving_the_bias_balances_a_skewed_router(groups: int, seed: int) -> Non
     assert bias.mean().abs() < 1e-5
 
 
-def test_auxiliary_loss_is_least_when_balanced() -> None:
+def test_auxiliary_loss_is_minimal_when_balanced() -> None:
     def value(logits: torch.Tensor) -> float:
         return auxiliary_loss(route(logits, torch.eye(4), torch.zeros(4), 1, over_selected=False), 4).item()
 
@@ -79,7 +79,7 @@ def test_auxiliary_loss_is_least_when_balanced() -> None:
 
 
 def test_a_step_of_the_bias_is_clamped_to_the_rate() -> None:
-    """One group has the whole load: its relative surplus is 3, the step is the rate; the others rise by the rate."""
+    """One group has the whole load: its relative surplus is 3 and its step is the rate. The others rise by the rate."""
     bias = torch.zeros(4)
     move_bias(bias, torch.tensor([400, 0, 0, 0]), 0.1)
     torch.testing.assert_close(bias, torch.tensor([-0.15, 0.05, 0.05, 0.05]))  # -0.1 and +0.1, mean removed
@@ -88,7 +88,7 @@ def test_a_step_of_the_bias_is_clamped_to_the_rate() -> None:
     torch.testing.assert_close(bias, torch.tensor([-0.01, 0.01]))  # below the clamp: in proportion
 
 
-def test_shares_change_the_load_at_which_a_bias_rests() -> None:
+def test_shares_change_the_load_at_which_a_bias_is_stationary() -> None:
     bias = torch.zeros(3)
     move_bias(bias, torch.tensor([40, 40, 20]), 0.1, torch.tensor([1.0, 1.0, 0.5]))
     assert torch.equal(bias, torch.zeros(3))
@@ -97,7 +97,7 @@ def test_shares_change_the_load_at_which_a_bias_rests() -> None:
 
 
 def test_a_ghost_and_its_expert_share_one_load_while_they_move() -> None:
-    """At progress 0.25 a moving expert rests at a quarter of an even load and its ghost at three quarters."""
+    """At progress 0.25 the target of a moving expert is a quarter of an even load, and of its ghost three quarters."""
     model = ModelSection(
         layers=1, d_model=6, heads=1, kv_heads=1, d_expert=4, n_experts=6, n_clusters=2, experts_per_token=1,
         residual_width=2,
@@ -106,10 +106,12 @@ def test_a_ghost_and_its_expert_share_one_load_while_they_move() -> None:
     layer.set_progress(0.25)
     shares = dict(zip(layer.local_members, layer.share_e.tolist(), strict=True))
     assert shares[Member(0)] == 0.25 and shares[Member(0, ghost=True)] == 0.75 and shares[Member(1)] == 1.0
-    load = torch.tensor([100, 400, 400, 400, 400, 400] + [300, 0, 0, 0, 0, 0])  # experts, then ghosts: all at rest
+    load = torch.tensor(
+        [100, 400, 400, 400, 400, 400] + [300, 0, 0, 0, 0, 0]
+    )  # experts, then ghosts: all at their targets
     layer.balance(torch.tensor([1100, 1300]), load, 0.1)
     torch.testing.assert_close(layer.expert_bias, torch.zeros(7))
-    load[6] = 400  # the ghost has an even load: too much for three quarters
+    load[6] = 400  # the ghost has an even load, above its target
     layer.balance(torch.tensor([1100, 1300]), load, 0.1)
     bias = dict(zip(layer.local_members, layer.expert_bias.tolist(), strict=True))
     assert bias[Member(0, ghost=True)] < 0 < bias[Member(1)] and bias[Member(0)] == 0

@@ -1,4 +1,4 @@
-"""The whole model: the cache, the mask, logical names, and initial weights."""
+"""The whole model: KV cache, causal mask, logical names and initial weights."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_cached_decoding_equals_one_pass(model: ModelSection) -> None:
 
 
 @pytest.mark.parametrize("model", KINDS)
-def test_no_token_sees_the_future(model: ModelSection) -> None:
+def test_logits_do_not_depend_on_later_tokens(model: ModelSection) -> None:
     transformer = build(model)
     tokens = torch.randint(50, (1, 10))
     changed = tokens.clone()
@@ -67,7 +67,7 @@ def test_every_weight_has_one_logical_name(model: ModelSection) -> None:
         other.load_logical({**logical, "final_norm": torch.ones(3)})
 
 
-def test_experts_keep_their_name_whatever_their_cluster() -> None:
+def test_logical_names_of_experts_do_not_depend_on_their_cluster() -> None:
     uneven = ((1, 0, 1, 1, 0, 1, 1, 1), (0, 0, 0, 1, 0, 0, 0, 1))
     model, moved = build(MODEL), Transformer(MODEL, uneven)
     moved.initialize(0)
@@ -77,7 +77,7 @@ def test_experts_keep_their_name_whatever_their_cluster() -> None:
         assert torch.equal(a[key], b[key]), key
 
 
-def test_initial_weights_are_sane() -> None:
+def test_initial_activations_and_loss_are_in_range() -> None:
     transformer = build(preset("tiny").model)
     tokens = torch.randint(2048, (2, 64))
     with torch.no_grad():
@@ -91,7 +91,7 @@ def test_initial_weights_are_sane() -> None:
 
 
 def test_initialization_law() -> None:
-    """Each leaf has the size of its law: 1/√fan-in, less for writers to the residual stream, 0.3 for residuals."""
+    """Standard deviations are 1/√fan-in, less for matrices that write to the residual stream, times 0.3 for outer factors."""
     model = replace(MODEL, d_model=64, d_expert=96, heads=4, residual_width=8, vocabulary=400)
     quieter = (2 * model.layers) ** -0.5
     d, f, w = 64**-0.5, 96**-0.5, 8**-0.5

@@ -1,4 +1,4 @@
-"""Independent experts folded into clusters: families are found, functions kept, on any world."""
+"""The fold of independent experts finds families and preserves functions, on any number of processes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ FAMILY = [[0, 0, 1, 1, 2, 2, 3, 3], [0, 1, 2, 3, 0, 1, 2, 3], [3, 1, 1, 0, 2, 0,
 
 
 def folded(rank: int, world: int, width: int) -> dict[str, Any]:
-    """A flat model whose experts are an initialisation, a family's step from it and a little of their own."""
+    """Fold a flat model. Each expert is the common initialization plus an offset of its family plus a small one of its own."""
     sharded = shard(FLAT, FLAT.default_assignment())
     optimizer = Optimizer(sharded.transformer, preset("tiny").train)
     sharded.transformer.initialize(3, common=True)
@@ -64,7 +64,7 @@ def same_families(found: Any) -> bool:
     return all(pairs(row) == pairs(family) for row, family in zip(found, FAMILY, strict=True))
 
 
-def test_families_become_clusters_and_at_full_width_every_expert_is_what_it_was() -> None:
+def test_families_become_clusters_and_full_width_residuals_reproduce_experts() -> None:
     result = folded(0, 1, 12)
     tensors, flat, assignment = result["tensors"], result["flat"], result["assignment"]
     assert same_families(assignment)
@@ -77,7 +77,7 @@ def test_families_become_clusters_and_at_full_width_every_expert_is_what_it_was(
             for name in ("gate", "up", "down"):
                 base = tensors[f"layers.{layer}.clusters.{c}.base_{name}"]
                 whole = base + tensors[f"{at}{name}_in"] @ tensors[f"{at}{name}_out"]
-                if name == "down":  # scaled, by one number in a layer, for the p(cluster | x) that now multiplies it
+                if name == "down":  # scaled by one factor per layer, which offsets p(cluster | x)
                     scales.add(round((whole.norm() / flat[f"{at}down"].norm()).item(), 3))
                     whole = whole * (flat[f"{at}down"].norm() / whole.norm())
                 torch.testing.assert_close(whole, flat[f"{at}{name}"], rtol=1e-3, atol=1e-4)
@@ -90,7 +90,7 @@ def test_families_become_clusters_and_at_full_width_every_expert_is_what_it_was(
             torch.testing.assert_close(total, torch.stack(of_c).sum(0))
 
 
-def test_a_narrow_residual_keeps_most_of_what_is_an_experts_own() -> None:
+def test_a_narrow_residual_reduces_the_distance_of_base_and_expert() -> None:
     result = folded(0, 1, 6)
     tensors, flat = result["tensors"], result["flat"]
     for e, c in enumerate(result["assignment"][0]):
@@ -106,8 +106,8 @@ def test_the_fold_is_the_same_on_any_world(world: int, tmp_path: Path) -> None:
     expected = folded(0, 1, 6)
     for result in processes.run(world, folded, 6, folder=tmp_path):
         assert result["assignment"] == expected["assignment"]
-        for key, value in result["tensors"].items():  # groups whole on all ranks, the trunk as held
-            product = key.rsplit(".", 1)[-1] not in RESIDUALS  # factors have signs of their own
+        for key, value in result["tensors"].items():  # groups are complete on all ranks, the trunk is local
+            product = key.rsplit(".", 1)[-1] not in RESIDUALS  # the signs of factors are not unique
             if product:
                 torch.testing.assert_close(value, expected["tensors"][key], rtol=1e-4, atol=1e-5)
         assert result["tensors"].keys() == expected["tensors"].keys()
@@ -117,7 +117,7 @@ DENSE = ("regroup.start=dense", "regroup.force=0", "train.steps=30")
 
 
 @pytest.mark.dist
-def test_a_dense_start_folds_once_and_goes_on_from_either_side(tmp_path: Path) -> None:
+def test_a_dense_start_folds_once_and_resumes_before_or_after_the_fold(tmp_path: Path) -> None:
     run = fresh(tmp_path / "run")
     results = processes.run(2, train, str(run), DENSE, folder=tmp_path)
     (record,) = plans(run, "folded")

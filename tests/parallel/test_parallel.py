@@ -1,4 +1,4 @@
-"""One process against several over gloo: same loss, gradients and clipped update, for any world size."""
+"""Several gloo processes have the loss, gradients and clipped gradients of one process, for any world size."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SIZES: dict[str, Any] = dict(
 )  # fmt: skip
 MODELS = {
     "clustered": ModelSection(**SIZES),
-    "two clusters a token": ModelSection(**SIZES, clusters_per_token=2),
+    "two clusters per token": ModelSection(**SIZES, clusters_per_token=2),
     "bases alone": ModelSection(**(SIZES | {"residual_width": 0})),
     "flat": ModelSection(**SIZES, experts="flat"),
     "flat, E=C, K=1": ModelSection(**(SIZES | {"n_experts": 4, "experts_per_token": 1}), experts="flat"),
@@ -34,11 +34,11 @@ UNEVEN = ((0, 0, 0, 0, 0, 1, 1, 1, 2, 2, 3, 3), (3, 3, 2, 2, 2, 1, 1, 1, 1, 0, 0
 
 
 def one_step(rank: int, world: int, name: str, grains: int) -> dict[str, Any]:
-    """Loss, gradients, norm and clipped gradients of one global batch of `grains` grains, by logical key."""
+    """Return loss, gradients, norm and clipped gradients of a global batch of `grains` grains, by logical key."""
     model = MODELS[name]
     sharded = shard(model, UNEVEN if model.experts == "clustered" else model.default_assignment())
     sharded.transformer.double().initialize(seed=1)
-    with torch.no_grad():  # routers that decide firmly, so that rounding flips no choice
+    with torch.no_grad():  # large router logits, so that rounding changes no choice
         for key, view in sharded.transformer.logical().items():
             if "router" in key and view.dim():
                 view.mul_(50)
@@ -71,7 +71,7 @@ def one_step(rank: int, world: int, name: str, grains: int) -> dict[str, Any]:
 @pytest.mark.dist
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("world", [2, 3, 5])
-def test_many_processes_equal_one(name: str, world: int, tmp_path: Path) -> None:
+def test_several_processes_equal_one(name: str, world: int, tmp_path: Path) -> None:
     grains = 4
     expected = one_step(0, 1, name, grains)
     results = processes.run(world, one_step, name, grains, folder=tmp_path)
@@ -110,27 +110,27 @@ def test_initial_weights_do_not_depend_on_the_world(tmp_path: Path) -> None:
 
 
 def exact_bytes(rank: int, world: int) -> tuple[int, int]:
-    """What the meter says of one forward and backward, beside the sum over the rows that had to cross."""
+    """Return the metered bytes of one forward and backward, and the expected bytes from the rows sent between ranks."""
     model = MODELS["clustered"]
     sharded = shard(model, model.default_assignment())
-    sharded.transformer.initialize(seed=rank * 0 + 5)
+    sharded.transformer.initialize(seed=5)
     layer = sharded.transformer.ffns[0]
     rows = torch.randn(20, 16, generator=torch.Generator().manual_seed(rank), requires_grad=True)
     layer(rows).sum().backward()
     choice = layer.router(rows).index_TK.flatten()
-    away = sum(rank not in sharded.placements[0].owners[g] for g in choice.tolist())
+    remote = sum(rank not in sharded.placements[0].owners[g] for g in choice.tolist())
     owned_by_others = sum(len(sharded.placements[0].groups_of(r)) for r in range(world) if r != rank)
-    # x out and dy out: our rows that go away. y back and dx back are sent by the owner: count them there.
+    # This rank sends x and dy of its remote rows. The owner sends y and dx back, and its meter counts them.
     back = torch.zeros(world, dtype=torch.int64)
     for g in choice.tolist():
         owner = sharded.placements[0].owners[g][0]
         back[owner] += owner != rank
     torch.distributed.all_reduce(back)
-    return sharded.meter.take(), (2 * away + 2 * int(back[rank])) * 16 * 4 + owned_by_others * 8
+    return sharded.meter.take(), (2 * remote + 2 * int(back[rank])) * 16 * 4 + owned_by_others * 8
 
 
 @pytest.mark.dist
-def test_bytes_that_cross_are_counted_exactly(tmp_path: Path) -> None:
+def test_bytes_between_ranks_are_counted_exactly(tmp_path: Path) -> None:
     for counted, expected in processes.run(2, exact_bytes, folder=tmp_path):
         assert counted == expected > 0
 

@@ -1,4 +1,4 @@
-"""A remap loses, doubles and changes nothing: any sequence of plans, saves and worlds equals a one-process reference."""
+"""A remap preserves all weights and moments: any sequence of plans, saves and worlds equals a one-process reference."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def fade(transformer: Transformer, progress: float) -> None:
 
 
 def swapped(before: Membership, seed: int, swaps: int = 2) -> Membership:
-    """Random swaps of experts between clusters in each layer."""
+    """Return the membership after random swaps of experts between clusters in each layer."""
     chance = random.Random(seed)
     rows = [list(row) for row in before.assignment]
     for row in rows:
@@ -51,7 +51,7 @@ def swapped(before: Membership, seed: int, swaps: int = 2) -> Membership:
 
 
 def fresh(sharded: Sharded) -> Optimizer:
-    """Weights, biases and moments that are all different."""
+    """Set distinct weights, biases and moments; return the optimizer."""
     optimizer = Optimizer(sharded.transformer, preset("tiny").train)
     sharded.transformer.initialize(3)
     with torch.no_grad():
@@ -70,7 +70,9 @@ def hash_of(text: str) -> int:
 @pytest.mark.parametrize("visits", [1, 2])
 @pytest.mark.parametrize("k", [1, 2])
 @pytest.mark.parametrize("refit", ["keep", "svd", "weighted"])
-def test_logits_stay_when_a_plan_is_applied_and_when_its_ghosts_go(k: int, visits: int, refit: Any) -> None:
+def test_logits_are_unchanged_when_a_plan_is_applied_and_when_its_ghosts_are_removed(
+    k: int, visits: int, refit: Any
+) -> None:
     sharded = shard(replace(MODEL, experts_per_token=k, clusters_per_token=visits), START.assignment)
     optimizer = fresh(sharded)
     before = sharded.transformer(TOKENS)
@@ -90,7 +92,7 @@ def test_logits_stay_when_a_plan_is_applied_and_when_its_ghosts_go(k: int, visit
     assert torch.allclose(sharded.transformer(TOKENS), faded, rtol=1e-5, atol=1e-6)
 
 
-def test_a_refitted_residual_is_the_best_of_its_width() -> None:
+def test_a_refitted_residual_is_the_best_approximation_of_its_width() -> None:
     sharded = shard(MODEL, START.assignment)
     optimizer = fresh(sharded)
     old = {key: view.clone() for key, view in (sharded.transformer.logical() | optimizer.logical()).items()}
@@ -113,7 +115,7 @@ def test_a_refitted_residual_is_the_best_of_its_width() -> None:
     assert torch.equal(new["layers.0.ghosts.0.gate_in"], old["layers.0.experts.0.gate_in"])
 
 
-def test_factors_weighted_by_inputs_lose_less_on_them() -> None:
+def test_factors_weighted_by_inputs_have_a_smaller_error_on_them() -> None:
     generator = torch.Generator().manual_seed(0)
     target = torch.randn(60, 50, generator=generator)
     inputs = torch.randn(500, 60, generator=generator) * torch.linspace(0.05, 3, 60)
@@ -130,7 +132,7 @@ def test_factors_weighted_by_inputs_lose_less_on_them() -> None:
 
 
 def reference(steps: list[tuple[str, int]]) -> tuple[dict[str, Tensor], Membership]:
-    """Weights and moments by logical key after the same sequence, by dictionaries alone."""
+    """Return weights and moments by logical key after the same sequence, computed with dictionaries."""
     sharded = shard(MODEL, START.assignment)
     optimizer = fresh(sharded)
     state = {k: v.clone() for k, v in (sharded.transformer.logical() | optimizer.logical()).items()}
@@ -151,7 +153,7 @@ def reference(steps: list[tuple[str, int]]) -> tuple[dict[str, Tensor], Membersh
 
 
 def run_steps(rank: int, world: int, folder: str, before: Any, steps: list[tuple[str, int]]) -> tuple[Any, Any]:
-    """One stretch on `world` processes: load (or start), plans and drops, save. Returns keys held and whether all is used."""
+    """Load or initialize on `world` processes, apply the steps and save; return the local tensors and the membership."""
     membership, number = before
     sharded = shard(MODEL, membership.assignment, membership.ghosts)
     optimizer = Optimizer(sharded.transformer, preset("tiny").train)
@@ -174,7 +176,7 @@ def run_steps(rank: int, world: int, folder: str, before: Any, steps: list[tuple
         optimizer.adopt(sharded.transformer, moments, 1)
         gradients.refresh()
         membership = after
-    # Nothing stale: what the optimizer steps and the gradients reduce is what the model computes with.
+    # The optimizer and the gradients refer to the current parameters of the model.
     held = dict(sharded.transformer.named_parameters())
     for parameters in (optimizer.parameters.values(), [*gradients.trunk, *gradients.experts]):
         assert {id(p) for p in parameters} == {id(p) for p in held.values()}
@@ -197,16 +199,16 @@ def test_any_sequence_of_plans_saves_and_worlds_equals_the_reference(seed: int, 
     for number, world in enumerate(chance.sample([1, 2, 3, 4, 5], 3)):
         steps: list[tuple[str, int]] = []
         for _ in range(chance.randint(1, 3)):
-            moving = not moving or chance.random() < 0.3  # a plan on top of another's ghosts, too
+            moving = not moving or chance.random() < 0.3  # also a plan while the ghosts of another exist
             steps.append(("plan", chance.randrange(10**6)) if moving else ("drop", 0))
         script += steps
         results = processes.run(world, run_steps, str(tmp_path), (membership, number), steps, folder=store)
         write_manifest(tmp_path / str(number + 1), step=number, world=world, meta={})
         expected, membership = reference(script)
         seen: set[str] = set()
-        for held, there in results:
-            assert there == membership
-            assert all(torch.equal(value, expected[key]) for key, value in held.items()), "something changed"
+        for held, reached in results:
+            assert reached == membership
+            assert all(torch.equal(value, expected[key]) for key, value in held.items()), "a tensor changed"
             seen |= held.keys()
         assert seen == expected.keys()
         stored = Checkpoint.open(tmp_path / str(number + 1))
@@ -225,7 +227,7 @@ def traffic(rank: int, world: int, movers: int) -> int:
 
 
 @pytest.mark.dist
-def test_traffic_is_in_proportion_to_the_experts_moved(tmp_path: Path) -> None:
+def test_traffic_is_proportional_to_the_moved_experts(tmp_path: Path) -> None:
     expert = 3 * (3 * 3 * (16 + 12) + 16) + 1  # factors and router row, each with two moments, and a bias
     for movers, crossing in ((0, 0), (1, 2), (2, 4)):
         sent = sum(processes.run(2, traffic, movers, folder=tmp_path))
@@ -235,14 +237,14 @@ def test_traffic_is_in_proportion_to_the_experts_moved(tmp_path: Path) -> None:
 # Placement
 
 
-def test_rebalance_swaps_only_what_is_worth_it() -> None:
+def test_rebalance_swaps_only_for_a_sufficient_gain() -> None:
     even = place([1.0] * 4, 2)
     assert rebalance(even, [1.0, 1.02, 0.98, 1.0], swaps=3) == even
     heavy = Placement(((0,), (0,), (1,), (1,)), 2)
     better = rebalance(heavy, [5.0, 4.0, 1.0, 2.0])
     assert better != heavy
     carried = [sum([5.0, 4.0, 1.0, 2.0][g] for g in better.groups_of(rank)) for rank in range(2)]
-    assert max(carried) == 6.0  # 5 + 1 and 4 + 2: one swap is enough
+    assert max(carried) == 6.0  # 5 + 1 and 4 + 2, after one swap
     assert sum(a != b for a, b in zip(heavy.owners, better.owners, strict=True)) == 2
     replicated = place([1.0, 1.0, 1.0], 5)
     lighter = rebalance(replicated, [1.0, 1.0, 6.0])
@@ -261,7 +263,7 @@ def gathered(rank: int, world: int) -> dict[str, np.ndarray]:
 
 @pytest.mark.dist
 @pytest.mark.parametrize("world", [1, 2, 5])
-def test_grams_are_inner_products_whoever_holds_the_experts(world: int, tmp_path: Path) -> None:
+def test_grams_are_inner_products_on_any_number_of_processes(world: int, tmp_path: Path) -> None:
     parts = processes.run(world, gathered, folder=tmp_path) if world > 1 else [gathered(0, 1)]
     whole = Transformer(MODEL, START.assignment)
     whole.initialize(3)

@@ -56,8 +56,8 @@ def kill(rollout: Rollout, deployment: str) -> int:
 
 def get(rollout: Rollout, path: str) -> tuple[int, str]:
     try:
-        with urllib.request.urlopen(rollout.base + path, timeout=10) as answer:
-            return answer.status, answer.read().decode()
+        with urllib.request.urlopen(rollout.base + path, timeout=10) as response:
+            return response.status, response.read().decode()
     except urllib.error.HTTPError as error:
         return error.code, error.read().decode()
 
@@ -66,7 +66,7 @@ def post(rollout: Rollout, path: str, body: Any) -> tuple[int, dict[str, Any]]:
     headers = {"Content-Type": "application/json"}
     request = urllib.request.Request(rollout.base + path, json.dumps(body).encode(), headers)
     try:
-        with urllib.request.urlopen(request, timeout=120) as answer:
-            return answer.status, json.load(answer)
+        with urllib.request.urlopen(request, timeout=120) as response:
+            return response.status, json.load(response)
     except urllib.error.HTTPError as error:
         return error.code, json.load(error)

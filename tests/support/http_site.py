@@ -34,7 +34,7 @@ class Response:
 
     @property
     def events(self) -> list[Any]:
-        """The events of a stream without its end mark. The mark is required unless the last event is an error."""
+        """Events of a stream without its end mark. The mark is required unless the last event is an error."""
         assert self.headers["Content-Type"].startswith("text/event-stream")
         parts = self.content.decode().split("\n\n")
         assert parts.pop() == "" and all(part.startswith("data: ") for part in parts)
@@ -45,7 +45,7 @@ class Response:
         return [json.loads(data) for data in datas[:-1]]
 
     def text(self, i: int = 0) -> str:
-        """The text of choice `i`, streamed or not."""
+        """Return the text of choice `i`, streamed or not."""
         if self.headers["Content-Type"].startswith("text/event-stream"):
             choices = [choice for event in self.events for choice in event["choices"] if choice["index"] == i]
             return "".join(c["text"] if "text" in c else c["delta"].get("content", "") for c in choices)

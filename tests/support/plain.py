@@ -1,4 +1,4 @@
-"""The simplest right computations, to compare the fast ones with: loops over tokens and experts."""
+"""Reference computations as loops over tokens and experts, to compare the fused layers with."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from raymoe.model.experts import ClusteredExperts, FlatExperts
 def clustered(
     layer: ClusteredExperts, x_TD: Tensor, cluster_TP: Tensor, experts: dict[tuple[int, int], list[int]]
 ) -> Tensor:
-    """Section 3's definition token by token, selection given: experts[(token, cluster)] lists logical experts."""
+    """Compute the paper's section 3 token by token. experts[(token, cluster)] lists the selected logical experts."""
     out = []
     p_TC = (x_TD @ layer.router.weight.t()).softmax(-1)
     place = {member: i for i, member in enumerate(layer.local_members)}
@@ -46,7 +46,7 @@ def clustered(
 
 
 def clustered_selection(layer: ClusteredExperts, x_TD: Tensor) -> tuple[Tensor, dict[tuple[int, int], list[int]]]:
-    """What the layer's two stages choose, by sorting scores token by token."""
+    """Return the selection of both stages (cluster_TP, experts) by sorting the scores of each token."""
     scores = x_TD @ layer.router.weight.t() + layer.router.bias
     cluster_TP = scores.argsort(dim=-1, descending=True, stable=True)[:, : layer.model.clusters_per_token]
     experts: dict[tuple[int, int], list[int]] = {}
@@ -63,7 +63,7 @@ def clustered_selection(layer: ClusteredExperts, x_TD: Tensor) -> tuple[Tensor, 
 
 
 def flat(layer: FlatExperts, x_TD: Tensor) -> Tensor:
-    """Softmax top-K over independent experts, token by token."""
+    """Compute softmax top-K over independent experts, token by token."""
     out = []
     k = layer.model.experts_per_token
     for x in x_TD:

@@ -1,4 +1,4 @@
-"""Run a function in several gloo processes, started from a fork server that has imported once what they need."""
+"""Run a function in several gloo processes, started by a fork server with preloaded imports."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["raymoe.training.loop", "torch._dynamo"])  # the latter is what an optimizer imports
+_CONTEXT.set_forkserver_preload(["raymoe.training.loop", "torch._dynamo"])  # optimizers import the latter
 
 
 class Outcome(NamedTuple):
-    """Of one rank: it gave a value, or raised and `error` is the traceback, or did neither, and `error` says how it is."""
+    """Result of a rank. `error` is empty, or a traceback, or the state of a process without a result."""
 
     value: Any
     error: str
     seconds: float
-    """Until it was known, since the first rank's was."""
+    """Seconds from the first outcome of any rank to this one."""
 
 
 def _main(
@@ -45,13 +45,13 @@ def outcomes(
     *args: Any,
     folder: Path,
     timeout_s: float = 60,
-    patience_s: float = 120,
+    wait_s: float = 120,
     absent: int | None = None,
 ) -> list[Outcome]:
-    """function(rank, world, *args) on `world` processes; what became of each. `function` must be importable.
+    """Run function(rank, world, *args) on `world` processes; return the outcomes by rank.
 
-    timeout_s: of collectives. patience_s: after which a rank that has not ended counts as hung. absent: the rank that
-    nobody waits for. None is left running.
+    function: an importable function. timeout_s: timeout of collectives. wait_s: time after which a rank without an
+    outcome counts as hung. absent: a rank whose outcome is not awaited. All processes have ended on return.
     """
     store = folder / f"store-{world}-{len(list(folder.iterdir()))}"
     pipes, processes = [], []
@@ -65,13 +65,13 @@ def outcomes(
         processes.append(process)
     found: dict[int, Outcome] = {}
     first = None
-    deadline = time.monotonic() + patience_s
+    deadline = time.monotonic() + wait_s
     try:
         while missing := {pipes[rank]: rank for rank in range(world) if rank not in found and rank != absent}:
             for pipe in wait(list(missing), max(0.0, deadline - time.monotonic())) or missing:
                 rank = missing[pipe]  # type: ignore[index]
                 if not pipe.poll():  # type: ignore[union-attr]
-                    found[rank] = Outcome(None, f"hung: it did not answer within {patience_s} s", patience_s)
+                    found[rank] = Outcome(None, f"hung: no outcome within {wait_s} s", wait_s)
                     continue
                 first = first or time.monotonic()
                 seconds = time.monotonic() - first
@@ -93,7 +93,7 @@ def outcomes(
 
 
 def run(world: int, function: Callable[..., Any], *args: Any, folder: Path) -> list[Any]:
-    """function(rank, world, *args) on `world` processes; the results by rank. `function` must be importable."""
+    """Run the importable function(rank, world, *args) on `world` processes; return the results by rank."""
     made = outcomes(world, function, *args, folder=folder)
     failures = [f"rank {rank} of {world}:\n{outcome.error}" for rank, outcome in enumerate(made) if outcome.error]
     assert not failures, "\n".join(failures)

@@ -1,4 +1,4 @@
-"""A corpus of made-up tokens with the interface of `raymoe.data.Corpus`, for tests of the loop."""
+"""A corpus of synthetic tokens with the interface of `raymoe.data.Corpus`, for tests of the training loop."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from raymoe.data.corpus import Batch
 
 
 class Synthetic:
-    """Each domain walks its own way through the vocabulary, so that there is something to learn."""
+    """Tokens increase in one domain and decrease in the other, so that a model can learn them."""
 
     domains = ("up", "down")
     fingerprint = "synthetic"

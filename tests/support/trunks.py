@@ -32,7 +32,7 @@ def engine(served: Artifact, settings: EngineSettings = SETTINGS) -> Engine:
 
 
 class OneTrunk:
-    """An engine behind a port. `after`: number of delivered increments after which it dies."""
+    """An engine behind a port. `after`: number of delivered increments after which its connections are cut."""
 
     def __init__(
         self,
@@ -80,7 +80,7 @@ def together(test: Callable[[], Coroutine[Any, Any, None]]) -> None:
 async def eventually(condition: Callable[[], object]) -> None:
     deadline = time.monotonic() + 10
     while not condition():
-        assert time.monotonic() < deadline, "it never happened"
+        assert time.monotonic() < deadline, "the condition is still false after 10 s"
         await asyncio.sleep(0.005)
 
 

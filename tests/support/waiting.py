@@ -1,4 +1,4 @@
-"""Waiting for what has to happen, and not a moment longer."""
+"""Wait for a condition with a deadline."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 
-def until(condition: Callable[[], Any], what: str = "it to happen", seconds: float = 120) -> Any:
-    """What `condition` gives once that is true. An assertion when it takes longer."""
+def until(condition: Callable[[], Any], what: str = "a condition", seconds: float = 120) -> Any:
+    """Return the first true value of `condition`. Fails if none occurs within `seconds`."""
     deadline = time.monotonic() + seconds
     while not (value := condition()):
         assert time.monotonic() < deadline, f"waited {seconds} s for {what}"

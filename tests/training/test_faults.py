@@ -153,7 +153,7 @@ def test_a_lost_worker_ends_the_others_and_a_restart_loses_nothing(
         json.dumps({"kind": "plan", "step": 1, "name": "applied", "plan": PLAN}) + "\n"
     )
     made = processes.outcomes(
-        3, stricken, str(run), fault, folder=tmp_path, timeout_s=timeout, patience_s=60,
+        3, stricken, str(run), fault, folder=tmp_path, timeout_s=timeout, wait_s=60,
         absent=VICTIM if fault == "stopped" else None,
     )  # fmt: skip
     assert made[VICTIM].error == ("absent" if fault == "stopped" else "died: exit code -9")
