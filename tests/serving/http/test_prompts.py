@@ -6,7 +6,7 @@ import pytest
 
 from raymoe.serving.http.bodies import Message
 from raymoe.serving.http.errors import ClientError
-from raymoe.serving.http.prompts import ChatTemplate, Codec
+from raymoe.serving.http.prompts import ChatTemplate, Codec, check_context
 from tests.support import served
 from tests.support.http_site import Site
 
@@ -50,3 +50,22 @@ def test_bytes_of_tokens_concatenate_to_the_text(site: Site) -> None:
         ids = site.encode(text)
         assert bytes(byte for token in ids for byte in tokens.bytes(token)) == text.encode()
     assert bytes(tokens.bytes(0)) == b"<|endoftext|>" and tokens.bytes(10**6) == []
+
+
+def test_the_context_is_a_limit_of_prompt_and_completion() -> None:
+    check_context(100, 28, 128)
+    with pytest.raises(ClientError) as error:
+        check_context(100, 29, 128, "messages")
+    assert str(error.value) == (
+        "This model's maximum context length is 128 tokens. However, you requested 129 tokens "
+        "(100 in the messages, 29 for the completion). Reduce the length of the messages or of the completion."
+    )
+    assert (error.value.param, error.value.code) == ("messages", "context_length_exceeded")
+
+
+def test_a_text_that_is_too_long_is_rejected_without_tokenization(monkeypatch: pytest.MonkeyPatch) -> None:
+    codec = Codec(served.tokenizer())
+    monkeypatch.setattr(codec, "tokenizer", None)
+    codec.check_length("a" * 128, 128, "prompt")
+    with pytest.raises(ClientError, match="the prompt has at least [0-9]+ tokens"):
+        codec.check_length("a" * 100_000, 128, "prompt")
