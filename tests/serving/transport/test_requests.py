@@ -6,6 +6,7 @@ import asyncio
 import json
 import math
 import struct
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
@@ -247,8 +248,8 @@ def test_silent_connections_do_not_lock_others_out(served: Artifact) -> None:
     together(test)
 
 
-def test_an_unauthenticated_client_fills_no_memory(served: Artifact) -> None:
-    """A trunk does not read further than the handshake: what a client sends stays in the buffers of the kernel."""
+def test_a_flood_before_authentication_is_cut_off(served: Artifact) -> None:
+    """A trunk reads no further than the handshake, and closes the connection when it fails."""
 
     async def test() -> None:
         trunk = await OneTrunk(served).start()
@@ -276,11 +277,20 @@ def test_a_lost_api_frees_the_engine(served: Artifact) -> None:
         stream = await RequestStream.connect(trunk.address, DIGEST, 5)
         answer = stream.generate(request(0, max_tokens=100))
         await anext(answer)
+        cancel, canceled = trunk.engine.cancel, list[object]()
+        step = trunk.engine.step
+        trunk.engine.step = lambda: (time.sleep(0.02), step())[1]  # type: ignore[method-assign]  # 2 s for the rest
+        trunk.engine.cancel = lambda key: (canceled.append(key), cancel(key))[1]  # type: ignore[method-assign]
         stream._writer.transport.abort()
         await eventually(lambda: trunk.engine_thread.idle)
+        assert canceled == [(1, 1)]
         with pytest.raises(ConnectionLost):
             while True:
                 await anext(answer)
+        cancel, canceled = trunk.engine.cancel, list[object]()
+        step = trunk.engine.step
+        trunk.engine.step = lambda: (time.sleep(0.02), step())[1]  # type: ignore[method-assign]  # 2 s for the rest
+        trunk.engine.cancel = lambda key: (canceled.append(key), cancel(key))[1]  # type: ignore[method-assign]
         await trunk.close()
 
     together(test)
