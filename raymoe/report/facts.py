@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import shlex
 from collections.abc import Sequence
 from datetime import datetime
@@ -71,7 +72,7 @@ def environment_facts(about: Record, trains: Sequence[Record]) -> dict[str, str]
     seconds = training_seconds(trains)
     facts = {
         "Command": shlex.join(map(str, command)) if isinstance(command, list) else "",
-        "Commit": _text(about, "commit"),
+        "Commit": re.sub(r"([0-9a-f]{12})[0-9a-f]*", r"\1", _text(about, "commit")),
         "Started": _text(about, "started"),
         "Duration of the last launch": _duration(_wall_seconds(about)),
         "Time of all training steps": _duration(float(seconds[-1]) if len(seconds) else math.nan),

@@ -131,7 +131,7 @@ def step_times(trains: Sequence[Record]) -> dict[str, Line]:
         lines["communication and waits"] = steps, communication
         lines["rest"] = steps, total - compute - communication
     else:
-        lines["communication, waits and rest"] = steps, total - compute
+        lines["communication and rest"] = steps, total - compute
     return lines
 
 

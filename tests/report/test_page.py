@@ -139,7 +139,7 @@ class Page(HTMLParser):
 ABOUT: dict[str, Any] = {
     "validation_bytes_per_token": 4.0,
     "command": ["raymoe", "train", "tiny", "run.name=a b"],
-    "commit": "0123abcd+",
+    "commit": "0123abcd" * 5 + "+",
     "started": "2026-01-02T03:04:05+0000",
     "machine": {
         "host": "node",
@@ -217,7 +217,7 @@ def test_facts_describe_the_run(full: Page) -> None:
     environment = {title: full.facts[title] for title in list(full.facts)[15:]}
     assert re.fullmatch(r"\d+ h \d+ min", environment.pop("Duration of the last launch"))
     assert environment == {
-        "Commit": "0123abcd+", "Started": "2026-01-02T03:04:05+0000", "Time of all training steps": "3 min 2 s",
+        "Commit": "0123abcd0123+", "Started": "2026-01-02T03:04:05+0000", "Time of all training steps": "3 min 2 s",
         "Machine of the driver": "node, Linux", "Processor": "CPU X, 8 cores", "Memory": "16 GiB", "Device": "CPU",
         "raymoe": "0.1.0", "ray": "2.60.0", "torch": "2.15.0", "python": "3.11.9",
     }  # fmt: skip
@@ -413,7 +413,7 @@ def test_curves_over_tokens_and_time() -> None:
 def test_step_time_splits_into_parts() -> None:
     record = {"step": 1, "step_ms": 100.0, "compute_ms": [60.0, 40.0]}
     parts = {name: line[1].tolist() for name, line in step_times([record]).items()}
-    assert parts == {"step": [100], "forward and backward": [50], "communication, waits and rest": [50]}
+    assert parts == {"step": [100], "forward and backward": [50], "communication and rest": [50]}
     record["communication_ms"] = [10.0, 20.0]
     parts = {name: line[1].tolist() for name, line in step_times([record]).items()}
     assert parts == {"step": [100], "forward and backward": [50], "communication and waits": [15], "rest": [35]}
