@@ -1,4 +1,4 @@
-"""Faults of a training run: `train` of `jobs/chaos`, which is the command."""
+"""Faults injected into a training run: the subcommand `train` of `jobs/chaos`."""
 
 from __future__ import annotations
 
@@ -36,23 +36,23 @@ CONFIG = [
     "checkpoint.every=1000000", f"checkpoint.max_loss_s={BOUND_S}", f"train.collective_timeout_s={TIMEOUT_S}",
     "checkpoint.keep=3",
 ]  # fmt: skip
-PATIENCE_S = 180.0
+TIMEOUT_WAIT_S = 180.0
 
 
 @dataclass
 class Outcome:
     fault: str
     at: int
-    """Step at which it struck."""
+    """Step at which the fault was injected."""
     outcome: str = ""
     recovery_s: float = 0.0
-    """Until the next step of whoever goes on."""
+    """Seconds until the next training step."""
     steps_lost: int = 0
     failed: bool = False
 
 
 class Victim:
-    """A run of two workers, its driver and its head, and what can be done to them."""
+    """A run with its Ray head, driver and workers, into which faults are injected."""
 
     def __init__(self, folder: Path, workers: str, stack: ExitStack) -> None:
         self.folder, self.run, self.workers = folder, folder / "chaos", workers
@@ -61,7 +61,7 @@ class Victim:
         self.start_head()
         self.start()
 
-    # What it consists of.
+    # Processes.
 
     def start_head(self) -> None:
         self.head = self.inner.enter_context(head(max(2, os.cpu_count() or 1)))
@@ -85,7 +85,7 @@ class Victim:
             raise RuntimeError(f"no process {title!r} runs")
         return found
 
-    # What it has done.
+    # Progress.
 
     def records(self) -> list[dict[str, Any]]:
         path = RunFolder(self.run).metrics
@@ -103,37 +103,37 @@ class Victim:
             return int((self.run / "attempt").read_text())
         return 0
 
-    def acknowledged(self) -> int:
-        """The newest checkpoint that the run has said is complete."""
+    def last_checkpoint(self) -> int:
+        """Return the step of the newest checkpoint that the run recorded as complete."""
         return last_recorded_checkpoint(RunFolder(self.run).metrics)
 
     def failure(self) -> str:
-        """What Ray Train said of the last worker group that failed."""
+        """Return the recorded error of the last worker group that failed."""
         with suppress(OSError, ValueError):
             return str(json.loads(RunFolder(self.run).failures.read_text())["error"])
-        return "nobody has said why"
+        return "no error is recorded"
 
     def events(self, what: str) -> list[dict[str, Any]]:
         return [r for r in self.records() if r["kind"] == "event" and r["name"] == what]
 
     def wait(self, condition: Callable[[], Any], what: str, ended: bool = False) -> None:
-        """Raises RuntimeError when it takes too long, or when the driver has ended and should not have."""
-        deadline = time.monotonic() + PATIENCE_S
+        """Wait for a condition. Raises RuntimeError after TIMEOUT_WAIT_S, or if the driver ends and `ended` is false."""
+        deadline = time.monotonic() + TIMEOUT_WAIT_S
         while not condition():
             if not ended and self.driver.poll() is not None:
                 raise RuntimeError(f"the driver ended ({self.driver.returncode}) before {what}")
             if time.monotonic() > deadline:
-                raise RuntimeError(f"waited {PATIENCE_S:.0f} s for {what}")
+                raise RuntimeError(f"waited {TIMEOUT_WAIT_S:.0f} s for {what}")
             time.sleep(0.05)
 
-    def goes_on(self, attempt: int) -> bool:
-        """Whether a step was done by a later worker group than `attempt`."""
+    def continues(self, attempt: int) -> bool:
+        """Return whether a later worker group than `attempt` has trained a step."""
         records = self.records()
         resumed = [i for i, r in enumerate(records) if r.get("name") == "resumed" and r["attempt"] > attempt]
         return bool(resumed) and any(r["kind"] == "train" for r in records[resumed[-1] :])
 
 
-# Faults: each does its harm and says what it was; those in RESTARTS end the worker group.
+# Faults: each injects one and returns its description. Those in RESTARTS end the worker group.
 
 WORKER, CLUSTERER = "RayTrainWorker", "Clusterer"
 
@@ -149,7 +149,7 @@ def freeze_worker(victim: Victim, chance: random.Random) -> str:
 
 
 def damage_checkpoint(victim: Victim, chance: random.Random) -> str:
-    """Of the newest checkpoint one file is changed or cut short, and a worker is killed before there is another."""
+    """Change or truncate one file of the newest checkpoint, and kill a worker before the next checkpoint."""
     found, _ = newest(RunFolder(victim.run).checkpoints)
     assert found is not None
     file = chance.choice(sorted(found.folder.glob("*")))
@@ -157,7 +157,7 @@ def damage_checkpoint(victim: Victim, chance: random.Random) -> str:
     flipped = chance.random() < 0.5
     if flipped:
         content[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
-    partial = file.with_suffix(".damaged")  # replaced, since workers may be reading the old one
+    partial = file.with_suffix(".damaged")  # replaced: workers may be reading the old file
     partial.write_bytes(content if flipped else content[: chance.randrange(len(content))])
     partial.replace(file)
     kill_worker(victim, chance)
@@ -205,11 +205,11 @@ def freeze_clusterer(victim: Victim, chance: random.Random) -> str:
 
 @contextmanager
 def without_checkpoints(victim: Victim) -> Iterator[None]:
-    """The folder of the checkpoints is not there, and none can be made."""
-    folder, away = RunFolder(victim.run).checkpoints, victim.run / "checkpoints.away"
-    folder.rename(away)
+    """Remove the folder of the checkpoints, and prevent workers from creating it."""
+    folder, moved = RunFolder(victim.run).checkpoints, victim.run / "checkpoints.moved"
+    folder.rename(moved)
     while not folder.is_file():
-        with suppress(FileExistsError):  # a worker was quicker and has made it anew
+        with suppress(FileExistsError):  # a worker has created it again
             folder.touch(exist_ok=False)
             break
         shutil.rmtree(folder, ignore_errors=True)
@@ -217,22 +217,22 @@ def without_checkpoints(victim: Victim) -> Iterator[None]:
         yield
     finally:
         folder.unlink()
-        away.rename(folder)
+        moved.rename(folder)
 
 
 def lose_storage(victim: Victim, chance: random.Random) -> str:
-    """Until a checkpoint was due and failed."""
-    failed, sealed = len(victim.events("checkpoint_failed")), victim.acknowledged()
+    """Remove the checkpoints' folder until a checkpoint has failed."""
+    failed, completed = len(victim.events("checkpoint_failed")), victim.last_checkpoint()
     with without_checkpoints(victim):
         victim.wait(lambda: len(victim.events("checkpoint_failed")) > failed, "a checkpoint that fails")
-    victim.wait(lambda: victim.acknowledged() > sealed, "a checkpoint after it")
+    victim.wait(lambda: victim.last_checkpoint() > completed, "a checkpoint after it")
     return "the checkpoints' folder was gone for a while"
 
 
 def lose_storage_and_worker(victim: Victim, chance: random.Random) -> str:
-    """Until the next workers have refused to begin anew."""
+    """Kill a worker and remove the checkpoints' folder, until the next workers refuse to restart from step 0."""
     with without_checkpoints(victim):
-        RunFolder(victim.run).failures.unlink(missing_ok=True)  # what an earlier worker group said
+        RunFolder(victim.run).failures.unlink(missing_ok=True)  # of an earlier worker group
         kill_worker(victim, chance)
         victim.wait(lambda: "bring the folder back" in victim.failure(), "a refusal")
     return "SIGKILL of a worker, no checkpoints' folder at restart"
@@ -248,32 +248,35 @@ RESTARTS = {
     restart_head: 1,
 }
 OTHERS = {kill_clusterer: 10, freeze_clusterer: 6, lose_storage: 9}
-"""Faults and how often each is drawn."""
+"""Faults and their weights."""
 
 
 def strike(victim: Victim, fault: Callable[[Victim, random.Random], str], chance: random.Random) -> Outcome:
-    """One fault, and what came of it."""
+    """Inject one fault and return the outcome."""
     outcome = Outcome(fault.__name__, victim.step())
     started = time.monotonic()
     try:
         target = outcome.at + chance.randrange(5, 60)
-        victim.wait(lambda: victim.step() >= target and victim.acknowledged() > 0, f"step {target} and a checkpoint")
-        attempt, before, kept = victim.attempt(), victim.step(), victim.acknowledged()
-        if fault is damage_checkpoint:  # falls back to the one before
+        victim.wait(lambda: victim.step() >= target and victim.last_checkpoint() > 0, f"step {target} and a checkpoint")
+        attempt, before, kept = victim.attempt(), victim.step(), victim.last_checkpoint()
+        if fault is damage_checkpoint:  # the run falls back to the previous one
             complete = [c for c in sorted(victim.run.glob("checkpoints/step_*")) if (c / "manifest.json").exists()]
             kept = int(complete[-2].name.split("_")[1]) if len(complete) > 1 else 0
         outcome.at, started = before, time.monotonic()
         outcome.fault = fault(victim, chance)
         if fault in RESTARTS:
-            victim.wait(lambda: victim.goes_on(attempt), "training to go on")
+            victim.wait(lambda: victim.continues(attempt), "training to continue")
             restored = victim.events("resumed")[-1]
             outcome.steps_lost = restored["redone_steps"]
             outcome.outcome = f"continued from step {restored['step']}"
             if restored["step"] < kept:
-                outcome.failed, outcome.outcome = True, f"step {kept} was acknowledged, restored {restored['step']}"
+                outcome.failed, outcome.outcome = (
+                    True,
+                    f"step {kept} was complete, and the run restored {restored['step']}",
+                )
         else:
             victim.wait(lambda: victim.step() > before, "the next step")
-            outcome.outcome = "training went on"
+            outcome.outcome = "training continued"
             if victim.attempt() != attempt:
                 outcome.failed, outcome.outcome = True, f"the workers were restarted: {victim.failure()}"
     except (RuntimeError, AssertionError, OSError, psutil.Error) as error:
@@ -299,27 +302,27 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
                 break
         if victim.driver.poll() is None:
             victim.driver.terminate()
-        code = victim.driver.wait(PATIENCE_S)
+        code = victim.driver.wait(TIMEOUT_WAIT_S)
         steps = [r["step"] for r in victim.records() if r["kind"] == "train"]
         result = {
             "faults": [vars(o) for o in outcomes],
             "drawn": len(drawn),
             "steps": len(steps),
             "each_step_once": steps == list(range(1, len(steps) + 1)),
-            "ended_in_order": code == 128 + signal.SIGTERM
+            "stopped_in_order": code == 128 + signal.SIGTERM
             and step_folder(RunFolder(victim.run).checkpoints, steps[-1]).exists(),
             "log": (folder / "driver.log").read_text()[-3000:],
         }
     if survived(result):
         shutil.rmtree(folder)
     else:
-        print(f"what the run left is in {folder}")
+        print(f"the run's files are in {folder}")
     return result
 
 
 def survived(result: dict[str, Any]) -> bool:
     whole = len(result["faults"]) == result["drawn"] and not any(o["failed"] for o in result["faults"])
-    return whole and result["each_step_once"] and result["ended_in_order"]
+    return whole and result["each_step_once"] and result["stopped_in_order"]
 
 
 def show(result: dict[str, Any]) -> None:
@@ -335,8 +338,8 @@ def show(result: dict[str, Any]) -> None:
             f"{statistics.median(seconds):>20.1f}{max(seconds):>7.1f}"
         )
     print(
-        f"{result['steps']} steps, each on record once: {'yes' if result['each_step_once'] else 'NO'}; "
-        f"ended in order, with its checkpoint: {'yes' if result['ended_in_order'] else 'NO'}"
+        f"{result['steps']} steps, each recorded once: {'yes' if result['each_step_once'] else 'NO'}; "
+        f"stopped in order, with its checkpoint: {'yes' if result['stopped_in_order'] else 'NO'}"
     )
     if not survived(result):
         print(result["log"])

@@ -1,10 +1,10 @@
-"""Checkpoints: one safetensors file per rank under logical keys, and a manifest that makes them one.
+"""Checkpoints: one safetensors file per rank with logical keys, and a manifest that completes them.
 
-    <checkpoints>/step_00000200/rank_0000_of_0002.safetensors   a rank's tensors
-                                rank_0000_of_0002.json          what it holds, until the manifest says so
-                                manifest.json                   written last; without it there is no checkpoint
+    <checkpoints>/step_00000200/rank_0000_of_0002.safetensors   tensors of a rank
+                                rank_0000_of_0002.json          its contents, until the manifest lists them
+                                manifest.json                   written last; a checkpoint without it is incomplete
 
-Any world size reads what any other wrote, since keys are logical and a reader names those it needs.
+Keys are logical, so any number of ranks can read a checkpoint: each rank reads the keys that it needs.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ FORMAT_VERSION = 2
 
 
 class CorruptCheckpoint(CorruptFile):
-    """A checkpoint that is incomplete, damaged or not ours: `file` and `reason` say what was found."""
+    """A checkpoint that is incomplete, damaged or in another format. `file` and `reason` describe the damage."""
 
 
 def step_folder(checkpoints: Path, step: int) -> Path:
-    """Where the checkpoint of `step` lives."""
+    """Return the folder of the checkpoint of `step`."""
     return checkpoints / f"step_{step:08d}"
 
 
@@ -40,23 +40,23 @@ def _shard(folder: Path, rank: int, world: int) -> Path:
 
 
 def write_shard(folder: Path, rank: int, world: int, tensors: Mapping[str, Tensor]) -> None:
-    """Write this rank's tensors, then the sidecar that tells `write_manifest` about them.
+    """Write this rank's tensors, then the sidecar file that `write_manifest` reads.
 
-    Raises OSError (a full disk, say) with nothing half-written under a final name.
+    Raises OSError, for example for a full disk. No partial file remains under a final name.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = _shard(folder, rank, world)
     sidecar = path.with_suffix(".json")
-    sidecar.unlink(missing_ok=True)  # one left by an earlier attempt would describe another file
+    sidecar.unlink(missing_ok=True)  # an earlier attempt's sidecar describes another file
     claim = write_tensors(path, tensors)
     write_json(sidecar, {"file": path.name, **claim, "tensors": header(path)})
 
 
 def write_manifest(folder: Path, *, step: int, world: int, meta: dict[str, Any]) -> Path:
-    """Complete the checkpoint: join the sidecars of all ranks, once every one has written its shard.
+    """Complete a checkpoint: merge the sidecar files of all ranks, after each rank has written its shard.
 
-    `meta` is any JSON object. What earlier attempts left in the folder is removed, and so are the sidecars.
-    Raises FileNotFoundError when a rank's shard is missing and ValueError when two ranks wrote the same key.
+    `meta` is any JSON object. The sidecar files, and files of earlier attempts, are removed.
+    Raises FileNotFoundError if a rank's shard is missing, ValueError if two ranks wrote the same key.
     """
     files: dict[str, Any] = {}
     tensors: dict[str, Any] = {}
@@ -80,25 +80,25 @@ def write_manifest(folder: Path, *, step: int, world: int, meta: dict[str, Any])
     write_json(manifest, content | {"files": files, "tensors": tensors})
     for leftover in (*folder.glob("rank_*"), *folder.glob(".rank_*")):
         if leftover.name not in files:
-            with suppress(OSError):  # the checkpoint is complete whether or not it is tidy
+            with suppress(OSError):  # the checkpoint is complete even if old files remain
                 leftover.unlink()
     return manifest
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint whose manifest was checked against its files."""
+    """A checkpoint whose manifest agrees with its files."""
 
     folder: Path
     step: int
     world: int
-    """Ranks that wrote it; any number may read it."""
+    """Number of ranks that wrote it. Any number can read it."""
     meta: dict[str, Any]
     manifest: Manifest = field(repr=False)
 
     @classmethod
     def open(cls, folder: Path, verify: bool = True) -> Checkpoint:
-        """Raises CorruptCheckpoint. `verify=False` trusts the checksums, and still checks sizes, keys and shapes."""
+        """Raises CorruptCheckpoint. `verify=False` skips the checksums, but checks sizes, keys and shapes."""
         manifest = Manifest.open(
             folder, version=FORMAT_VERSION, error=CorruptCheckpoint, verify="all" if verify else "none"
         )
@@ -115,18 +115,18 @@ class Checkpoint:
         return self.manifest.tensors[key].shape
 
     def read(self, keys: Iterable[str]) -> dict[str, Tensor]:
-        """These tensors and no others, on the CPU. Raises ValueError for a key that the checkpoint lacks."""
+        """Return these tensors on the CPU. Raises ValueError for a key that the checkpoint lacks."""
         return self.manifest.read(keys)
 
 
 def _folders(checkpoints: Path) -> list[tuple[int, Path]]:
-    """Steps and their folders, newest first."""
+    """Return steps and their folders, newest first."""
     names = ((re.fullmatch(r"step_(\d{8,})", path.name), path) for path in checkpoints.glob("step_*"))
     return sorted(((int(name[1]), path) for name, path in names if name and path.is_dir()), reverse=True)
 
 
 def newest(checkpoints: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint whose checksums hold, and what was skipped on the way to it, each with its reason."""
+    """Return the newest checkpoint with valid checksums, and the reason for each newer one that was skipped."""
     skipped: list[str] = []
     for _, folder in _folders(checkpoints):
         if not (folder / MANIFEST).exists():
@@ -150,10 +150,10 @@ def newest_step(checkpoints: Path) -> int:
 
 
 def prune(checkpoints: Path, keep: int, stay: Collection[int | None]) -> list[Path]:
-    """Remove all but the newest `keep` complete checkpoints and those of the steps `stay`; returns what was removed.
+    """Remove all but the newest `keep` complete checkpoints and those of the steps `stay`. Return the removed folders.
 
-    Incomplete folders go too when they are older than the newest complete checkpoint: a newer one may
-    still be being written. Raises ValueError when `keep` is less than 1.
+    Incomplete folders older than the newest complete checkpoint are removed too. A newer one may be in progress.
+    Raises ValueError if `keep` is less than 1.
     """
     if keep < 1:
         raise ValueError(f"keep={keep} is not allowed: the newest checkpoint always stays")
@@ -168,32 +168,32 @@ def prune(checkpoints: Path, keep: int, stay: Collection[int | None]) -> list[Pa
             surplus = kept >= keep
             kept += 1
         if surplus and step not in stay:
-            (folder / MANIFEST).unlink(missing_ok=True)  # first, so that what an interruption leaves is incomplete
+            (folder / MANIFEST).unlink(missing_ok=True)  # first: after an interruption the checkpoint is incomplete
             shutil.rmtree(folder)
             removed.append(folder)
     return removed
 
 
 class BackgroundWriter:
-    """Does a rank's part of checkpoints on one thread, so that a training step pays for a copy in memory only."""
+    """Writes a rank's part of checkpoints on one thread. Training waits only for a copy in memory."""
 
     def __init__(self) -> None:
         self.error: Exception | None = None
-        """What stopped the last job (a full disk is an OSError); set before `done` turns true."""
+        """Exception of the last job, for example OSError for a full disk. Set before `done` becomes true."""
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._job: Future[None] | None = None
 
     def write(self, folder: Path, rank: int, world: int, tensors: Mapping[str, Tensor]) -> None:
         """Copy the tensors now and write them later (`write_shard`).
 
-        Waits first for the job in flight, so that one copy is alive at most.
+        Waits for the job in flight first, so that at most one copy exists.
         """
         self.wait()
         copies = {key: tensor.detach().to("cpu", copy=True) for key, tensor in tensors.items()}
         self.submit(write_shard, folder, rank, world, copies)
 
     def submit(self, job: Callable[..., Any], *arguments: Any) -> None:
-        """Do job(*arguments) after what is in flight; an earlier error is forgotten."""
+        """Run job(*arguments) after the job in flight. Clears the error of an earlier job."""
         self.wait()
         self.error = None
         self._job = self._pool.submit(self._run, job, *arguments)
@@ -205,14 +205,14 @@ class BackgroundWriter:
             self.error = error
 
     def done(self) -> bool:
-        """Whether no job is in flight."""
+        """Return whether no job is in flight."""
         return self._job is None or self._job.done()
 
     def wait(self) -> None:
-        """Return when no job is in flight. Raises nothing: see `error`."""
+        """Wait until no job is in flight. Never raises: see `error`."""
         if self._job is not None:
             self._job.result()
 
     def close(self) -> None:
-        """Finish the job in flight and end the thread."""
+        """Wait for the job in flight and end the thread."""
         self._pool.shutdown()

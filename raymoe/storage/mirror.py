@@ -1,10 +1,10 @@
-"""A second home for runs, by URI: whatever pyarrow's file systems reach (s3://, gs://, hdfs://, a folder of another disk).
+"""Copies of runs at a URI that pyarrow's file systems support: s3://, gs://, hdfs:// or file://.
 
     URI/NAME/config.json, metrics.jsonl, plans.jsonl, report.html
-             checkpoints/step_00000200/…    as in the run's folder, manifest.json last
+             checkpoints/step_00000200/…    as in the run's folder; manifest.json is copied last
 
-The run's own folder comes first and often; this one more rarely. Credentials come from the environment, as each store
-documents (AWS_ACCESS_KEY_ID, …); options go into the query: s3://bucket/folder?region=…&endpoint_override=host:port&scheme=http
+The run's folder gets every checkpoint, the mirror some of them. Credentials come from the environment variables of
+each store (AWS_ACCESS_KEY_ID, …). Options go into the query: s3://bucket/folder?region=…&endpoint_override=host:port&scheme=http
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ RECORDS = ("config.json", "metrics.jsonl", "plans.jsonl", "report.html")
 
 
 class Mirror:
-    """The copy of run `name` at `uri`. Methods raise OSError when the store does not do as it should."""
+    """The copy of run `name` at `uri`. Methods raise OSError if the store fails."""
 
     def __init__(self, uri: str, name: str) -> None:
-        """Raises ValueError for a URI that no file system takes, or that holds credentials."""
+        """Raises ValueError for a URI that no file system supports, or that contains credentials."""
         if urlsplit(uri).username is not None or re.search(r"(secret|access)_?key", uri, re.IGNORECASE):
-            raise ValueError("checkpoint.storage holds credentials: give them in the environment, not in the URI")
+            raise ValueError("checkpoint.storage contains credentials: set them in the environment, not in the URI")
         try:
             self.files, base = fs.FileSystem.from_uri(uri)
         except (ArrowException, OSError, ValueError) as error:
@@ -38,11 +38,11 @@ class Mirror:
         self.uri, self.base = uri, f"{base.rstrip('/')}/{name}"
 
     def make(self) -> None:
-        """Make its folder: a store that cannot be reached or written is known before there is anything to lose."""
+        """Create the folder. A run calls this before its first step, to detect a store that it cannot reach or write."""
         self.files.create_dir(self.base, recursive=True)
 
     def push(self, run: Path, step: int | None, keep: int) -> None:
-        """Copy the run's records and, with `step`, that checkpoint; of those there the newest `keep` stay."""
+        """Copy the run's records and the checkpoint of `step`, if given. Keep the newest `keep` checkpoints of the copy."""
         self.make()
         if step is not None:
             folder = RunFolder(run).checkpoints / f"step_{step:08d}"
@@ -51,27 +51,31 @@ class Mirror:
             for path in sorted(folder.iterdir(), key=lambda path: path.name == MANIFEST):
                 self._copy(path, f"{there}/{path.name}")
             for old in self.steps()[keep:]:
-                self.files.delete_file(f"{self._step(old)}/{MANIFEST}")  # first: what is left is no checkpoint
+                self.files.delete_file(
+                    f"{self._step(old)}/{MANIFEST}"
+                )  # first: after an interruption the checkpoint is incomplete
                 self.files.delete_dir(self._step(old))
         for name in RECORDS:
             if (run / name).exists():
                 self._copy(run / name, f"{self.base}/{name}")
 
     def steps(self) -> list[int]:
-        """Steps of the complete checkpoints there, newest first."""
+        """Return the steps of the complete checkpoints of the copy, newest first."""
         selector = fs.FileSelector(f"{self.base}/checkpoints", recursive=True, allow_not_found=True)
         found = (re.search(rf"/step_(\d{{8,}})/{MANIFEST}$", info.path) for info in self.files.get_file_info(selector))
         return sorted((int(match[1]) for match in found if match), reverse=True)
 
     def pull(self, run: Path) -> list[str]:
-        """Make the folder `run` of the copy: records and the newest checkpoint whose checksums hold; returns what was passed over.
+        """Create the folder `run` from the copy: its records and its newest valid checkpoint. Return why newer ones were skipped.
 
-        Raises FileNotFoundError where there is no such copy, or none with a checkpoint that can be read. A pull that
-        fails or is interrupted leaves no `run`.
+        Raises FileNotFoundError if there is no copy, or no valid checkpoint in it. A pull that fails or is interrupted
+        leaves no folder `run`.
         """
         if self.files.get_file_info(f"{self.base}/config.json").type != fs.FileType.File:
-            raise FileNotFoundError(f"there is no run at {self.uri} named {run.name}: it has no config.json there")
-        partial, passed_over = run.with_name(f".{run.name}.partial"), []
+            raise FileNotFoundError(
+                f"{self.uri} has no run named {run.name} (no config.json): check checkpoint.storage and the name"
+            )
+        partial, skipped = run.with_name(f".{run.name}.partial"), []
         shutil.rmtree(partial, ignore_errors=True)
         try:
             for step in self.steps():
@@ -84,11 +88,11 @@ class Mirror:
                     Checkpoint.open(folder)
                     break
                 except CorruptCheckpoint as error:
-                    passed_over.append(f"{self.uri}: {error.file.name} of step {step} {error.reason}")
+                    skipped.append(f"{self.uri}: {error.file.name} of step {step} {error.reason}")
                     shutil.rmtree(folder)
             else:
                 raise FileNotFoundError(
-                    f"{self.uri} has no checkpoint of {run.name} that can be read: {'; '.join(passed_over) or 'none was copied there'}"
+                    f"{self.uri} has no valid checkpoint of {run.name}: {'; '.join(skipped) or 'none was copied'}"
                 )
             for name in RECORDS:
                 if self.files.get_file_info(f"{self.base}/{name}").type == fs.FileType.File:
@@ -96,7 +100,7 @@ class Mirror:
             partial.rename(run)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-        return passed_over
+        return skipped
 
     def _step(self, step: int) -> str:
         return f"{self.base}/checkpoints/step_{step:08d}"
@@ -112,25 +116,26 @@ class Mirror:
 
 
 class BackgroundMirror:
-    """Pushes on one thread while training goes on; a checkpoint that comes while one is copied waits for its turn."""
+    """Pushes checkpoints on one thread during training, one after the other."""
 
     def __init__(self, mirror: Mirror, run: Path, keep: int) -> None:
         self.mirror, self.run, self.keep = mirror, run, keep
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="mirror")
         self._pushes: list[tuple[int, Future[None]]] = []
         self.newest = -1
-        """Step of the checkpoint that was pushed last."""
+        """Step of the last push."""
 
     def pending_steps(self) -> set[int]:
-        """Of checkpoints that are being copied, or wait for it: they must stay."""
+        """Return the steps of checkpoints that are not copied yet and must not be pruned."""
         return {step for step, push in self._pushes if not push.done()}
 
     def push(self, step: int) -> None:
+        """Copy the checkpoint of `step` after those that are waiting."""
         self.newest = step
         self._pushes.append((step, self._pool.submit(self.mirror.push, self.run, step, self.keep)))
 
     def failures(self, wait: bool = False) -> list[tuple[int, str]]:
-        """(step, reason) of pushes that failed since the last call; with `wait`, all of them are over."""
+        """Return (step, reason) of the pushes that failed since the last call. `wait`: wait for all pushes first."""
         over = [(step, push) for step, push in self._pushes if wait or push.done()]
         self._pushes = [pair for pair in self._pushes if pair not in over]
         return [(step, str(error)) for step, push in over if (error := push.exception())]

@@ -1,4 +1,4 @@
-"""This rank's part of every batch. Ranks with fewer grains than others join their collectives with zero rows."""
+"""This rank's grains of each batch. A rank with fewer grains than others joins the collectives with zero rows."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ from raymoe.data.corpus import Batch, Corpus
 
 
 def checksum_of(rows: range, batch: Batch) -> int:
-    """A checksum of sequences `rows` of a global batch. Those of all grains of a step add up to the same, however split."""
+    """Return a checksum of sequences `rows` of a global batch. The sum over a step does not depend on how it is split."""
     return sum(zlib.crc32(tokens.tobytes(), row) for row, tokens in zip(rows, batch.tokens, strict=True))
 
 
 class Grains:
-    """Reads and prepares what rank `rank` of `world` computes with."""
+    """Reads and prepares the grains of rank `rank` of `world`."""
 
     def __init__(self, config: Config, corpus: Corpus, device: torch.device, rank: int, world: int) -> None:
         self.config, self.corpus, self.device = config, corpus, device
         self.rank, self.world = rank, world
 
     def training(self, step: int) -> Iterator[tuple[range, Batch]]:
-        """The grains of step `step`, each with its sequences of the global batch."""
+        """Yield the grains of a step, each with its sequences of the global batch."""
         train = self.config.train
         yield from self._split(train.global_batch // train.grain, lambda rows: self.read(step, rows))
 
     def read(self, step: int, rows: range) -> Batch:
-        """Sequences `rows` of the global batch of a step."""
+        """Return sequences `rows` of the global batch of a step."""
         return self.corpus.batch(
             seed=self.config.run.seed, step=step, global_batch=self.config.train.global_batch,
             context=self.config.model.context, rows=rows,
         )  # fmt: skip
 
     def validation(self, limit: int | None) -> Iterator[tuple[range, Batch]]:
-        """The grains of the validation windows (`Corpus.validation`)."""
+        """Yield the grains of the validation windows (`Corpus.validation`)."""
         context = self.config.model.context
         total = self.corpus.validation_windows(context, limit)
 
@@ -56,10 +56,11 @@ class Grains:
             yield rows, read(rows)
 
     def tensors(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Inputs and targets [B, S]."""
+        """Return inputs and targets [B, S]."""
         tokens = torch.from_numpy(batch.tokens).to(self.device)
         return tokens[:, :-1], tokens[:, 1:]
 
     def autocast(self) -> contextlib.AbstractContextManager:
+        """Return the autocast context of `train.precision`."""
         narrow = self.config.train.precision == "bfloat16"
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=narrow)

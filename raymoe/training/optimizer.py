@@ -1,4 +1,4 @@
-"""AdamW, its schedule, and its moments under logical names."""
+"""AdamW, its schedule, and its moments by logical key."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MOMENTS = {"m": "exp_avg", "v": "exp_avg_sq"}
 
 
 def learning_rate(train: TrainSection, step: int) -> float:
-    """The rate of step `step` (0-based): linear warm-up, then a cosine to `final_lr` of the peak."""
+    """Return the learning rate of step `step` (0-based): linear warm-up, then a cosine to `final_lr` of the peak."""
     if step < train.warmup:
         return train.lr * (step + 1) / train.warmup
     progress = (step - train.warmup) / max(1, train.steps - train.warmup)
@@ -25,18 +25,18 @@ def learning_rate(train: TrainSection, step: int) -> float:
 
 
 def bias_rate(train: TrainSection, step: int) -> float:
-    """The step of the selection biases: full from the start, since routers skew first, then with the learning rate."""
+    """Return the step size of the selection biases: full during warm-up, since routers skew early, then in proportion to the learning rate."""
     return train.bias_rate * (1.0 if step < train.warmup else learning_rate(train, step) / train.lr)
 
 
 def decays(name: str, parameter: Tensor) -> bool:
-    """Whether AdamW decays a parameter: matrices yes; norms, biases and residual factors no."""
+    """Return whether AdamW decays a parameter: matrices, but not norms, biases or residual factors."""
     leaf = name.rsplit(".", 1)[-1]
     return parameter.dim() > 1 and not leaf.endswith("norm") and leaf not in RESIDUALS
 
 
 class Optimizer:
-    """AdamW over what this rank holds. Moments are named like the weights, as `moments.m.KEY` and `moments.v.KEY`."""
+    """AdamW over the parameters of this rank. Moments have the keys `moments.m.KEY` and `moments.v.KEY`."""
 
     def __init__(self, transformer: Transformer, train: TrainSection) -> None:
         self.train = train
@@ -45,7 +45,7 @@ class Optimizer:
     def adopt(
         self, transformer: Transformer, moments: Mapping[str, Mapping[str, Tensor]] | None = None, updates: int = 0
     ) -> None:
-        """Take over a model's parameters with their moments (zeros if none are given) after `updates` updates."""
+        """Use the parameters of a model with these moments (zeros by default) after `updates` updates."""
         self.transformer = transformer
         train = self.train
         self.parameters = dict(transformer.named_parameters())
@@ -63,24 +63,25 @@ class Optimizer:
                 self.adam.state[p][long] = moments[short][name] if moments else torch.zeros_like(p)
 
     def step(self, rate: float) -> None:
+        """Update the parameters at this learning rate."""
         for group in self.adam.param_groups:
             group["lr"] = rate
         self.adam.step()
 
     def moments(self) -> dict[str, dict[str, Tensor]]:
-        """The moments by kind and parameter name, as held."""
+        """Return the moments of this rank by kind (`m`, `v`) and parameter name."""
         return {
             short: {n: self.adam.state[p][name] for n, p in self.parameters.items()} for short, name in MOMENTS.items()
         }
 
     def logical(self) -> dict[str, Tensor]:
-        """Views of the moments by logical key."""
+        """Return views of the moments by logical key."""
         views: dict[str, Tensor] = {}
         for short, stacked in self.moments().items():
             views |= {f"moments.{short}.{key}": view for key, view in self.transformer.logical(stacked).items()}
         return views
 
     def restore(self, updates: int) -> None:
-        """Continue after `updates` updates; the moments are written through `logical()`."""
+        """Continue after `updates` updates. The caller writes the moments through `logical()`."""
         for p in self.parameters.values():
             self.adam.state[p]["step"].fill_(updates)

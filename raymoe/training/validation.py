@@ -18,17 +18,17 @@ from raymoe.training.grains import Grains
 from raymoe.training.load import RoutingLoad
 
 PROBE_WINDOWS = 4
-"""Few, so that the three probes of a plan cost less than a step."""
+"""Windows of a probe: few, so that the three probes of a plan cost less than a step."""
 
 
 @dataclass(frozen=True)
 class Validation:
-    """Sums over windows and ranks."""
+    """Result over all windows and ranks."""
 
     loss: float
     """Nats per token."""
     domains: dict[str, float | None]
-    """Loss by domain; None where no window is of it."""
+    """Loss by domain; None for a domain without windows."""
     cluster_by_domain: list[list[list[float]]]
     """Tokens by layer, domain and cluster; empty for a model without clusters."""
     windows: int
@@ -36,7 +36,7 @@ class Validation:
 
 @torch.no_grad()
 def validate(model: Transformer, grains: Grains, limit: int | None) -> tuple[Validation, Loads]:
-    """Loss over `limit` windows evenly spread over the held-out text, or all, and this rank's loads. A collective."""
+    """Return the loss over `limit` evenly spread validation windows (None: all), and this rank's loads. Collective."""
     corpus, section = grains.corpus, model.model
     domains = len(corpus.domains)
     sums = torch.zeros(domains, 2, dtype=torch.float64)
@@ -72,7 +72,7 @@ def validate(model: Transformer, grains: Grains, limit: int | None) -> tuple[Val
 
 
 def clusters_by_domain(choice_TP: Tensor, domain_B: Tensor, mask_BS: Tensor, n_domains: int, n_clusters: int) -> Tensor:
-    """Count the clusters that the tokens in the mask chose: [domains, C] int64."""
+    """Count the clusters that the tokens in the mask are routed to: [domains, C] int64."""
     domain_N = domain_B[:, None].expand(mask_BS.shape)[mask_BS]
     pair_NP = domain_N[:, None] * n_clusters + choice_TP[mask_BS.flatten()]
     return torch.bincount(pair_NP.flatten(), minlength=n_domains * n_clusters).view(n_domains, n_clusters)
@@ -89,5 +89,5 @@ def validation_record(found: Validation, load: RoutingLoad) -> dict[str, Any]:
 
 
 def probe(model: Transformer, grains: Grains) -> float:
-    """Loss on PROBE_WINDOWS held-out windows, the same ones always. A collective."""
+    """Return the loss on the same PROBE_WINDOWS validation windows each time. Collective."""
     return validate(model, grains, PROBE_WINDOWS)[0].loss

@@ -1,4 +1,4 @@
-"""A run whose workers come and go: nodes join and leave, workers are killed, and the losses are those of an undisturbed run."""
+"""Elastic runs: nodes join and leave, workers are killed, and the losses equal those of an undisturbed run."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def trainer(folder: Path, *changes: str, **options: Any) -> Trainer:
     return Trainer(config, Synthetic(31), folder, metrics, torch.device("cpu"), **options)  # type: ignore[arg-type]
 
 
-def test_the_workers_answer_a_request_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_workers_fulfill_a_request_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     request, real = RunFolder(tmp_path).checkpoint_request, Trainer.forward_backward
 
     def watched(self: Trainer, step: int) -> Any:
@@ -309,7 +309,7 @@ def test_faults_drawn_at_random_are_survived(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads(told.read_text())
     assert len(result["faults"]) == 6 and result["each_step_once"] and result["steps"] > 30
-    assert "SIGKILL" in done.stdout and "each on record once: yes" in done.stdout
+    assert "SIGKILL" in done.stdout and "each recorded once: yes" in done.stdout
 
 
 def test_progress_survives_a_restart_that_rewrites_the_record(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -1,4 +1,4 @@
-"""What breaks is told, costs the steps since the newest checkpoint at most, and leaves nobody waiting."""
+"""Faults are reported, cost at most the steps since the newest checkpoint, and leave no rank waiting."""
 
 from __future__ import annotations
 
@@ -288,7 +288,7 @@ def test_a_part_that_goes_away_while_it_is_sealed_costs_that_checkpoint(
 
 
 @pytest.mark.parametrize("harm", ["gone", "damaged"])
-def test_a_run_whose_checkpoints_are_lost_does_not_begin_anew(harm: str, tmp_path: Path) -> None:
+def test_a_run_whose_checkpoints_are_lost_does_not_restart_from_step_0(harm: str, tmp_path: Path) -> None:
     train(0, 1, str(tmp_path), ("train.steps=12", "checkpoint.keep=9"))
     before = (tmp_path / "metrics.jsonl").read_bytes()
     if harm == "gone":

@@ -1,4 +1,4 @@
-"""The loop over gloo processes: any world continues what any other saved, and nothing of an expert is lost."""
+"""The loop over gloo processes: any number of ranks continues a checkpoint of any other, with every tensor equal."""
 
 from __future__ import annotations
 
@@ -177,7 +177,7 @@ def test_a_corrupt_newest_checkpoint_costs_only_the_steps_since_the_one_before(t
     assert any(e["name"] == "checkpoint_skipped" and "step_00000040" in e["reason"] for e in events)
 
 
-def test_a_run_killed_before_its_first_checkpoint_begins_anew_and_says_so(
+def test_a_run_killed_before_its_first_checkpoint_restarts_and_records_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "whole").mkdir()
