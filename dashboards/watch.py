@@ -50,7 +50,7 @@ def link(root: Path, folder: Path) -> None:
 def link_ray(folder: Path) -> None:
     """Update `folder` to have a link to the target list of each Ray on this machine: Ray's own, and raymoe's heads."""
     places = {Path(place).resolve() for place in ("/tmp", tempfile.gettempdir(), os.environ.get("RAY_TMPDIR", "/tmp"))}
-    lists = [file for place in places for pattern in ("ray", "raymoe-ray-*/ray") for file in place.glob(f"{pattern}/{RAY_TARGETS}")]  # fmt: skip
+    lists = [file for place in places for pattern in ("ray", "raymoe-ray-*/ray", "raymoe-head-*") for file in place.glob(f"{pattern}/{RAY_TARGETS}")]  # fmt: skip
     _link(folder, {f"{'-'.join(file.parent.parts[1:])}.json": file for file in lists})
 
 

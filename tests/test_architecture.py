@@ -1,4 +1,4 @@
-"""The walls between the rooms, read from the AST: nothing is imported, and imports inside functions count."""
+"""Rules of imports, unsafe calls and sizes, checked on the AST. Nothing is imported; imports inside functions count."""
 
 from __future__ import annotations
 
@@ -47,11 +47,11 @@ LIGHT = {
 """Packages that these rooms, or rooms inside a room, may not import."""
 
 CODE_IN_DATA = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
-"""Modules whose files run code when read."""
+"""Modules whose files run code when they are read."""
 
 
 def sources() -> dict[str, str]:
-    """Module name -> source, of raymoe and jobs."""
+    """Return the source of each module of raymoe and jobs by its name."""
     files = [*sorted(ROOT.glob("raymoe/**/*.py")), *sorted(ROOT.glob("jobs/**/*.py"))]
     return {
         ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): file.read_text()
@@ -60,7 +60,7 @@ def sources() -> dict[str, str]:
 
 
 def room(module: str) -> str:
-    """`model` of raymoe.model.router, `jobs` of jobs.train, nothing of raymoe itself."""
+    """Return the room of a module: `model` for raymoe.model.router, `jobs` for jobs.train, empty for raymoe itself."""
     top, *rest = module.split(".")
     return rest[0] if top == "raymoe" and rest else "" if top == "raymoe" else top
 
@@ -70,7 +70,7 @@ def inside(name: str, package: str) -> bool:
 
 
 def dotted(node: ast.AST) -> str:
-    """`a.b.c` of an attribute chain on a name, else nothing."""
+    """Return `a.b.c` for an attribute chain on a name, else an empty string."""
     if isinstance(node, ast.Name):
         return node.id
     if isinstance(node, ast.Attribute) and (base := dotted(node.value)):
@@ -79,7 +79,7 @@ def dotted(node: ast.AST) -> str:
 
 
 def imports(module: str, tree: ast.AST, modules: Mapping[str, str]) -> Iterator[tuple[int, str]]:
-    """(line, dotted name) of all that is imported, as deep as the names say: wherever it stands, however spelt."""
+    """Yield (line, dotted name) of each import, at any depth and in any spelling."""
     is_package = any(inside(other, module) and other != module for other in modules) or module == "raymoe"
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -96,7 +96,7 @@ def imports(module: str, tree: ast.AST, modules: Mapping[str, str]) -> Iterator[
 
 
 def brief(node: ast.expr, named: Mapping[str, ast.expr]) -> bool:
-    """Whether a sleep is at most a second: a literal, what the module `named` so, a `min` with one, either of two."""
+    """Whether a sleep takes at most a second: a literal, a constant of the module, a `min` with one, or either of two."""
     if isinstance(node, ast.Call) and dotted(node.func) == "min":
         return any(brief(argument, named) for argument in node.args)
     if isinstance(node, ast.IfExp):
@@ -106,8 +106,8 @@ def brief(node: ast.expr, named: Mapping[str, ast.expr]) -> bool:
     return isinstance(node, ast.Constant) and isinstance(node.value, (int, float)) and node.value <= 1
 
 
-def misdeeds(tree: ast.AST) -> Iterator[tuple[int, str]]:
-    """(line, what) of calls that run code from data, or wait blindly."""
+def unsafe_calls(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Yield (line, reason) of calls that run code from data, or sleep for long."""
     plain = [node for node in getattr(tree, "body", []) if isinstance(node, ast.Assign)]
     named = {target.id: node.value for node in plain for target in node.targets if isinstance(target, ast.Name)}
     for node in ast.walk(tree):
@@ -156,17 +156,17 @@ def forbidden(module: str, name: str) -> bool:
 
 
 def violations(modules: Mapping[str, str]) -> list[str]:
-    """What breaks a rule of the house, a line each: `module:line: what`."""
+    """Return a line `module:line: reason` for each violation of a rule."""
     found: list[str] = []
     graph: dict[str, set[str]] = {module: set() for module in modules}
     for module, source in modules.items():
         tree = ast.parse(source)
         here = room(module)
         if here and here not in FLOOR:
-            found.append(f"{module}:1: {here!r} is a room without a floor")
+            found.append(f"{module}:1: {here!r} has no floor")
         if not ast.get_docstring(tree):
             found.append(f"{module}:1: has no docstring")
-        found += [f"{module}:{line}: {what}" for line, what in misdeeds(tree)]
+        found += [f"{module}:{line}: {what}" for line, what in unsafe_calls(tree)]
         for line, name in imports(module, tree, modules):
             if forbidden(module, name):
                 found.append(f"{module}:{line}: {here or module} may not import {name}")
@@ -182,8 +182,35 @@ def violations(modules: Mapping[str, str]) -> list[str]:
     return found
 
 
-def test_the_house_keeps_its_rules() -> None:
+def test_the_code_follows_the_rules() -> None:
     assert violations(sources()) == []
+
+
+FILE_LINES, FUNCTION_LINES = 400, 60
+"""Limits of a file of `raymoe/`, and of a function."""
+
+
+def too_long(name: str, source: str) -> list[str]:
+    """Return a line for a file, and for each of its functions, over the limit."""
+    found = [f"{name}: {n} lines"] if (n := len(source.splitlines())) > FILE_LINES else []
+    if name.endswith(".py"):
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                length = (node.end_lineno or node.lineno) - node.lineno + 1
+                found += [f"{name}:{node.lineno}: {node.name} has {length} lines"] if length > FUNCTION_LINES else []
+    return found
+
+
+def test_files_and_functions_are_short() -> None:
+    files = [p for p in sorted((ROOT / "raymoe").rglob("*")) if p.suffix in (".py", ".c", ".h")]
+    assert len(files) > 100
+    assert [line for p in files for line in too_long(str(p.relative_to(ROOT)), p.read_text())] == []
+
+
+def test_a_long_file_and_a_long_function_are_found() -> None:
+    body = "def f():\n" + "    x = 1\n" * 60
+    assert too_long("a.py", body) == ["a.py:1: f has 61 lines"]
+    assert too_long("a.c", "int x;\n" * 401) == ["a.c: 401 lines"]
 
 
 def test_all_files_are_read() -> None:
@@ -191,15 +218,17 @@ def test_all_files_are_read() -> None:
     assert {"raymoe", "raymoe.config", "raymoe.model", "raymoe.model.router", "jobs.train"} <= modules.keys()
 
 
-def plant(**files: str) -> list[str]:
-    """Violations of a small house in which each file has a docstring; `model__router` is raymoe.model.router."""
-    house = {"raymoe": "", "raymoe.config": "", "raymoe.model": "", "raymoe.model.router": "", "raymoe.training": ""}
-    house |= {("" if n.startswith("jobs") else "raymoe.") + n.replace("__", "."): source for n, source in files.items()}
-    return violations({name: f'"""Words."""\n{source}' for name, source in house.items()})
+def inject(**files: str) -> list[str]:
+    """Return the violations of a small project whose files have docstrings; `model__router` is raymoe.model.router."""
+    project = {"raymoe": "", "raymoe.config": "", "raymoe.model": "", "raymoe.model.router": "", "raymoe.training": ""}
+    project |= {
+        ("" if n.startswith("jobs") else "raymoe.") + n.replace("__", "."): source for n, source in files.items()
+    }
+    return violations({name: f'"""Words."""\n{source}' for name, source in project.items()})
 
 
-def test_a_sound_house_passes() -> None:
-    assert plant(
+def test_code_without_violations_passes() -> None:
+    assert inject(
         config="from __future__ import annotations\nimport json",
         metrics="import prometheus_client",
         data="from raymoe.config import Config",
@@ -232,7 +261,7 @@ def test_a_sound_house_passes() -> None:
         ("metrics", "import ray", "raymoe.metrics:2: metrics may not import ray"),
         ("config", "from raymoe.model.router import route", "raymoe.config:2: config may not import raymoe.model.router.route"),
         ("model", "import raymoe.data", "raymoe.model:2: model may not import raymoe.data"),
-        ("builtin", "from raymoe.data import prepare", "raymoe.builtin:2: builtin may not import raymoe.data.prepare"),
+        ("clustering", "from raymoe.data import prepare", "raymoe.clustering:2: clustering may not import raymoe.data.prepare"),
         ("model__router", "from ..evaluation import windows", "raymoe.model.router:2: model may not import raymoe.evaluation.windows"),
         ("model", "from ..data import x", "raymoe.model:2: model may not import raymoe.data.x"),
         (
@@ -244,7 +273,7 @@ def test_a_sound_house_passes() -> None:
         ("storage", "from raymoe.training import x", "raymoe.storage:2: storage may not import raymoe.training.x"),
         ("serving", "from raymoe import training", "raymoe.serving:2: serving may not import raymoe.training"),
         ("training", "import jobs.train", "raymoe.training:2: training may not import jobs.train"),
-        ("helpers", "", "raymoe.helpers:1: 'helpers' is a room without a floor"),
+        ("helpers", "", "raymoe.helpers:1: 'helpers' has no floor"),
         ("storage", "import pickle", "raymoe.storage:2: storage may not import pickle"),
         ("storage", "from cloudpickle import loads", "raymoe.storage:2: storage may not import cloudpickle.loads"),
         ("storage", "import torch\ntorch.load(f)", "raymoe.storage:3: torch.load is pickle"),
@@ -252,7 +281,7 @@ def test_a_sound_house_passes() -> None:
         ("data", "np.load(f, allow_pickle=True)", "raymoe.data:2: allow_pickle runs code"),
         ("data", "yaml.load(text)", "raymoe.data:2: yaml.load runs code"),
         ("data", "yaml.unsafe_load(text)", "raymoe.data:2: yaml.unsafe_load runs code"),
-        ("sources", "load_dataset(n, trust_remote_code=True)", "raymoe.sources:2: trust_remote_code runs code"),
+        ("data", "load_dataset(n, trust_remote_code=True)", "raymoe.data:2: trust_remote_code runs code"),
         ("jobs__train", "subprocess.run(line, shell=True)", "jobs.train:2: shell runs code"),
         ("storage", "torch.jit.load(f)", "raymoe.storage:2: torch.jit.load runs code"),
         ("data", "eval(text)", "raymoe.data:2: eval runs code"),
@@ -263,8 +292,8 @@ def test_a_sound_house_passes() -> None:
         ("training", "A = 1.0\nsleep(A if b else 2)", "raymoe.training:3: sleeps for more than 1 s"),
     ],
 )  # fmt: skip
-def test_a_planted_violation_is_found(file: str, source: str, expected: str) -> None:
-    found = plant(**{file: source})
+def test_an_injected_violation_is_found(file: str, source: str, expected: str) -> None:
+    found = inject(**{file: source})
     assert any(line.startswith(expected) for line in found), found
 
 
@@ -278,7 +307,7 @@ def test_a_module_without_a_docstring_is_found(source: str) -> None:
 
 
 def test_an_import_cycle_is_found() -> None:
-    (cycle,) = plant(
+    (cycle,) = inject(
         model__a="from raymoe.model import b",
         model__b="def f():\n    from .c import x",
         model__c="import raymoe.model.a",
@@ -288,7 +317,7 @@ def test_an_import_cycle_is_found() -> None:
 
 def test_a_cycle_through_a_package_is_found() -> None:
     """Importing storage.inner runs storage/__init__, which imports the importer."""
-    found = plant(
+    found = inject(
         storage="from raymoe.parallel import x", storage__inner="", parallel="from raymoe.storage import inner"
     )
     assert any(line.startswith("import cycle: ") for line in found)

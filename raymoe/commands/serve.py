@@ -18,12 +18,10 @@ from __future__ import annotations
 
 import argparse
 import os
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from raymoe.commands.entry import new_parser, refuse
 
@@ -65,26 +63,6 @@ def read_serve_config(path: Path | None) -> dict[str, Any]:
         raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
 
 
-def start_head(dashboard: str) -> None:
-    """Start a Ray head that outlives this process, unless Ray answers already. Raises RuntimeError if it fails."""
-    from raymoe.ops.ray_head import ENVIRONMENT, authorization, responds
-
-    environment = ENVIRONMENT | os.environ
-    if responds(f"{dashboard}/api/version", authorization(environment)):
-        return
-    url = urlsplit(dashboard)
-    if url.hostname not in ("127.0.0.1", "localhost"):
-        raise RuntimeError(f"no Ray answers at {dashboard}: --start can start one on this machine only")
-    port = url.port or 8265
-    command = [str(Path(sys.executable).with_name("ray")), "start", "--head", f"--dashboard-port={port}"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(
-            f"no Ray answers at {dashboard}, and `ray start` failed:\n{done.stdout[-1000:]}{done.stderr[-1000:]}"
-        )
-    print(f"started a Ray head with the dashboard {dashboard}; `ray stop` stops all Ray processes of this machine")
-
-
 def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
     parse = parser(program)
     arguments = parse.parse_args(words)
@@ -94,9 +72,11 @@ def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
         config = pinned(read_serve_config(arguments.config), arguments.artifact, arguments.root)
     except (ValueError, OSError) as error:
         return refuse(parse.prog, error)
+    from raymoe.ops import local_head
+
     try:
-        if arguments.start:
-            start_head(arguments.address)
+        if arguments.start and local_head.start(arguments.address):
+            print(f"started a Ray head with the dashboard {arguments.address}; `make stop` stops it", flush=True)
         rollout = Rollout(arguments.address, config, arguments.timeout)
         rollout.up()
     except (RuntimeError, ConnectionError) as error:
@@ -104,7 +84,7 @@ def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
         return 1
     args = rollout.application["args"]
     print(f"model   {args['name']} ({args['artifact']})\napi     {rollout.base}/v1 (application {rollout.name})")
-    print("stop    serve shutdown")
+    print("stop    make stop, or: serve shutdown (the Ray head keeps running)")
     return 0
 
 

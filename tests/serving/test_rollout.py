@@ -18,6 +18,7 @@ from ray.serve._private.common import DeploymentID
 from ray.serve.exceptions import RayServeException
 
 import raymoe.commands.serve
+import raymoe.ops.local_head
 from raymoe.serving.app import _scaled, api_settings, build
 from raymoe.serving.autoscaling import Policy
 from raymoe.serving.discovery import endpoints
@@ -353,7 +354,7 @@ def test_serving_from_the_command_line(tmp_path: Path, monkeypatch: pytest.Monke
     made = artifact(tmp_path).folder
     rollout = SimpleNamespace(application={"args": {"artifact": "a", "name": "n"}}, base="", name="", up=lambda: None)
     monkeypatch.setattr("raymoe.serving.rollout.Rollout", lambda *_: rollout)
-    monkeypatch.setattr(raymoe.commands.serve, "start_head", started.append)
+    monkeypatch.setattr(raymoe.ops.local_head, "start", started.append)
     monkeypatch.setattr("sys.argv", ["serve.py", str(made), "--address", "here", *start])
     assert raymoe.commands.serve.main() == 0 and started == (["here"] if start else [])
 

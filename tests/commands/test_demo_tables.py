@@ -1,0 +1,57 @@
+"""The demo's table and its sentence: what they say follows from the records."""
+
+from __future__ import annotations
+
+import pytest
+
+from raymoe.commands.demo_compare import VARIANTS, config
+from raymoe.commands.demo_tables import Table, reading, spread
+
+
+def records(**perplexity: tuple[float, float]) -> list[dict]:
+    values = dict.fromkeys(VARIANTS, (300.0, 300.0)) | perplexity
+    return [{"name": name, "seed": s, "perplexity": v} for name, of in values.items() for s, v in enumerate(of)]
+
+
+@pytest.mark.parametrize(
+    ("perplexity", "expected"),
+    [
+        ({"flat": (200.0, 202.0), "clustered": (240.0, 244.0)}, "flat has the lowest perplexity, 41.0 below clustered; that is more than the widest range between seeds (4.0)"),
+        ({"clustered": (200.0, 210.0), "flat": (208.0, 208.0)}, "clustered has the lowest perplexity, ahead of flat by 3.0; that is no more than"),
+        ({"flat_same_size": (250.0, 290.0), "clustered": (280.0, 280.0)}, "flat, same size has the lowest perplexity, 10.0 below clustered; that is no more than"),
+    ],
+)  # fmt: skip
+def test_the_sentence_names_the_best_model_and_compares_the_gap_with_the_spread(
+    perplexity: dict, expected: str
+) -> None:
+    assert expected in reading(records(**perplexity))
+
+
+def test_spread_is_the_mean_and_half_the_range() -> None:
+    assert spread([1.0, 2.0]) == "1.5 ±0.5" and spread([1000.0, 3000.0], ",.0f") == "2,000 ±1,000"
+
+
+def test_a_table_aligns_its_columns() -> None:
+    text = str(Table("T", ("model", "x"), (("a", "1"), ("long name", "22")), "note"))
+    assert "a           1\nlong name  22" in text
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_the_models_of_the_comparison_differ_in_the_model_only(name: str) -> None:
+    ours, clustered = config("/runs", name, 1, 160), config("/runs", "clustered", 1, 160)
+    assert (ours.train, ours.data, ours.run) == (clustered.train, clustered.data, clustered.run)
+    assert ours.aux_loss == 0 and not ours.regroups
+
+
+def test_the_baseline_of_the_same_size_has_the_parameters_of_clustered_and_the_active_width_of_flat() -> None:
+    import torch
+
+    from raymoe.model.transformer import Transformer
+
+    def parameters(name: str) -> int:
+        with torch.device("meta"):
+            return sum(p.numel() for p in Transformer(config("/runs", name, 0, 10).model).parameters())
+
+    assert parameters("flat_same_size") == pytest.approx(parameters("clustered"), rel=0.001)
+    same, flat = config("/runs", "flat_same_size", 0, 10).model, config("/runs", "flat", 0, 10).model
+    assert same.experts_per_token * same.d_expert == flat.experts_per_token * flat.d_expert
