@@ -1,4 +1,8 @@
-"""The decoder-only language model: RMSNorm, RoPE, grouped-query attention, and the feed-forward layer of the config."""
+"""The decoder-only language model: RMSNorm, RoPE, grouped-query attention, and the feed-forward layer of the config.
+
+Shape suffixes of this file besides the usual ones: `H` query heads, `G` key-value heads, `A` head dimension,
+`J` = A/2, `L` layers, `U` cached and new tokens.
+"""
 
 from __future__ import annotations
 
@@ -24,37 +28,39 @@ Kind = TypeVar("Kind", ClusteredExperts, FlatExperts, DenseFFN)
 
 
 def rope(length: int, head_dim: int, theta: float, device: torch.device, start: int = 0) -> tuple[Tensor, Tensor]:
-    """Return cosine and sine [length, head_dim/2] of the rotary angles of positions start…start+length−1, float32."""
-    frequency = theta ** (-torch.arange(0, head_dim, 2, device=device, dtype=torch.float64) / head_dim)
-    angle = torch.arange(start, start + length, device=device, dtype=torch.float64)[:, None] * frequency
-    return angle.cos().float(), angle.sin().float()
+    """Return cosine and sine [S, A/2] of the rotary angles of positions start…start+length−1, float32."""
+    frequency_J = theta ** (-torch.arange(0, head_dim, 2, device=device, dtype=torch.float64) / head_dim)
+    angle_SJ = torch.arange(start, start + length, device=device, dtype=torch.float64)[:, None] * frequency_J
+    return angle_SJ.cos().float(), angle_SJ.sin().float()
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate pairs (i, i + head_dim/2) of x [B, heads, S, head_dim] by the angles of their position."""
-    first, second = x.chunk(2, dim=-1)
-    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+def rotate(x_BHSA: Tensor, cos_SJ: Tensor, sin_SJ: Tensor) -> Tensor:
+    """Rotate pairs (i, i + A/2) of x [B, H, S, A] by the angles of their position."""
+    first_BHSJ, second_BHSJ = x_BHSA.chunk(2, dim=-1)
+    cos_SJ, sin_SJ = cos_SJ.to(x_BHSA.dtype), sin_SJ.to(x_BHSA.dtype)
+    return torch.cat((first_BHSJ * cos_SJ - second_BHSJ * sin_SJ, second_BHSJ * cos_SJ + first_BHSJ * sin_SJ), dim=-1)
 
 
 class KVCache:
-    """Preallocated keys and values of previous tokens: two [layers, B, kv_heads, capacity, head_dim]."""
+    """Preallocated keys and values of previous tokens: two [L, B, G, capacity, A]."""
 
     def __init__(self, model: ModelSection, batch: int, capacity: int, dtype: torch.dtype = torch.float32) -> None:
         shape = (model.layers, batch, model.kv_heads, capacity, model.d_model // model.heads)
-        self.keys, self.values = torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype)
+        self.keys_LBGUA, self.values_LBGUA = torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype)
         self.length = 0
 
-    def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the new tokens of a layer; return all of its keys and values."""
-        stop = self.length + key.shape[2]
-        if stop > self.keys.shape[3]:
-            raise ValueError(
-                f"the KV cache holds {self.keys.shape[3]} tokens, {stop} are needed: allocate a larger capacity"
-            )
-        self.keys[layer, :, :, self.length : stop] = key
-        self.values[layer, :, :, self.length : stop] = value
-        return self.keys[layer, :, :, :stop].to(key.dtype), self.values[layer, :, :, :stop].to(value.dtype)
+    def extend(self, layer: int, key_BGSA: Tensor, value_BGSA: Tensor) -> tuple[Tensor, Tensor]:
+        """Store the new tokens of a layer; return all of its keys and values [B, G, U, A].
+
+        Raises ValueError if the tokens exceed the capacity.
+        """
+        capacity, stop = self.keys_LBGUA.shape[3], self.length + key_BGSA.shape[2]
+        if stop > capacity:
+            raise ValueError(f"the KV cache holds {capacity} tokens, {stop} are needed: allocate a larger capacity")
+        self.keys_LBGUA[layer, :, :, self.length : stop] = key_BGSA
+        self.values_LBGUA[layer, :, :, self.length : stop] = value_BGSA
+        key_BGUA, value_BGUA = self.keys_LBGUA[layer, :, :, :stop], self.values_LBGUA[layer, :, :, :stop]
+        return key_BGUA.to(key_BGSA.dtype), value_BGUA.to(value_BGSA.dtype)
 
 
 class Attention(nn.Module):
@@ -67,22 +73,24 @@ class Attention(nn.Module):
         self.value = nn.Parameter(torch.empty(model.d_model, self.kv_heads * self.head_dim))
         self.output = nn.Parameter(torch.empty(self.heads * self.head_dim, model.d_model))
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None, layer: int) -> Tensor:
-        batch, length, _ = x.shape
-        query = (x @ self.query).view(batch, length, self.heads, self.head_dim).transpose(1, 2)
-        key = (x @ self.key).view(batch, length, self.kv_heads, self.head_dim).transpose(1, 2)
-        value = (x @ self.value).view(batch, length, self.kv_heads, self.head_dim).transpose(1, 2)
-        query, key = rotate(query, cos, sin), rotate(key, cos, sin)
-        mask = None
+    def forward(self, x_BSD: Tensor, cos_SJ: Tensor, sin_SJ: Tensor, cache: KVCache | None, layer: int) -> Tensor:
+        """x [B, S, D] -> [B, S, D]. The tokens attend to those in `cache` and to earlier ones of x."""
+        batch, length, _ = x_BSD.shape
+        query_BHSA = (x_BSD @ self.query).view(batch, length, self.heads, self.head_dim).transpose(1, 2)
+        key_BGUA = (x_BSD @ self.key).view(batch, length, self.kv_heads, self.head_dim).transpose(1, 2)
+        value_BGUA = (x_BSD @ self.value).view(batch, length, self.kv_heads, self.head_dim).transpose(1, 2)
+        query_BHSA, key_BGUA = rotate(query_BHSA, cos_SJ, sin_SJ), rotate(key_BGUA, cos_SJ, sin_SJ)
+        mask_SU = None
         if cache is not None:
-            key, value = cache.extend(layer, key, value)
+            key_BGUA, value_BGUA = cache.extend(layer, key_BGUA, value_BGUA)
             if cache.length:
-                past = torch.ones(length, key.shape[2], dtype=torch.bool, device=x.device)
-                mask = past.tril(cache.length)
-        mixed = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=self.heads != self.kv_heads
-        )
-        return mixed.transpose(1, 2).flatten(2) @ self.output
+                ones_SU = torch.ones(length, key_BGUA.shape[2], dtype=torch.bool, device=x_BSD.device)
+                mask_SU = ones_SU.tril(cache.length)
+        mixed_BHSA = F.scaled_dot_product_attention(
+            query_BHSA, key_BGUA, value_BGUA, attn_mask=mask_SU, is_causal=mask_SU is None,
+            enable_gqa=self.heads != self.kv_heads,
+        )  # fmt: skip
+        return mixed_BHSA.transpose(1, 2).flatten(2) @ self.output
 
 
 class Block(nn.Module):
@@ -94,16 +102,22 @@ class Block(nn.Module):
         self.ffn = ffn
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None, layer: int, seen: LayerObservation | None
+        self,
+        x_BSD: Tensor,
+        cos_SJ: Tensor,
+        sin_SJ: Tensor,
+        cache: KVCache | None,
+        layer: int,
+        seen: LayerObservation | None,
     ) -> Tensor:
-        x = x + self.attention(norm(x, self.attention_norm), cos, sin, cache, layer)
-        rows = norm(x, self.ffn_norm).flatten(0, 1)
-        return x + self.ffn(rows, seen).view_as(x)
+        x_BSD = x_BSD + self.attention(norm(x_BSD, self.attention_norm), cos_SJ, sin_SJ, cache, layer)
+        rows_TD = norm(x_BSD, self.ffn_norm).flatten(0, 1)
+        return x_BSD + self.ffn(rows_TD, seen).view_as(x_BSD)
 
 
-def norm(x: Tensor, weight: Tensor) -> Tensor:
-    """RMSNorm."""
-    return F.rms_norm(x, weight.shape, weight, eps=1e-6)
+def norm(x: Tensor, weight_D: Tensor) -> Tensor:
+    """Return the RMSNorm of x [..., D]."""
+    return F.rms_norm(x, weight_D.shape, weight_D, eps=1e-6)
 
 
 class Transformer(nn.Module):
@@ -150,17 +164,17 @@ class Transformer(nn.Module):
         """Return the last normalized hidden states [B, S, D]. `cache` contains the tokens before these."""
         start = cache.length if cache else 0
         head_dim = self.model.d_model // self.model.heads
-        cos, sin = rope(tokens_BS.shape[1], head_dim, self.model.rope_theta, tokens_BS.device, start)
-        x = F.embedding(tokens_BS, self.embedding)
+        cos_SJ, sin_SJ = rope(tokens_BS.shape[1], head_dim, self.model.rope_theta, tokens_BS.device, start)
+        x_BSD = F.embedding(tokens_BS, self.embedding)
         for i, block in enumerate(self.layers):
-            x = block(x, cos, sin, cache, i, seen.layers[i] if seen else None)
+            x_BSD = block(x_BSD, cos_SJ, sin_SJ, cache, i, seen.layers[i] if seen else None)
         if cache:
             cache.length += tokens_BS.shape[1]
-        return norm(x, self.final_norm)
+        return norm(x_BSD, self.final_norm)
 
     @property
     def head_weight(self) -> Tensor:
-        """[V, D]"""
+        """Weight of the head, [V, D]."""
         return self.embedding if self.model.tied_head else self.head
 
     def forward(self, tokens_BS: Tensor, cache: KVCache | None = None, *, seen: Observation | None = None) -> Tensor:
@@ -207,9 +221,11 @@ class Transformer(nn.Module):
         """Copy logical tensors into place. Raises ValueError on a missing key or a wrong shape."""
         for key, view in self.logical().items():
             if key not in tensors:
-                raise ValueError(f"the weights lack {key!r}: they are of another model")
+                raise ValueError(f"the weights have no {key!r}: use the weights of a model with this config")
             if tensors[key].shape != view.shape:
-                raise ValueError(f"{key!r} has shape {list(tensors[key].shape)}, the model needs {list(view.shape)}")
+                raise ValueError(
+                    f"{key!r} has shape {list(tensors[key].shape)}, expected {list(view.shape)}: use the weights of a model with this config"
+                )
             view.copy_(tensors[key])
 
     @torch.no_grad()
@@ -221,7 +237,7 @@ class Transformer(nn.Module):
         Matrices are normal with std 1/√fan-in, times 1/√(2·layers) if they write to the residual stream, times
         `RESIDUAL_START` for the outer factors. Norms are one, biases zero, embeddings and routers have std 0.02.
         """
-        quieter = (2 * self.model.layers) ** -0.5
+        output_scale = (2 * self.model.layers) ** -0.5
         views = self.logical()
         for key, _, _, fan_in in self.slices():
             leaf = key.rsplit(".", 1)[-1]
@@ -230,7 +246,7 @@ class Transformer(nn.Module):
                 continue
             std = 0.02 if key in ("embedding", "head") or "router" in key else fan_in**-0.5
             if leaf in ("output", "base_down", "down", "down_out"):
-                std *= quieter
+                std *= output_scale
             if leaf in RESIDUALS and leaf.endswith("out"):
                 std *= RESIDUAL_START
             stream = re.sub(r"\.experts\.\d+\.", ".experts.", key) if common else key

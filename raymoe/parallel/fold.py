@@ -1,6 +1,8 @@
 """Fold of independent experts into clusters by similarity: a mean base each, and residuals by truncated SVD.
 
 The method is the paper's (arXiv 2510.02345, sections 3.1 and 3.2), for experts with a common initialization.
+Shape suffixes of this file besides the usual ones: `N` samples, `X` all values of an expert, `I` and `J` the sizes of a
+matrix.
 """
 
 from __future__ import annotations
@@ -50,7 +52,7 @@ def fold(
     sizes |= {f"{kind}.{name}": sizes[name] for kind in kinds for name in MATRICES}
     per_expert = sum(torch.Size(size).numel() for size in sizes.values())
 
-    def parcel(layer: int) -> list[Tensor]:
+    def local_experts(layer: int) -> list[Tensor]:
         ffn = ffns[layer]
         at = [ffn.dispatch.local_groups.index(e) for e in primary_groups(sharded, sharded.rank, layer)]
         stacks = {name: getattr(ffn, name).detach() for name in MATRICES}
@@ -58,7 +60,9 @@ def fold(
             stacks |= {f"{kind}.{name}": moments[kind][f"layers.{layer}.ffn.{name}"] for name in MATRICES}
         return [stacks[name][i].float() for i in at for name in sizes]
 
-    parts = collect(sharded, parcel, lambda rank, i: per_expert * len(primary_groups(sharded, rank, i)), samples_LND)
+    parts = collect(
+        sharded, local_experts, lambda rank, i: per_expert * len(primary_groups(sharded, rank, i)), samples_LND
+    )
     assignment: list[tuple[int, ...]] = []
     out: dict[str, Tensor] = {}
     trunk = {key for key, _, index, _ in sharded.transformer.slices() if index is None}
@@ -98,46 +102,53 @@ def _layer(
 ) -> dict[str, Tensor]:
     """Return a layer's assignment, bases and residuals with moments (`m|KEY`), from the experts' stacks [E, …]."""
     n_experts, n_clusters = clustered.n_experts, clustered.n_clusters
-    x = samples_ND.to(stacked["gate"])
-    hidden = F.silu(x @ stacked["gate"]) * (x @ stacked["up"])
-    answers = (hidden @ stacked["down"]).flatten(1)
-    weights = torch.cat([stacked[name].flatten(1) for name in MATRICES], 1)
-    alike = lambda rows: cosine((rows @ rows.t()).double().cpu().numpy()[None])[0]  # noqa: E731
+    x_ND = samples_ND.to(stacked["gate"])
+    hidden_ENF = F.silu(x_ND @ stacked["gate"]) * (x_ND @ stacked["up"])
+    outputs_EX = (hidden_ENF @ stacked["down"]).flatten(1)
+    weights_EX = torch.cat([stacked[name].flatten(1) for name in MATRICES], 1)
     # The common initialization is in all weights and carries no information: remove the mean.
-    weights, answers = weights - weights.mean(0), answers - answers.mean(0)
-    S_EE = alpha * alike(weights) + (1 - alpha) * alike(answers)
-    sizes = np.bincount(np.arange(n_experts) * n_clusters // n_experts, minlength=n_clusters)
-    found = balanced_kmeans(embed(S_EE), sizes, None, seed)
-    load = np.zeros(n_experts)
-    found, _ = improve(S_EE, found, load, proposal_E=found, max_moves=n_experts, load_weight=0.0, n_clusters=n_clusters)
-    assignment = torch.from_numpy(np.asarray(found)).to(x.device)
-    out = {"assignment": assignment.to(x)}
+    weights_EX, outputs_EX = weights_EX - weights_EX.mean(0), outputs_EX - outputs_EX.mean(0)
+    S_EE = alpha * _cosine(weights_EX) + (1 - alpha) * _cosine(outputs_EX)
+    sizes_C = np.bincount(np.arange(n_experts) * n_clusters // n_experts, minlength=n_clusters)
+    found_E = balanced_kmeans(embed(S_EE), sizes_C, None, seed)
+    load_E = np.zeros(n_experts)
+    found_E, _ = improve(
+        S_EE, found_E, load_E, proposal_E=found_E, max_moves=n_experts, load_weight=0.0, n_clusters=n_clusters
+    )
+    assignment_E = torch.from_numpy(np.asarray(found_E)).to(x_ND.device)
+    out = {"assignment": assignment_E.to(x_ND)}
     # The weights of the flat layer sum to 1, those of clusters to p(cluster | x): scale the down projections.
-    up_C = _mean_router(ffn.router.weight.detach(), assignment, n_clusters)
+    router_CD = _mean_router(ffn.router.weight.detach(), assignment_E, n_clusters)
     scale = 1 / (
-        clustered.gate_scale * (x @ up_C.t()).softmax(-1).topk(clustered.clusters_per_token).values.sum(-1).mean()
+        clustered.gate_scale
+        * (x_ND @ router_CD.t()).softmax(-1).topk(clustered.clusters_per_token).values.sum(-1).mean()
     )
     for name in MATRICES:
         factor_of = scale if name == "down" else 1.0
         for c in range(n_clusters):
-            cluster = assignment == c
-            base = stacked[name][cluster].mean(0)
-            out[f"clusters.{c}.base_{name}"] = base * factor_of
+            member_E = assignment_E == c
+            base_IJ = stacked[name][member_E].mean(0)
+            out[f"clusters.{c}.base_{name}"] = base_IJ * factor_of
             for kind, power in (("m", 1), ("v", 2)):
-                out[f"{kind}|clusters.{c}.base_{name}"] = stacked[f"{kind}.{name}"][cluster].sum(0) / factor_of**power
-            for e in cluster.nonzero().flatten().tolist():
-                first, second = factor((stacked[name][e] - base) * factor_of, clustered.residual_width)
-                out[f"experts.{e}.{name}_in"], out[f"experts.{e}.{name}_out"] = first, second
+                out[f"{kind}|clusters.{c}.base_{name}"] = stacked[f"{kind}.{name}"][member_E].sum(0) / factor_of**power
+            for e in member_E.nonzero().flatten().tolist():
+                first_IW, second_WJ = factor((stacked[name][e] - base_IJ) * factor_of, clustered.residual_width)
+                out[f"experts.{e}.{name}_in"], out[f"experts.{e}.{name}_out"] = first_IW, second_WJ
                 for kind in ("m", "v"):
-                    out[f"{kind}|experts.{e}.{name}_in"] = torch.zeros_like(first)
-                    out[f"{kind}|experts.{e}.{name}_out"] = torch.zeros_like(second)
+                    out[f"{kind}|experts.{e}.{name}_in"] = torch.zeros_like(first_IW)
+                    out[f"{kind}|experts.{e}.{name}_out"] = torch.zeros_like(second_WJ)
     return out
 
 
-def _mean_router(weight_ED: Tensor, assignment: Tensor, n_clusters: int) -> Tensor:
+def _cosine(vectors_EX: Tensor) -> np.ndarray:
+    """Return the cosines [E, E] of the vectors, in float64."""
+    return cosine((vectors_EX @ vectors_EX.t()).double().cpu().numpy()[None])[0]
+
+
+def _mean_router(weight_ED: Tensor, assignment_E: Tensor, n_clusters: int) -> Tensor:
     """Return u_c [C, D], the mean row of each cluster's experts: a softmax over clusters approximates their mass."""
-    one_hot = F.one_hot(assignment, n_clusters).to(weight_ED)
-    return one_hot.t() @ weight_ED / one_hot.sum(0)[:, None].clamp(min=1)
+    one_hot_EC = F.one_hot(assignment_E, n_clusters).to(weight_ED)
+    return one_hot_EC.t() @ weight_ED / one_hot_EC.sum(0)[:, None].clamp(min=1)
 
 
 def _broadcast(
@@ -169,13 +180,13 @@ def _routers(
     clustered: ModelSection,
 ) -> None:
     """Set the routers of both stages from the flat router: experts keep their rows, clusters get the mean."""
-    weight, bias = ffn.router.weight.detach(), ffn.router.bias
-    cluster = torch.tensor(assignment, device=weight.device)
-    mean = _mean_router(weight, cluster, clustered.n_clusters)
-    mean_bias = _mean_router(bias[:, None], cluster, clustered.n_clusters)[:, 0]
-    out[f"{prefix}router.weight"], out[f"{prefix}router.bias"] = mean, mean_bias
-    for kind, rows in moments.items():
-        out[f"moments.{kind}.{prefix}router.weight"] = torch.zeros_like(mean)
-        out |= {f"moments.{kind}.{prefix}experts.{e}.router": rows[e] for e in range(clustered.n_experts)}
-    out |= {f"{prefix}experts.{e}.router": weight[e] for e in range(clustered.n_experts)}
-    out |= {f"{prefix}experts.{e}.bias": bias[e] - mean_bias[cluster[e]] for e in range(clustered.n_experts)}
+    weight_ED, bias_E = ffn.router.weight.detach(), ffn.router.bias
+    cluster_E = torch.tensor(assignment, device=weight_ED.device)
+    mean_CD = _mean_router(weight_ED, cluster_E, clustered.n_clusters)
+    mean_bias_C = _mean_router(bias_E[:, None], cluster_E, clustered.n_clusters)[:, 0]
+    out[f"{prefix}router.weight"], out[f"{prefix}router.bias"] = mean_CD, mean_bias_C
+    for kind, rows_ED in moments.items():
+        out[f"moments.{kind}.{prefix}router.weight"] = torch.zeros_like(mean_CD)
+        out |= {f"moments.{kind}.{prefix}experts.{e}.router": rows_ED[e] for e in range(clustered.n_experts)}
+    out |= {f"{prefix}experts.{e}.router": weight_ED[e] for e in range(clustered.n_experts)}
+    out |= {f"{prefix}experts.{e}.bias": bias_E[e] - mean_bias_C[cluster_E[e]] for e in range(clustered.n_experts)}
