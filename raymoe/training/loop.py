@@ -23,6 +23,7 @@ from raymoe.data.corpus import Corpus
 from raymoe.metrics import TrainingMetrics
 from raymoe.model.loss import linear_cross_entropy
 from raymoe.model.observation import Loads, Observation
+from raymoe.model.transformer import Transformer
 from raymoe.parallel.fold import fold
 from raymoe.parallel.gradients import Gradients
 from raymoe.parallel.sharded import shard
@@ -126,7 +127,7 @@ class Trainer:
         """Run one step, with the regrouping before and after it. Raises FloatingPointError after MAX_SKIPPED skipped steps."""
         train, position, started = self.config.train, self.position, time.perf_counter()
         if not position.folded and position.step >= self.config.regroup.burn_in:
-            self.fold()
+            fold_experts(self)
         if self.regrouping:
             self.regrouping.before_step(position.step)
         loss, norm, load, report = self.forward_backward(position.step)
@@ -134,7 +135,7 @@ class Trainer:
         finite = math.isfinite(loss) and math.isfinite(norm)
         if finite:
             self.optimizer.step(learning_rate(train, position.step - 1))
-            self.balance(load, bias_rate(train, position.step - 1))
+            balance(self.model, load, bias_rate(train, position.step - 1))
             position.updates += 1
             self.skipped_in_a_row = 0
         else:
@@ -206,12 +207,6 @@ class Trainer:
             failed=bool(checkpoints.failure), due=checkpoints.due, requested=checkpoints.requested,
         )  # fmt: skip
 
-    def balance(self, load: RoutingLoad, rate: float) -> None:
-        """Move the routers' selection biases toward equal load."""
-        for i, ffn in enumerate(self.model.ffns):
-            clusters, members = (counts[i] if counts.numel() else counts for counts in (load.clusters, load.members))
-            ffn.balance(clusters, members, rate)
-
     def record_window(self) -> None:
         """Write one train record: means since the last one, loads and stragglers. Collective."""
         position, fields = self.position, self.window.record(self.device)
@@ -241,23 +236,31 @@ class Trainer:
         """Return the statistics that a checkpoint stores: on rank 0, those of all ranks by key. Collective."""
         return self.regrouping.recorder.tensors() if self.regrouping else {}
 
-    def fold(self) -> None:
-        """Fold independent experts into clusters, at the end of the burn-in of a dense start. Collective."""
-        config, position = self.config, self.position
-        self.checkpoints.wait_for_checkpoint()  # it is of the flat model
-        before, started = self.probe(), time.perf_counter()
-        assignment, tensors = fold(
-            self.sharded, self.optimizer.moments(), sample_inputs(self.model, self.grains, position.step),
-            clustered=config.model, alpha=config.regroup.alpha, seed=config.run.seed,
-        )  # fmt: skip
-        position.membership, position.folded = replace(position.membership, assignment=assignment), True
-        self.build()
-        with torch.no_grad():
-            for key, view in (self.model.logical() | self.optimizer.logical()).items():
-                view.copy_(tensors[key])
-        self.optimizer.restore(position.updates)
-        pause = time.perf_counter() - started
-        self.log.plan("folded", ahead=True, pause_ms=1000 * pause, probe_before=before, probe_after=self.probe())
+
+def fold_experts(trainer: Trainer) -> None:
+    """Fold independent experts into clusters, at the end of the burn-in of a dense start. Collective."""
+    config, position = trainer.config, trainer.position
+    trainer.checkpoints.wait_for_checkpoint()  # it is of the flat model
+    before, started = trainer.probe(), time.perf_counter()
+    assignment, tensors = fold(
+        trainer.sharded, trainer.optimizer.moments(), sample_inputs(trainer.model, trainer.grains, position.step),
+        clustered=config.model, alpha=config.regroup.alpha, seed=config.run.seed,
+    )  # fmt: skip
+    position.membership, position.folded = replace(position.membership, assignment=assignment), True
+    trainer.build()
+    with torch.no_grad():
+        for key, view in (trainer.model.logical() | trainer.optimizer.logical()).items():
+            view.copy_(tensors[key])
+    trainer.optimizer.restore(position.updates)
+    pause = time.perf_counter() - started
+    trainer.log.plan("folded", ahead=True, pause_ms=1000 * pause, probe_before=before, probe_after=trainer.probe())
+
+
+def balance(model: Transformer, load: RoutingLoad, rate: float) -> None:
+    """Move the routers' selection biases toward equal load."""
+    for i, ffn in enumerate(model.ffns):
+        clusters, members = (counts[i] if counts.numel() else counts for counts in (load.clusters, load.members))
+        ffn.balance(clusters, members, rate)
 
 
 def threads(config: Config, local_workers: int) -> int:
