@@ -65,7 +65,7 @@ TRAINING = (
         f"The busiest worker computes {PERCENT} more than the mean. The other workers wait for it in each step.",
     ),
     Alert(
-        "RaymoeSlowWorker", "warning", "10m",
+        "RaymoeStraggler", "warning", "10m",
         "max by (run, worker) (@worker_slowness_ratio) > 2",
         "Worker {{ $labels.worker }} of run {{ $labels.run }} is slow",
         f"It computes {VALUE} times as long as the other workers, which wait for it in each step. Check its node.",

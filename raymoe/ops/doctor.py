@@ -76,7 +76,7 @@ class Probe:
         }  # fmt: skip
 
     def write_marker(self) -> str:
-        """Write this node's marker file into run.root; return the error, empty if there is none."""
+        """Write this node's marker file into run.root; return the error, empty on success."""
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             self.marker(self.node).write_text(self.node)

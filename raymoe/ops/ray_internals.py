@@ -43,7 +43,7 @@ def authentication_mode() -> str:
 
 
 def discover_address() -> str:
-    """Return the GCS address that `ray.init("auto")` would join on this machine; empty if there is none."""
+    """Return the GCS address that `ray.init("auto")` would join on this machine; empty without one."""
     from ray._private import services
 
     try:

@@ -59,7 +59,7 @@ class ServeSettings:
     step_tokens: int = EngineSettings.step_tokens
     """Maximum tokens of all requests in one step of a trunk."""
     wait_timeout_s: float = 60.0
-    """Seconds that a request waits for a trunk while there is none."""
+    """Seconds that a request waits for a trunk while no trunk runs."""
     drain_s: float = 60.0
     """Seconds that an ending trunk or api has to complete its requests."""
     host: str = "127.0.0.1"

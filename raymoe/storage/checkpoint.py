@@ -145,7 +145,7 @@ def complete_steps(checkpoints: Path) -> list[int]:
 
 
 def newest_step(checkpoints: Path) -> int:
-    """Return the step of the newest checkpoint that was completed, without reading it; -1 if there is none."""
+    """Return the step of the newest checkpoint that was completed, without reading it; -1 without one."""
     return next(iter(complete_steps(checkpoints)), -1)
 
 

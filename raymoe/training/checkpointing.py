@@ -1,7 +1,7 @@
 """The life of a checkpoint: requested, written by all ranks, finalized by rank 0, and mirrored.
 
 Training does not wait. Each rank copies its tensors and writes them in the background; flags that ride on the
-all-reduce of each step (`StepReport`) tell all ranks alike when every rank has written. Rank 0 then writes the
+all-reduce of each step (`StepReport`) inform all ranks at the same step that every rank has written. Rank 0 then writes the
 manifest and prunes, in the background too.
 """
 
@@ -27,7 +27,7 @@ from raymoe.storage.run_folder import RunFolder
 from raymoe.training.failures import Unrecoverable
 from raymoe.training.optimizer import Optimizer
 from raymoe.training.state import DataIdentity, Position
-from raymoe.training.step_report import any_rank, rank_and_world, sum_over_ranks
+from raymoe.training.step_report import all_reduce_sum, any_rank, rank_and_world
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +91,7 @@ class Checkpointing:
                 Mirror(config.checkpoint.storage, config.run.name), run, config.checkpoint.keep
             )
         self.last_completed = last_completed
-        """Step of the newest complete checkpoint of this worker group; -1 if there is none."""
+        """Step of the newest complete checkpoint of this worker group; -1 without one."""
         self._current: Write | None = None
         self._covered_until = clock.monotonic()
         """Training after this time is in no checkpoint."""
@@ -233,7 +233,7 @@ class Checkpointing:
     def _size(self) -> int:
         """Return the bytes of a checkpoint: the tensors of all ranks, without statistics. Collective."""
         own = sum(tensor.numel() * tensor.element_size() for tensor in self._owned_tensors().values())
-        return int(sum_over_ranks(torch.tensor(float(own), dtype=torch.float64), self.device))
+        return int(all_reduce_sum(torch.tensor(float(own), dtype=torch.float64), self.device))
 
     def finish(self, position: Position, extra: Callable[[], Mapping[str, Tensor]]) -> None:
         """Ensure that the last checkpoint is complete, and mirrored if the run has a mirror. Collective.

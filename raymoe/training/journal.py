@@ -44,7 +44,7 @@ def next_attempt(run: Path) -> int:
 
 
 def last_recorded_checkpoint(path: Path) -> int:
-    """Return the step of the last checkpoint that `path` records as completed or resumed from; -1 if there is none.
+    """Return the step of the last checkpoint that `path` records as completed or resumed from; -1 without one.
 
     A resume removes the record of the completion of its checkpoint, which was written some steps later.
     """

@@ -59,8 +59,8 @@ def rank_and_world() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def sum_over_ranks(values: Tensor, device: torch.device) -> Tensor:
-    """Return the sum over ranks of a float64 tensor, on the CPU. Collective."""
+def all_reduce_sum(values: Tensor, device: torch.device) -> Tensor:
+    """Return the all-reduced sum of a float64 tensor, on the CPU. Collective."""
     if rank_and_world()[1] == 1:
         return values
     values = values.to(device)
@@ -70,18 +70,18 @@ def sum_over_ranks(values: Tensor, device: torch.device) -> Tensor:
 
 def any_rank(flag: bool, device: torch.device) -> bool:
     """Return whether the flag is set on any rank. Collective."""
-    return sum_over_ranks(torch.tensor(float(flag), dtype=torch.float64), device).item() > 0
+    return all_reduce_sum(torch.tensor(float(flag), dtype=torch.float64), device).item() > 0
 
 
 def sync_stats(
     report: StepReport, loads: Loads, n_experts: int, device: torch.device
 ) -> tuple[RoutingLoad, StepReport]:
-    """Return the sums over ranks of a report and of the routing loads. Collective."""
+    """Return the all-reduced sums of a report and of the routing loads. Collective."""
     rank, world = rank_and_world()
     workers = torch.zeros(len(loads.rows_L), world, dtype=torch.float64)
     workers[:, rank] = loads.rows_L.double()
     parts = [report.to_vector(), loads.clusters_LC, loads.members_LM, workers]
-    total = sum_over_ranks(torch.cat([part.double().flatten() for part in parts]), device)
+    total = all_reduce_sum(torch.cat([part.double().flatten() for part in parts]), device)
     summed = total.split([part.numel() for part in parts])
     vector, *counts = (s.view(part.shape) for s, part in zip(summed, parts, strict=True))
     clusters, members, workers = counts

@@ -30,7 +30,7 @@ class Stragglers:
 
     def __init__(self) -> None:
         self._records: dict[int, int] = {}
-        """Consecutive records by slow worker."""
+        """Consecutive records in which a worker was slow."""
 
     def update(self, found: Sequence[float | None]) -> list[int]:
         """Add the ratios of one train record. Return the workers that are stragglers from this record on."""

@@ -12,13 +12,13 @@ import torch
 
 from raymoe.evaluation import load_cv, load_max_vio
 from raymoe.training.load import RoutingLoad, shares
-from raymoe.training.step_report import rank_and_world, sum_over_ranks
+from raymoe.training.step_report import all_reduce_sum, rank_and_world
 from raymoe.training.stragglers import ratios
 
 
 @dataclass
 class Window:
-    """Measurements since the last train record. Sums over ranks, except `compute_s`, `communication_s` and `grains`."""
+    """Measurements since the last train record. All-reduced sums, except `compute_s`, `communication_s` and `grains`."""
 
     steps: int = 0
     tokens: int = 0
@@ -83,4 +83,4 @@ def _by_worker(own: Sequence[float], device: torch.device) -> list[list[float]]:
     rank, world = rank_and_world()
     numbers = torch.zeros(len(own), world, dtype=torch.float64)
     numbers[:, rank] = torch.tensor(own, dtype=torch.float64)
-    return sum_over_ranks(numbers, device).tolist()
+    return all_reduce_sum(numbers, device).tolist()

@@ -1,4 +1,4 @@
-"""The demo's table and its sentence: what they say follows from the records."""
+"""The demo's table and its sentence: both follow from the records."""
 
 from __future__ import annotations
 

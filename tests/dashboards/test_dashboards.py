@@ -440,8 +440,8 @@ def test_every_panel_has_data(programs: tuple[Path, Path], port: int, tmp_path: 
         until(lambda: all(rule["health"] == "ok" for rule in rules()), lambda: [r for r in rules() if r["health"] != "ok"])  # fmt: skip
         # These two have no wait time, and the records above contain their events.
         early = {"Run first skips steps", "Run first could not write a checkpoint"}
-        said = lambda: {a["annotations"]["summary"] for rule in rules() for a in rule["alerts"] if a["state"] == "firing"}  # noqa: E731  # fmt: skip
-        until(lambda: early <= said(), lambda: f"{early} are not all in {said()}")
+        firing = lambda: {a["annotations"]["summary"] for rule in rules() for a in rule["alerts"] if a["state"] == "firing"}  # noqa: E731  # fmt: skip
+        until(lambda: early <= firing(), lambda: f"{early} are not all in {firing()}")
     finally:
         prometheus.terminate()
         assert prometheus.wait(timeout=30) == 0

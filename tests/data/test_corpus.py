@@ -248,7 +248,7 @@ def test_an_evaluated_text_is_read_whole(tmp_path: Path) -> None:
     assert tokenizer.decode(found["d"].tokens.tolist(), skip_special_tokens=False) == END_OF_TEXT.join(texts)
 
 
-def test_the_hubs_file_names_say_their_split(tmp_path: Path) -> None:
+def test_the_file_names_of_the_hub_name_their_split(tmp_path: Path) -> None:
     folder = tmp_path / "text"
     folder.mkdir()
     for split, letters in (("train", "abcdef"), ("validation", "uvwxyz"), ("test", "mnopqr")):

@@ -137,7 +137,7 @@ def test_documentation_given_by_itself_is_text(mixed: Path) -> None:
     assert texts(mixed / "README.md") == {"README": "About this data set"}
 
 
-def test_a_json_file_given_by_itself_says_what_is_expected(mixed: Path) -> None:
+def test_a_json_file_given_by_itself_is_refused_with_the_expected_format(mixed: Path) -> None:
     with pytest.raises(ValueError, match=r"list\.json:1 is not a JSON object: .*jq -c"):
         list(documents(section(mixed / "list.json")))
     with pytest.raises(ValueError, match=r"dataset_info\.json:1 is not JSON .*jq -c"):

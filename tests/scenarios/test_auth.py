@@ -139,8 +139,8 @@ def test_the_dashboard_requires_the_token(ray: Head) -> None:
 
 @pytest.mark.soak
 def test_jobs_without_the_token_are_refused(ray: Head, tmp_path: Path) -> None:
-    said = tmp_path / "said"
-    touch = ["python", "-c", f"open({str(said)!r}, 'w').write('ran')"]
+    ran_file = tmp_path / "ran"
+    touch = ["python", "-c", f"open({str(ran_file)!r}, 'w').write('ran')"]
     bare = {name: value for name, value in ray.environment.items() if name not in DENIED}
     (tmp_path / "wrong").write_text("a guess")
     wrong = bare | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(tmp_path / "wrong")}
@@ -148,8 +148,8 @@ def test_jobs_without_the_token_are_refused(ray: Head, tmp_path: Path) -> None:
         refused = run(ray, environment, *touch)
         words = refused.stdout + refused.stderr
         assert refused.returncode != 0 and "authenticat" in words.lower(), words
-    assert not said.exists()
-    assert run(ray, ray.environment, *touch).returncode == 0 and said.read_text() == "ran"
+    assert not ran_file.exists()
+    assert run(ray, ray.environment, *touch).returncode == 0 and ran_file.read_text() == "ran"
 
 
 @pytest.mark.soak
@@ -181,5 +181,5 @@ def test_a_run_and_an_application_with_a_token_work_and_leak_no_secret(ray: Head
     files = [path for root in (tmp_path, ray.folder) for path in root.rglob("*") if path.is_file()]
     assert any("logs" in path.parts for path in files)
     texts |= {str(path): path.read_text(errors="replace") for path in files if path.suffix != ".safetensors"}
-    told = {(name, where) for where, text in texts.items() for name, canary in CANARIES.items() if canary in text}
-    assert not told
+    leaked = {(name, where) for where, text in texts.items() for name, canary in CANARIES.items() if canary in text}
+    assert not leaked

@@ -400,7 +400,7 @@ class Runs:
 @pytest.mark.parametrize("kind", ["arrow", "parquet"])
 @pytest.mark.parametrize("name", ["arrow.py_extension_type", "ARROW:extension:name"])
 def test_no_table_runs_code(kind: str, name: str, tmp_path: Path) -> None:
-    """Arrow once unpickled what an extension type says of itself."""
+    """Arrow once unpickled the metadata of an extension type."""
     payload = pickle.dumps(Runs(str(tmp_path / "ran")))
     marks = {b"ARROW:extension:name": name.encode(), b"ARROW:extension:metadata": payload}
     field = pa.field("text", pa.string(), metadata=marks)

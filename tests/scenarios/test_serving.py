@@ -238,9 +238,11 @@ def test_a_load_is_driven_from_the_command_line(ray: Head, long: Artifact, tmp_p
         line = ["jobs/load.py", "--url", rollout.base, "--streams", "4", "--seconds", "3", "--words", "8"]
         done = run(*line, "--domain", "licences", "--json", str(tmp_path / "load.json"))
         assert done.returncode == 0, done.stdout + done.stderr
-        told = json.loads((tmp_path / "load.json").read_text())
+        output = json.loads((tmp_path / "load.json").read_text())
         assert (
-            told["requests"] == len(told["completions"]) >= 4 and told["failed"] == 0 and told["output_throughput"] > 0
+            output["requests"] == len(output["completions"]) >= 4
+            and output["failed"] == 0
+            and output["output_throughput"] > 0
         )
         refused = run(*line, "--domain", "no such")
         assert refused.returncode == 2 and "--domain no such is not in builtin" in refused.stderr
@@ -251,7 +253,7 @@ def test_a_load_is_driven_from_the_command_line(ray: Head, long: Artifact, tmp_p
 
 @pytest.mark.soak
 def test_processes_are_killed_from_the_command_line(long: Artifact, tmp_path: Path) -> None:
-    told = tmp_path / "chaos.json"
+    output = tmp_path / "chaos.json"
     line = [
         "jobs/chaos",
         "serve",
@@ -264,9 +266,9 @@ def test_processes_are_killed_from_the_command_line(long: Artifact, tmp_path: Pa
         "16",
         "--no-control-plane",
     ]
-    done = run(*line, "--json", str(told))
+    done = run(*line, "--json", str(output))
     assert done.returncode == 0, done.stdout + done.stderr
-    result = json.loads(told.read_text())
+    result = json.loads(output.read_text())
     row = result["replicas"]
     assert row["requests"] > 4 and row["failed"] == row["changed"] == 0
     assert len(row["kills"]) == 2 and all(kill["recovered_s"] > 0 and kill["pids"] for kill in row["kills"])
@@ -276,11 +278,11 @@ def test_processes_are_killed_from_the_command_line(long: Artifact, tmp_path: Pa
 @pytest.mark.soak
 @pytest.mark.parametrize("part", ["engine", "planes", "scaling"])
 def test_the_benchmarks_of_serving_run(part: str, model: Artifact, tmp_path: Path) -> None:
-    told = tmp_path / "told.json"
-    line = ["--preset", "tiny", "--rounds", "1", "--artifact", str(model.folder), "--json", str(told)]
+    output = tmp_path / "output.json"
+    line = ["--preset", "tiny", "--rounds", "1", "--artifact", str(model.folder), "--json", str(output)]
     done = run("jobs/benchmark.py", "serve", "--part", part, *line)
     assert done.returncode == 0, done.stdout + done.stderr
-    result = json.loads(told.read_text())["result"][part]
+    result = json.loads(output.read_text())["result"][part]
     assert result
     if part == "scaling":
         heavy = result["demands"]["32.0"]

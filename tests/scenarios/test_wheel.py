@@ -81,8 +81,8 @@ def test_help_and_refusals(environment: Environment) -> None:
 
 def test_train_repeat_export_and_generate(environment: Environment) -> None:
     """Each command starts from the files of the command before it."""
-    said = environment.run("raymoe", "train", "tiny", "run.name=first", *SMALL)
-    assert "next    raymoe export first" in said
+    output = environment.run("raymoe", "train", "tiny", "run.name=first", *SMALL)
+    assert "next    raymoe export first" in output
     config = environment.root / "first" / "config.yaml"
     again = environment.run("raymoe", "train", "--config", str(config), "run.name=again", "train.steps=2")
     assert "next    raymoe export again" in again

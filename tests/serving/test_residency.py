@@ -42,7 +42,7 @@ LONG = 30.0
         ([4, 1, 1], [8, 3, 1], [], 4, {1, 2}),  # per byte: 2, 3, 1
         ([4, 1, 1], [16, 3, 1], [], 4, {0}),
         ([3, 2, 2], [9, 5, 1], [], 4, {0}),
-        ([3, 2, 1], [9, 5, 1], [], 4, {0, 2}),  # what does not fit is passed over
+        ([3, 2, 1], [9, 5, 1], [], 4, {0, 2}),  # entries that do not fit are skipped
         ([5, 5], [9, 8], [], 4, set()),
         ([1, 1], [1, 1], [1], 1, {1}),  # equals: who is there stays
         ([1, 1], [1.19, 1], [1], 1, {1}),  # better, but not by the margin

@@ -405,7 +405,7 @@ def test_manifests_that_make_no_sense_are_refused(
     refused(folder, "manifest.json", reason)
 
 
-def test_an_expert_in_another_cluster_than_the_manifest_says_is_refused(tmp_path: Path) -> None:
+def test_an_expert_in_another_cluster_than_in_the_manifest_is_refused(tmp_path: Path) -> None:
     folder = export(tmp_path)
     edit(folder, lambda m: m["assignment"][0].__setitem__(0, 1))
     with pytest.raises(CorruptArtifact, match="layers.0.experts.0.* expected .* in clusters/cluster_001"):

@@ -215,7 +215,7 @@ def test_unreadable_manifests_are_refused(tmp_path: Path, monkeypatch: pytest.Mo
         refused(folder, "manifest.json", reason)
     path.unlink()
     refused(folder, "manifest.json", "missing")
-    os.mkfifo(path)  # opening one would wait for ever
+    os.mkfifo(path)  # opening one would block indefinitely
     refused(folder, "manifest.json", "not a regular file")
     path.unlink()
     path.write_text(whole)
@@ -329,7 +329,7 @@ def test_an_error_crosses_a_process_boundary() -> None:
 # Choosing and removing
 
 
-def test_newest_skips_what_does_not_hold_and_says_why(tmp_path: Path) -> None:
+def test_newest_skips_invalid_checkpoints_with_reasons(tmp_path: Path) -> None:
     assert newest(tmp_path / "nowhere") == (None, [])
     for step in (100, 200, 300, 400):
         save(step_folder(tmp_path, step), step)
@@ -376,7 +376,7 @@ def test_prune_keeps_the_newest_and_the_best(
     assert {int(path.name[5:]) for path in removed} == set(range(len(complete))) - stays
 
 
-def test_a_shard_that_goes_away_while_it_is_opened_is_an_unreadable_one(
+def test_a_shard_that_disappears_while_it_is_opened_is_an_unreadable_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_shard(tmp_path, 0, 1, {"x": torch.ones(1)})
@@ -385,11 +385,13 @@ def test_a_shard_that_goes_away_while_it_is_opened_is_an_unreadable_one(
     def fails(path: Path, *_: Any) -> None:
         if gone:
             path.unlink()
-        raise RuntimeError("unable to open file")  # as torch says it, which opens it once more
+        raise RuntimeError("unable to open file")  # torch's message, which makes it open the file again
 
     monkeypatch.setattr("raymoe.storage.manifest.safe_open", fails)
     gone = False
-    with pytest.raises(RuntimeError, match="unable to open file"):  # no memory, say: that damages nothing
+    with pytest.raises(
+        RuntimeError, match="unable to open file"
+    ):  # for example no memory: the checkpoint is not damaged
         Checkpoint.open(tmp_path)
     gone = True
     with pytest.raises(CorruptCheckpoint, match=r"rank_0000_of_0001\.safetensors: cannot be read"):

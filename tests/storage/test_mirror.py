@@ -1,4 +1,4 @@
-"""Runs at a URI: what is complete there comes back, what is not is passed over, and a store that fails costs no training."""
+"""Runs at a URI: complete checkpoints are restored, incomplete ones skipped, and a failing store costs no training."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def goes_there_and_comes_back(uri: str, folder: Path) -> None:
     back = folder / "back" / "first"
     back.parent.mkdir()
     assert mirror.pull(back) == []
-    found, passed_over = newest(back / "checkpoints")
-    assert found and found.step == 30 and not passed_over
+    found, skipped = newest(back / "checkpoints")
+    assert found and found.step == 30 and not skipped
     assert torch.equal(found.read(["1"])["1"], torch.full((3,), 30.0))
     assert (back / "metrics.jsonl").read_text() == "{}\n"
 

@@ -138,7 +138,7 @@ def test_free_bytes_of_a_folder_that_does_not_exist_is_that_of_its_parent(tmp_pa
 def test_one_object_owns_the_checkpoints_of_a_run_that_is_folded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The checkpoint in progress at the fold is of the flat model and completes; pruning and mirroring go on."""
+    """The checkpoint in progress at the fold is of the flat model and completes; pruning and mirroring continue."""
     made: list[Any] = []
     real = checkpointing.BackgroundWriter.__init__
     monkeypatch.setattr(checkpointing.BackgroundWriter, "__init__", lambda self: (made.append(self), real(self))[0])

@@ -108,8 +108,8 @@ def test_the_workers_fulfill_a_request_once(tmp_path: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(Trainer, "forward_backward", watched)
     trainer(tmp_path).train()
-    sealed = [r["checkpoint"] for r in records(tmp_path, "event") if r["name"] == "checkpoint_completed"]
-    assert sealed == [5, 12] and not request.exists()
+    completed = [r["checkpoint"] for r in records(tmp_path, "event") if r["name"] == "checkpoint_completed"]
+    assert completed == [5, 12] and not request.exists()
 
 
 def test_checkpoints_keep_the_loss_within_its_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,9 +125,9 @@ def test_checkpoints_keep_the_loss_within_its_bound(tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(Trainer, "forward_backward", slow)
     one.train()
-    sealed = [r["checkpoint"] for r in records(tmp_path, "event") if r["name"] == "checkpoint_completed"]
-    # Sealed two steps after it begins: the next begins 3 s after the last, so that at its seal 5 s would have been lost.
-    assert sealed == [5, 8, 11, 12]
+    completed = [r["checkpoint"] for r in records(tmp_path, "event") if r["name"] == "checkpoint_completed"]
+    # Complete two steps after its request: the next is requested 3 s after the last, so that 5 s are at stake.
+    assert completed == [5, 8, 11, 12]
     with pytest.raises(ValueError, match=r"checkpoint\.max_loss_s=-1"):
         override(preset("tiny"), ["checkpoint.max_loss_s=-1"])
 
@@ -191,7 +191,7 @@ def one_worker(run: Path) -> int:
                 return process.pid
         except psutil.Error:
             continue
-    raise AssertionError(f"nobody listens on {port}")
+    raise AssertionError(f"no process listens on {port}")
 
 
 @pytest.mark.soak
@@ -218,7 +218,7 @@ def test_workers_come_and_go_and_the_losses_are_those_of_an_undisturbed_run(clus
             until(alive, what, seconds=120)
 
         def change(act: Callable[[], Any], workers: int) -> None:
-            """20 steps on, something happens; then the run goes on with so many workers."""
+            """After 20 steps a fault happens; the run then continues with N workers."""
             before, at = len(starts(run)), step(run)
             wait(lambda: step(run) >= at + 20, f"step {at + 20}")
             act()
@@ -304,10 +304,10 @@ def test_a_run_that_fails_again_and_again_ends_with_the_reason(tmp_path: Path) -
 
 @pytest.mark.soak
 def test_faults_drawn_at_random_are_survived(tmp_path: Path) -> None:
-    told = tmp_path / "chaos.json"
-    done = command("jobs/chaos", "train", "--faults", "6", "--seed", "1", "--json", str(told), root=tmp_path)
+    output = tmp_path / "chaos.json"
+    done = command("jobs/chaos", "train", "--faults", "6", "--seed", "1", "--json", str(output), root=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
-    result = json.loads(told.read_text())
+    result = json.loads(output.read_text())
     assert len(result["faults"]) == 6 and result["each_step_once"] and result["steps"] > 30
     assert "SIGKILL" in done.stdout and "each recorded once: yes" in done.stdout
 
@@ -322,7 +322,7 @@ def test_progress_survives_a_restart_that_rewrites_the_record(tmp_path: Path, ca
     progress.update()
     again = Journal(tmp_path / "metrics.jsonl", 3)
     for step in range(4, 10):  # longer than before by the next look
-        again.write(event(step, f"second {step} with more to say"))
+        again.write(event(step, f"second {step} with more text"))
     progress.update()
-    said = [line.split("  ")[1].strip() for line in capsys.readouterr().out.splitlines()]
-    assert said == [f"first {n}" for n in range(1, 6)] + [f"second {n} with more to say" for n in range(4, 10)]
+    lines_shown = [line.split("  ")[1].strip() for line in capsys.readouterr().out.splitlines()]
+    assert lines_shown == [f"first {n}" for n in range(1, 6)] + [f"second {n} with more text" for n in range(4, 10)]

@@ -146,7 +146,7 @@ QUICK = ("in its forward", "stopped")
 def test_a_lost_worker_ends_the_others_and_a_restart_loses_nothing(
     fault: str, undisturbed: list[float], tmp_path: Path
 ) -> None:
-    """Three workers, of which one is killed or hangs; two go on from the newest whole checkpoint."""
+    """Three workers, of which one is killed or hangs; two continue from the newest complete checkpoint."""
     run, timeout = tmp_path / "run", 4.0 if fault == "stopped" else 10.0
     run.mkdir()
     (tmp_path / "plans.jsonl").write_text(
@@ -165,15 +165,15 @@ def test_a_lost_worker_ends_the_others_and_a_restart_loses_nothing(
     assert resumed["step"] == 8
     assert [record["step"] for record in records(run, "train")] == list(range(1, STEPS + 1))
     assert losses(run) == pytest.approx(undisturbed, rel=1e-4)
-    passed_over = [event for event in records(run, "event") if event["name"] == "checkpoint_skipped"]
-    assert bool(passed_over) == (fault == "writing its checkpoint")
+    skipped = [event for event in records(run, "event") if event["name"] == "checkpoint_skipped"]
+    assert bool(skipped) == (fault == "writing its checkpoint")
 
 
 # A worker that is slow
 
 
 def slowed(rank: int, world: int, run: str) -> tuple[float, float]:
-    """The victim takes longer by itself; what its gauges then say."""
+    """One worker computes slowly; return its gauges."""
     if rank == VICTIM:
         real = Transformer.hidden
 
@@ -192,7 +192,7 @@ def slowed(rank: int, world: int, run: str) -> tuple[float, float]:
 
 
 @pytest.mark.dist
-def test_a_slow_worker_is_named(tmp_path: Path) -> None:
+def test_a_straggler_is_named(tmp_path: Path) -> None:
     """All take as long for a step, since they wait for it."""
     run = begun(tmp_path, slowed)
     named = [event for event in records(run, "event") if event["name"] == "straggler"]
@@ -230,7 +230,7 @@ def test_a_worker_is_named_once_until_it_was_as_fast_as_others() -> None:
 
 
 @pytest.mark.parametrize("code", [errno.EACCES, errno.EIO])
-def test_a_checkpoint_that_cannot_be_written_is_told_and_the_next_one_is(
+def test_a_checkpoint_that_cannot_be_written_is_reported_and_the_next_one_is(
     code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = os.replace
@@ -250,9 +250,7 @@ def test_a_checkpoint_that_cannot_be_written_is_told_and_the_next_one_is(
     ]  # fmt: skip
 
 
-def test_a_disk_that_is_slow_to_seal_a_checkpoint_holds_up_no_step(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_disk_that_finalizes_slowly_delays_no_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real_step, real_manifest, later = Trainer.forward_backward, checkpoint_module.write_manifest, threading.Event()
 
     def step(self: Trainer, number: int) -> Any:
@@ -270,7 +268,7 @@ def test_a_disk_that_is_slow_to_seal_a_checkpoint_holds_up_no_step(
     assert [r["checkpoint"] for r in records(tmp_path, "event") if r["name"] == "checkpoint_completed"] == [10, 20]
 
 
-def test_a_part_that_goes_away_while_it_is_sealed_costs_that_checkpoint(
+def test_a_shard_that_disappears_during_finalization_costs_that_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = checkpoint_module.read_json
@@ -282,9 +280,9 @@ def test_a_part_that_goes_away_while_it_is_sealed_costs_that_checkpoint(
 
     monkeypatch.setattr(checkpoint_module, "read_json", read)
     train(0, 1, str(tmp_path), ("train.steps=20",))
-    told = {r["checkpoint"]: r for r in records(tmp_path, "event") if r["name"].startswith("checkpoint")}
-    assert told[10]["name"] == "checkpoint_failed" and "rank_0000_of_0001.json" in told[10]["reason"]
-    assert told[20]["name"] == "checkpoint_completed"
+    completed = {r["checkpoint"]: r for r in records(tmp_path, "event") if r["name"].startswith("checkpoint")}
+    assert completed[10]["name"] == "checkpoint_failed" and "rank_0000_of_0001.json" in completed[10]["reason"]
+    assert completed[20]["name"] == "checkpoint_completed"
 
 
 @pytest.mark.parametrize("harm", ["gone", "damaged"])
@@ -292,7 +290,7 @@ def test_a_run_whose_checkpoints_are_lost_does_not_restart_from_step_0(harm: str
     train(0, 1, str(tmp_path), ("train.steps=12", "checkpoint.keep=9"))
     before = (tmp_path / "metrics.jsonl").read_bytes()
     if harm == "gone":
-        (tmp_path / "checkpoints").rename(tmp_path / "away")
+        (tmp_path / "checkpoints").rename(tmp_path / "moved")
     for shard in tmp_path.glob("checkpoints/*/*.safetensors"):
         shard.write_bytes(b"x")
     with pytest.raises(
@@ -301,13 +299,13 @@ def test_a_run_whose_checkpoints_are_lost_does_not_restart_from_step_0(harm: str
         train(0, 1, str(tmp_path), ("train.steps=14",))
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
     if harm == "gone":
-        (tmp_path / "away").rename(tmp_path / "checkpoints")
+        (tmp_path / "moved").rename(tmp_path / "checkpoints")
         train(0, 1, str(tmp_path), ("train.steps=14",))
         assert len(losses(tmp_path)) == 14
 
 
 def test_what_a_run_resumed_from_is_missed_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its record that it is complete is of a later step, and so was cut when the run went on from it."""
+    """The record of its completion is of a later step and is cut on the resume."""
     real = Trainer.forward_backward
 
     def dies(self: Trainer, step: int) -> Any:
@@ -320,7 +318,7 @@ def test_what_a_run_resumed_from_is_missed_too(tmp_path: Path, monkeypatch: pyte
         with pytest.raises(RuntimeError, match="here it dies"):
             train(0, 1, str(tmp_path), ("train.steps=20",))
     assert not [r for r in records(tmp_path, "event") if r["name"] == "checkpoint_completed"]
-    (tmp_path / "checkpoints").rename(tmp_path / "away")
+    (tmp_path / "checkpoints").rename(tmp_path / "moved")
     with pytest.raises(LostCheckpoints, match="completed the checkpoint of step 10"):
         train(0, 1, str(tmp_path), ("train.steps=20",))
 
@@ -365,7 +363,9 @@ def test_a_report_that_cannot_be_written_leaves_the_one_before(tmp_path: Path) -
     assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "report.html"]
 
 
-def test_an_export_that_cannot_be_written_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+def test_an_export_that_cannot_be_written_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
     from jobs import export as job
     from raymoe.export import export as compress
 
@@ -373,8 +373,8 @@ def test_an_export_that_cannot_be_written_says_so(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(compress, "export", lambda *_, **__: write_json(tmp_path / "manifest.json", {"a": "x" * 999}))
     with small_files(100):
         assert job.main() == 2
-    said = capsys.readouterr().err
-    assert said.startswith("export.py: ") and "cannot write" in said and "free space and permissions" in said
+    error = capsys.readouterr().err
+    assert error.startswith("export.py: ") and "cannot write" in error and "free space and permissions" in error
     assert not list(tmp_path.iterdir())
 
 

@@ -193,7 +193,9 @@ def test_a_missing_file_is_refused_before_ray_and_leaves_nothing(tmp_path: Path,
     assert "connect" not in without_ray and not (tmp_path / "first").exists()
 
 
-def test_a_resume_goes_on_with_its_own_corpus_or_names_both(text: Path, tmp_path: Path, without_ray: list[str]) -> None:
+def test_a_resume_continues_with_its_own_corpus_or_names_both(
+    text: Path, tmp_path: Path, without_ray: list[str]
+) -> None:
     config = config_of(tmp_path, text)
     run, _ = launch(config)
     first = json.loads((run / "config.json").read_text())

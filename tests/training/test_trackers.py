@@ -1,4 +1,4 @@
-"""Trackers: each package in its offline mode, and a run that goes on without one that fails."""
+"""Trackers: each package in its offline mode, and a run that continues without a failed one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The engine against the model that evaluation uses: the same logits and the same text, whoever else is there."""
+"""The engine against the model that evaluation uses: equal logits and text, regardless of other requests."""
 
 from __future__ import annotations
 
@@ -241,7 +241,7 @@ JOINS = st.lists(st.tuples(REQUESTS, st.integers(0, 12), st.none() | st.integers
 
 @settings(max_examples=60, deadline=None)
 @given(joins=JOINS, step_tokens=st.integers(3, 30))
-def test_whoever_comes_and_goes_answers_are_those_of_the_whole_model(
+def test_completions_equal_those_of_the_whole_model_as_requests_join_and_leave(
     trunk: Trunk, model: Transformer, joins: list[tuple[Request, int, int | None]], step_tokens: int
 ) -> None:
     engine = make_engine(trunk, max_running=3, step_tokens=step_tokens, kv_bytes=100 * 256)
@@ -301,7 +301,7 @@ def check(model: Transformer, request: Request, answer: Answer) -> None:
         assert whole.endswith(answer.text)
 
 
-def test_a_long_prompt_delays_nobody(trunk: Trunk) -> None:
+def test_a_long_prompt_delays_no_request(trunk: Trunk) -> None:
     engine = make_engine(trunk, step_tokens=8)
     talking = submit(engine, Request(random_tokens(3), 30, GREEDY, ignore_eos=True))
     engine.step()
@@ -485,8 +485,10 @@ def test_nothing_ends_an_answer_before_its_least_number_of_tokens(trunk: Trunk) 
     only = replace(bias, logit_bias=((40, 90.0),))
     stopped = ask(engine, Request((1,), 20, only, stop_token_ids=(40,), min_tokens=7))
     assert stopped.tokens == [40] * 8 and stopped.finish == "stop" and stopped.text == TOKENIZER.decode([40] * 7)
-    said = ask(engine, Request((1,), 20, replace(only, stop=(TOKENIZER.decode([40]),)), min_tokens=7))
-    assert said.tokens == [40] * 8 and said.finish == "stop" and said.text == TOKENIZER.decode([40] * 7)
+    completion = ask(engine, Request((1,), 20, replace(only, stop=(TOKENIZER.decode([40]),)), min_tokens=7))
+    assert (
+        completion.tokens == [40] * 8 and completion.finish == "stop" and completion.text == TOKENIZER.decode([40] * 7)
+    )
     ignored = ask(engine, Request((1,), 9, bias, min_tokens=7, ignore_eos=True))
     assert ignored.tokens == [engine.end] * 9 and ignored.finish == "length"
     exact = ask(engine, Request((1,), 7, bias, min_tokens=7))
@@ -495,7 +497,7 @@ def test_nothing_ends_an_answer_before_its_least_number_of_tokens(trunk: Trunk) 
 
 @settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 1000), at=st.integers(1, 19))
-def test_a_request_goes_on_elsewhere_with_the_same_text(trunk: Trunk, seed: int, at: int) -> None:
+def test_a_request_continues_elsewhere_with_the_same_text(trunk: Trunk, seed: int, at: int) -> None:
     sampling = Sampling(
         temperature=1.2, top_p=0.95, repetition_penalty=1.1, frequency_penalty=0.3, seed=seed,
         stop=("zz", "e t", "a"), logit_bias=((5, -100.0), (0, 6.0), (60, 2.0)),

@@ -19,7 +19,7 @@ def cache(blocks: int, block: int = 4) -> KVCache:
     return KVCache(MODEL, blocks * block * TOKEN_BYTES, torch.float32, block)
 
 
-def test_the_budget_says_how_many_tokens_fit() -> None:
+def test_the_budget_bounds_the_tokens() -> None:
     kv = KVCache(MODEL, 1000 * TOKEN_BYTES + 5, torch.float32)
     assert (kv.block, kv.capacity, kv.free) == (16, 992, 992)
     assert kv.bytes == 992 * TOKEN_BYTES <= 1000 * TOKEN_BYTES

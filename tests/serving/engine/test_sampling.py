@@ -100,7 +100,7 @@ def test_noise_is_even_and_without_memory_in_each_of_its_arguments() -> None:
     assert (torch.corrcoef(columns) - torch.eye(3)).abs().max() < 0.06
 
 
-def test_tokens_are_drawn_as_often_as_their_weights_say() -> None:
+def test_tokens_are_drawn_in_proportion_to_their_weights() -> None:
     weights = np.array([0.0, 3.0, 1.0, 0.0, 4.0, 0.0])
     for draws in ([pick(weights, 7, i) for i in range(5000)], [pick(weights, i, 7) for i in range(5000)]):
         assert np.bincount(draws, minlength=6) / 5000 == pytest.approx(weights / 8, abs=0.02)

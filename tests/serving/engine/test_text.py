@@ -56,7 +56,7 @@ def plain_stop(pieces: Sequence[str], stops: Sequence[str]) -> tuple[str, int | 
     st.lists(st.text(alphabet="abc", max_size=4), max_size=12),
     st.lists(st.text(alphabet="abc", min_size=1, max_size=5), max_size=3),
 )
-def test_stop_strings_end_the_text_where_find_says(pieces: list[str], stops: list[str]) -> None:
+def test_stop_strings_end_the_text_where_find_does(pieces: list[str], stops: list[str]) -> None:
     expected, at = plain_stop(pieces, stops)
     matcher, out = StopStrings(stops), ""
     for i, piece in enumerate(pieces):

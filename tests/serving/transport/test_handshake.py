@@ -195,7 +195,7 @@ def test_arbitrary_bytes_only_fail_the_handshake(parts: list[bytes], server: boo
 
 
 @pytest.mark.parametrize("content", [b"[]", b"5", b'{"a": 1}', b"\xff", b"[" * 4000, b"", b"null"])
-def test_an_identity_that_is_none_is_refused(content: bytes) -> None:
+def test_an_invalid_identity_is_refused(content: bytes) -> None:
     serving = server_exchange(SECRET, 80, IDENTITY)
     next(serving)
     nonce = bytes(NONCE_BYTES)
