@@ -7,7 +7,7 @@ matrix.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -74,12 +74,7 @@ def fold(
         prefix = f"layers.{layer}."
         folded: dict[str, Tensor] = {}
         if layer in parts:
-            experts: dict[int, dict[str, Tensor]] = {}
-            for rank, part in enumerate(parts[layer]):
-                for e, flat in zip(primary_groups(sharded, rank, layer), part.split(per_expert), strict=True):
-                    numbers = flat.split([torch.Size(size).numel() for size in sizes.values()])
-                    experts[e] = {n: x.view(size) for (n, size), x in zip(sizes.items(), numbers, strict=True)}
-            stacked = {name: torch.stack([experts[e][name] for e in range(model.n_experts)]) for name in sizes}
+            stacked = _stack(sharded, layer, parts[layer], sizes)
             folded = _layer(stacked, ffn, samples_LND[layer], clustered, alpha, seed)
         folded = _broadcast(folded, layer % sharded.world, ffn, clustered, kinds)
         assignment.append(tuple(folded.pop("assignment").long().tolist()))
@@ -90,6 +85,19 @@ def fold(
             out, prefix, ffn, {k: moments[k][f"{prefix}ffn.router.weight"] for k in kinds}, assignment[-1], clustered
         )
     return tuple(assignment), out
+
+
+def _stack(
+    sharded: Sharded, layer: int, parts: Sequence[Tensor], sizes: Mapping[str, tuple[int, int]]
+) -> dict[str, Tensor]:
+    """Return a layer's matrices and moments by name, stacked over the experts, from the flat parts of all ranks."""
+    counts = [torch.Size(size).numel() for size in sizes.values()]
+    experts: dict[int, dict[str, Tensor]] = {}
+    for rank, part in enumerate(parts):
+        for e, flat in zip(primary_groups(sharded, rank, layer), part.split(sum(counts)), strict=True):
+            views = zip(sizes.items(), flat.split(counts), strict=True)
+            experts[e] = {name: values.view(size) for (name, size), values in views}
+    return {name: torch.stack([experts[e][name] for e in range(len(experts))]) for name in sizes}
 
 
 def _layer(
