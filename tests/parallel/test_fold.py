@@ -124,7 +124,7 @@ def test_a_dense_start_folds_once_and_resumes_before_or_after_the_fold(tmp_path:
     assert record["step"] == 10
     assert record["probe_after"] == pytest.approx(record["probe_before"], rel=0.02)
     assert results[0]["membership"] == results[1]["membership"]
-    assert any("clusters." in key for key in results[0]["held"])
+    assert any("clusters." in key for key in results[0]["tensors"])
     for step, folds in ((5, [10]), (15, [])):
         resumed = copy_at(run, tmp_path / f"from{step}", step)
         train(0, 1, str(resumed), DENSE)

@@ -257,7 +257,7 @@ def test_a_stopped_plain_run_writes_a_checkpoint_and_names_the_way_on(
         (["tiny", "train.stepz=3"], "did you mean 'train.steps'"),
         (["tiny", "train.resume=nothing"], "no run to resume"),
         (["tiny", "train.workers=8,2"], "MIN at most MAX"),
-        (["huge"], "invalid choice"),
+        (["huge"], "unknown preset 'huge'"),
     ],
 )
 def test_a_bad_command_is_refused_before_anything_starts(arguments: list[str], message: str, tmp_path: Path) -> None:
