@@ -58,6 +58,7 @@ def test_the_demo_prints_its_stages_its_table_and_every_panel_shows_data(prometh
     done = subprocess.run(line, capture_output=True, text=True, timeout=1500)
     logs = "".join(log.read_text(errors="replace")[-2000:] for log in tmp_path.glob("*/logs/*.log"))
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:] + logs
+    (tmp_path / "output.txt").write_text(done.stdout)
     assert unanswered(prometheus, began) == []
     print(done.stdout, f"{time.monotonic() - started:.0f} s")
     lines = done.stdout.splitlines()
