@@ -118,6 +118,10 @@ def test_the_application_serves_through_killed_replicas(
         assert status == 400 and body["error"]["type"] == "invalid_request_error"
         assert all("127.0.0.1" in addresses(rollout.pids(each)[0]) for each in ("trunk", "cluster-0"))
 
+        elsewhere = {**rollout.config, "http_options": {"host": "127.0.0.1", "port": 1}}
+        with pytest.raises(RuntimeError, match=f"already listens on {rollout.host}:{rollout.port} and serves raymoe"):
+            Rollout(ray.dashboard, elsewhere).up()
+
         check(asyncio.run(while_killing(rollout, name, ["cluster-0", "trunk", "cluster-1"], 60)), expected)
         rollout.wait(lambda: rollout.running() == rollout.targets(), "to be whole again")
         status = serve(ray, "status")
@@ -125,6 +129,22 @@ def test_the_application_serves_through_killed_replicas(
     finally:
         serve(ray, "shutdown", "-y")
     assert not rollout.applications()
+
+
+@pytest.mark.soak
+def test_an_open_address_without_a_key_is_refused(ray: Head, model: Artifact, tmp_path: Path) -> None:
+    """The application is built on the cluster, where the address of Serve's proxies is known."""
+    made = config({"artifact": str(model.folder), "root": str(tmp_path)})
+    made["http_options"]["host"] = "0.0.0.0"
+    rollout = Rollout(ray.dashboard, made)
+    try:
+        with pytest.raises(RuntimeError, match="http_options.host=0.0.0.0 serves /v1 to other machines without a key"):
+            rollout.up()
+        (application,) = made["applications"]
+        application["args"]["allow_unauthenticated"] = True
+        rollout.up()
+    finally:
+        serve(ray, "shutdown", "-y")
 
 
 def run(*command: str, environment: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
