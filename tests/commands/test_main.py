@@ -44,7 +44,7 @@ def test_help_lists_each_command_once_and_the_exit_statuses(capsys: pytest.Captu
     assert all(f"  {status:<3}  " in text for status in (0, 1, 2, 130, 143))
 
 
-@pytest.mark.parametrize("words", [["--help"], ["--version"], ["train", "--help"]], ids=" ".join)
+@pytest.mark.parametrize("words", [["--help"], ["--version"], *([c, "--help"] for c in COMMANDS)], ids=" ".join)
 def test_help_imports_nothing_heavy(words: list[str]) -> None:
     assert imported(*words)[:2] == (0, [])
 
