@@ -17,7 +17,7 @@ import psutil
 from raymoe.commands.demo_compare import VARIANTS
 from raymoe.commands.demo_serve import Served, serve_and_load
 from raymoe.commands.demo_tables import comparison, plan_line, reading
-from raymoe.config import preset
+from raymoe.config import default_root, preset
 from raymoe.ops.ray_head import Head, head
 from raymoe.storage.files import write_json
 from raymoe.storage.run_folder import RunFolder, artifact_folder, read_records, run_folder
@@ -187,7 +187,7 @@ def run_stages(root: str, steps: int) -> None:
             ):
                 log = logs / f"{command[1]}.log"
                 wait({submit(ray, log, *command): log})
-        with progress("serve with Ray Serve, load: 16 streams, 80 % of the prompts from one domain"):
+        with progress("serve and load: 16 streams, 80 % of prompts from one domain"):
             served = serve_and_load(ray, root, artifact, run_folder(root, name), progress.update)
             for line in served.lines():
                 progress.note(line)
@@ -198,18 +198,21 @@ def run_stages(root: str, steps: int) -> None:
         write_json(RunFolder(run_folder(root, name)).comparison, table.to_dict())
         report = write_report(run_folder(root, name))
     print(f"\n{table}\n\n{reading(compared)}\n")
-    print(conclusion(served, victim, report, artifact, name, time.monotonic() - started))
+    print(conclusion(served, victim, report, artifact, root, name, time.monotonic() - started))
 
 
-def conclusion(served: Served, victim: Victim, report: Path, artifact: Path, name: str, seconds: float) -> str:
+def conclusion(
+    served: Served, victim: Victim, report: Path, artifact: Path, root: str, name: str, seconds: float
+) -> str:
     """Return the last lines: where to look next, what was seen, what the demo does not show, and what to do next."""
+    where = "" if root == str(Path(default_root()).resolve()) else f" --root {root}"
     survived = "a run that lost a worker and finished" if victim.recovered else "a run that finished"
     return (
         f"Where to look next\n"
         f"  report    {report}\n"
         f"  artifact  {artifact}\n"
         f'  generate  raymoe generate {name} "The licence grants"\n'
-        f"  serve     make serve   (or: raymoe serve {name} --start)\n\n"
+        f"  serve     make serve   (or: raymoe serve {name}{where} --start)\n\n"
         f"Seen: {survived}, a plan applied between two steps, an export, and {served.requests} requests of which "
         f"{served.failed} failed.\n"
         f"Not shown: which model is better. {len(SEEDS)} seeds of a short run on one machine do not decide that; "

@@ -92,17 +92,17 @@ def reading(records: Sequence[Record]) -> str:
     """Return one sentence that compares `clustered` with the best model of the table, with its spread."""
     values = {name: [r["perplexity"] for r in found] for name, found in by_model(records).items()}
     means = {name: statistics.fmean(v) for name, v in values.items()}
-    widest = max(max(v) - min(v) for v in values.values())
     best = min(means, key=means.__getitem__)
     if best == "clustered":
-        second = min((n for n in means if n != best), key=means.__getitem__)
-        gap, other = means[second] - means[best], f"{VARIANTS[second].label} by {means[second] - means[best]:.1f}"
-        text = f"clustered has the lowest perplexity, ahead of {other}"
+        other = min((n for n in means if n != best), key=means.__getitem__)
+        gap = means[other] - means[best]
+        text = f"clustered has the lowest perplexity, {gap:.1f} below {VARIANTS[other].label}"
     else:
-        gap = means["clustered"] - means[best]
+        other, gap = "clustered", means["clustered"] - means[best]
         text = f"{VARIANTS[best].label} has the lowest perplexity, {gap:.1f} below clustered"
+    widest = max(max(values[name]) - min(values[name]) for name in (best, other))
     verdict = "more" if gap > widest else "no more"
-    return f"Reading: {text}; that is {verdict} than the widest range between seeds ({widest:.1f})."
+    return f"Reading: {text}; that is {verdict} than the range of either between seeds ({widest:.1f})."
 
 
 def plan_line(plans: Sequence[Record]) -> str:
