@@ -211,7 +211,7 @@ def conclusion(
         f"Where to look next\n"
         f"  report    {report}\n"
         f"  artifact  {artifact}\n"
-        f'  generate  raymoe generate {name} "The licence grants"\n'
+        f'  generate  raymoe generate {name} "The licence grants"{where}\n'
         f"  serve     make serve   (or: raymoe serve {name}{where} --start)\n\n"
         f"Seen: {survived}, a plan applied between two steps, an export, and {served.requests} requests of which "
         f"{served.failed} failed.\n"
