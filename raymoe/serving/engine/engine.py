@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from raymoe.config import check_field
-from raymoe.data.tokens import END_OF_TEXT
+from raymoe.data.tokens import END_OF_TEXT, vocabulary_size
 from raymoe.serving.engine.kv_cache import KVCache
 from raymoe.serving.engine.request import Echo, Finish, Increment, Request, Usage
 from raymoe.serving.engine.sampling import Draw, LogProb, choose, logprobs
@@ -110,6 +110,8 @@ class Engine:
         self.settings = settings or EngineSettings()
         self.cache = KVCache(trunk.model, self.settings.kv_bytes, trunk.dtype, self.settings.block)
         self.end = tokenizer.token_to_id(END_OF_TEXT)
+        self.vocabulary = min(trunk.model.vocabulary, vocabulary_size(tokenizer))
+        """Number of token ids. Larger ids pad the embedding: they are refused in requests and never sampled."""
         self._waiting: deque[_Running] = deque()
         self._running: list[_Running] = []
 
@@ -148,12 +150,11 @@ class Engine:
             if not valid:
                 raise ValueError(message)
 
-        model = self.trunk.model
         biased = [token for token, _ in request.sampling.logit_bias]
         tokens = [*request.prompt, *request.resumed, *request.stop_token_ids, *biased]
         require(bool(request.prompt), "the prompt is empty: at least one token")
-        bad = next((t for t in tokens if not 0 <= t < model.vocabulary), None)
-        require(bad is None, f"token {bad} is not in the vocabulary of {model.vocabulary}")
+        bad = next((t for t in tokens if not 0 <= t < self.vocabulary), None)
+        require(bad is None, f"token {bad} is not in the vocabulary of {self.vocabulary}")
         require(request.max_tokens >= 0, f"max_tokens={request.max_tokens} is not allowed: 0 or more")
         require(
             0 <= request.min_tokens <= request.max_tokens,
@@ -243,17 +244,18 @@ class Engine:
         """Collect log-probabilities of the prompt tokens that follow the rows just computed."""
         following = state.request.prompt[state.computed + 1 : state.computed + 1 + logits_NV.shape[0]]
         top = [state.request.logprobs or 0] * len(following)
-        state.prompt_logprobs += logprobs(logits_NV[: len(following)], torch.tensor(following), top)
+        state.prompt_logprobs += logprobs(logits_NV[: len(following)], torch.tensor(following), top, self.vocabulary)
 
     def _sample(self, ready: Sequence[tuple[_Running, Tensor]]) -> list[Increment]:
         """Sample the next token of each request whose tokens are all computed."""
         logits = torch.stack([last for _, last in ready])
-        tokens = choose(logits, [self._draw(state) for state, _ in ready])
+        tokens = choose(logits, [self._draw(state) for state, _ in ready], self.vocabulary)
         reported = [i for i, (state, _) in enumerate(ready) if state.request.logprobs is not None]
         found: dict[int, LogProb] = {}
         if reported:
             top = [ready[i][0].request.logprobs or 0 for i in reported]
-            found = dict(zip(reported, logprobs(logits[reported], tokens[reported], top), strict=True))
+            chosen = logprobs(logits[reported], tokens[reported], top, self.vocabulary)
+            found = dict(zip(reported, chosen, strict=True))
         return [
             self._extend(state, token, found.get(i))
             for i, ((state, _), token) in enumerate(zip(ready, tokens.tolist(), strict=True))

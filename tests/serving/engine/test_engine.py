@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable
 from dataclasses import replace
 from itertools import count
+from pathlib import Path
 
 import pytest
 import torch
@@ -515,3 +516,17 @@ def test_a_request_continues_elsewhere_with_the_same_text(trunk: Trunk, seed: in
     assert "".join(i.text for i in before) + after.text == undisturbed.text
     assert after.finish == undisturbed.finish
     assert after.increments[-1].usage == undisturbed.increments[-1].usage
+
+
+def test_ids_that_pad_the_vocabulary_are_never_sampled_and_refused_in_requests(tmp_path: Path) -> None:
+    """The embedding has 352 rows and the tokenizer 320 ids; without the limit one token in eleven would have no text."""
+    engine = make_engine(make_trunk(served.artifact(tmp_path, replace(served.MODEL, vocabulary=352))))
+    assert engine.vocabulary == 320
+    for sampling in (GREEDY, Sampling(temperature=5.0, seed=1), Sampling(temperature=5.0, top_k=200, seed=2)):
+        found = ask(engine, Request((1, 2, 3), 60, sampling, ignore_eos=True, logprobs=20))
+        assert len(found.tokens) == 60 and max(found.tokens) < 320
+        top = [token for i in found.increments if i.logprob for token, _ in i.logprob.top]
+        assert top and max(top) < 320
+    for bad in (Request((1, 320)), Request((1,), stop_token_ids=(351,))):
+        with pytest.raises(ValueError, match="is not in the vocabulary of 320"):
+            engine.submit("bad", bad)
