@@ -3,7 +3,7 @@
     raymoe demo [--root FOLDER] [--steps N]
 
 Starts a Ray head of its own on free ports and ends it at the end; needs no download and no account, and takes about
-8 minutes on 2 cores. Submits jobs as a user does: a run with 2 workers that regroups its experts and whose worker
+7 minutes on 2 cores. Submits jobs as a user does: a run with 2 workers that regroups its experts and whose worker
 is killed, then four models on the same tokens with 2 seeds each, the export and its evaluation. Serves the export
 with Ray Serve and sends it a skewed load, so that each cluster scales its own replicas.
 

@@ -166,7 +166,7 @@ def run_stages(root: str, steps: int) -> None:
     folder = Path(root) / f"{name}-compare"
     logs = folder / "logs"
     logs.mkdir(parents=True)
-    print(f"raymoe demo: about 8 minutes on 2 cores. Runs and exports: {root}. Logs of Ray and of each stage: {logs}\n")
+    print(f"raymoe demo: about 7 minutes on 2 cores\nruns and exports  {root}\nlogs of stages    {logs}\n", flush=True)
     started = time.monotonic()
     progress = Progress(6)
     with progress("start a Ray head"):
