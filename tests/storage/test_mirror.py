@@ -40,7 +40,7 @@ def a_run(folder: Path, *steps: int) -> Path:
 
 def goes_there_and_comes_back(uri: str, folder: Path) -> None:
     run, mirror = a_run(folder / "here", 10, 20, 30), Mirror(uri, "first")
-    with pytest.raises(FileNotFoundError, match=r"store has no run named first"):
+    with pytest.raises(FileNotFoundError, match="has no run named first"):
         Mirror(uri, "first").pull(folder / "there" / "first")
     for step in (10, 20, 30):
         mirror.push(run, step, keep=2)
