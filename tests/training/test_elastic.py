@@ -295,6 +295,7 @@ def test_a_run_that_fails_again_and_again_ends_with_the_reason(tmp_path: Path) -
         "train.clip=1e15",
         "train.max_failures=1",
         "regroup.mode=off",
+        "checkpoint.max_loss_s=0",  # no checkpoint between the failures, however slow the machine is
     ]
     done = command("jobs/train.py", *CONFIG, f"run.root={tmp_path}", *given, root=tmp_path)
     assert done.returncode == 1, done.stdout + done.stderr
