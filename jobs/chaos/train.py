@@ -57,9 +57,10 @@ class Victim:
     def __init__(self, folder: Path, workers: str, stack: ExitStack) -> None:
         self.folder, self.run, self.workers = folder, folder / "chaos", workers
         self.outer, self.inner = stack, ExitStack()
-        stack.callback(self.end)
         self.start_head()
+        stack.callback(self.inner.close)
         self.start()
+        stack.callback(self.end)
 
     # Processes.
 
