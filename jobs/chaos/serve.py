@@ -28,7 +28,7 @@ class Kill:
     """Of the load's clock."""
     recovered_s: float | None = None
     """Until as many other replicas ran as should."""
-    felt: dict[str, Any] = field(default_factory=dict)
+    impact: dict[str, Any] = field(default_factory=dict)
 
 
 class Watch:
@@ -70,7 +70,7 @@ class Watch:
 
 
 async def disturbed(watch: Watch, loading: Any, schedule: Sequence[tuple[float, str, int]]) -> Any:
-    """The answers of a load while the schedule's (second, deployment, replicas) are killed."""
+    """Return the completions of a load during which the schedule's (second, deployment, replicas) are killed."""
     task = asyncio.create_task(loading)
     watch.started = time.perf_counter()
     for at, victim, count in schedule:
@@ -97,13 +97,13 @@ def draw(clusters: int, kills: int, seconds: float, seed: int) -> list[tuple[flo
     return schedule
 
 
-def felt(answers: Sequence[Any], since: float, until: float) -> dict[str, Any]:
-    """Of requests under way in an interval: how many, how many failed, and the longest that one took."""
-    under_way = [a for a in answers if a.started < until and a.ended > since]
+def impact_of(completions: Sequence[Any], since: float, until: float) -> dict[str, Any]:
+    """Return the number of requests in progress in an interval, how many of them failed, and the longest duration."""
+    in_progress = [a for a in completions if a.started < until and a.ended > since]
     return {
-        "requests": len(under_way),
-        "failed": sum(bool(a.error) for a in under_way),
-        "longest_s": max((a.ended - a.started for a in under_way), default=0.0),
+        "requests": len(in_progress),
+        "failed": sum(bool(a.error) for a in in_progress),
+        "longest_s": max((a.ended - a.started for a in in_progress), default=0.0),
     }
 
 
@@ -127,7 +127,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         rollout = Rollout(ray.dashboard, config)
         rollout.up()
         rollout.wait(lambda: rollout.running() == rollout.targets(), "to have all of its replicas")
-        print("serving; first the undisturbed answers", flush=True)
+        print("serving; first the undisturbed load", flush=True)
 
         def under_load(**how: Any) -> Any:
             return load(rollout.base, prompts, streams=arguments.streams, body=body, **how)
@@ -138,12 +138,14 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
         def disturb(name: str, schedule: Sequence[tuple[float, str, int]], seconds: float) -> None:
             watch = Watch(rollout)
-            answers = asyncio.run(disturbed(watch, under_load(seconds=seconds), schedule))
+            completions = asyncio.run(disturbed(watch, under_load(seconds=seconds), schedule))
             watch.end(120)
             for kill in watch.kills:
-                kill.felt = felt(answers, kill.at, kill.at + (120 if kill.recovered_s is None else kill.recovered_s))
-            result[name] = summary(answers) | {
-                "changed": sum(not a.error and a.text != expected[a.prompt] for a in answers),
+                kill.impact = impact_of(
+                    completions, kill.at, kill.at + (120 if kill.recovered_s is None else kill.recovered_s)
+                )
+            result[name] = summary(completions) | {
+                "changed": sum(not a.error and a.text != expected[a.prompt] for a in completions),
                 "kills": [vars(k) for k in watch.kills],
             }
 
@@ -154,11 +156,11 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
                 killer = threading.Timer(5.0, os.kill, (pid, signal.SIGKILL))
                 started = time.perf_counter()
                 killer.start()
-                answers = asyncio.run(under_load(seconds=75.0))
+                completions = asyncio.run(under_load(seconds=75.0))
                 killer.join()
-                failed = [a for a in answers if a.error]
-                result[name] = summary(answers) | {
-                    "changed": sum(not a.error and a.text != expected[a.prompt] for a in answers),
+                failed = [a for a in completions if a.error]
+                result[name] = summary(completions) | {
+                    "changed": sum(not a.error and a.text != expected[a.prompt] for a in completions),
                     "failing_s": max((a.ended for a in failed), default=0.0)
                     - min((a.ended for a in failed), default=0.0),
                     "seconds": time.perf_counter() - started,
@@ -181,7 +183,7 @@ def show(result: dict[str, Any]) -> None:
         recovered = "never" if kill["recovered_s"] is None else f"{kill['recovered_s']:.1f} s"
         print(
             f"  {kill['at']:6.1f} s  SIGKILL {len(kill['pids'])} of {kill['victim']:10} whole again after {recovered}; "
-            f"{kill['felt']['requests']} requests under way, the longest took {kill['felt']['longest_s']:.1f} s"
+            f"{kill['impact']['requests']} requests in progress, the longest took {kill['impact']['longest_s']:.1f} s"
         )
     for name in ("controller", "proxy"):
         if name in result and result[name]["failed"]:

@@ -6,17 +6,14 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import torch
-
 from raymoe.serving.engine.cluster import LocalClusters
 from raymoe.serving.engine.engine import Engine, EngineSettings
 from raymoe.serving.engine.trunk import Trunk
 from raymoe.serving.http.bodies import CompletionBody, parse
 from raymoe.serving.http.make_requests import completion_requests
 from raymoe.serving.http.prompts import Codec
+from raymoe.serving.settings import PRECISIONS
 from raymoe.storage.artifact import Artifact
-
-PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class LocalModel:
