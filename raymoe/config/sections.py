@@ -11,8 +11,8 @@ import yaml
 
 from raymoe.config.checks import check_positive, require
 from raymoe.config.home import default_root
+from raymoe.config.model_section import ModelSection
 
-Experts = Literal["clustered", "flat", "dense"]
 Precision = Literal["float32", "bfloat16"]
 
 
@@ -58,85 +58,6 @@ class DataSection:
     def __post_init__(self) -> None:
         require(bool(self.path), "data.path", self.path, "must name a data set, file, folder or builtin")
         require(0 < self.validation_share < 0.5, "data.validation_share", self.validation_share, "between 0 and 0.5")
-
-
-@dataclass(frozen=True)
-class ModelSection:
-    """Architecture."""
-
-    experts: Experts = "clustered"
-    """Kind of feed-forward layer. `clustered`: experts share a base per cluster and add a low-rank residual; routing is in two stages. `flat`: independent experts with softmax top-K routing. `dense`: one feed-forward network with the active width of the experts."""
-    layers: int = 4
-    """Transformer layers; each has a feed-forward layer of experts."""
-    d_model: int = 256
-    """Width of the residual stream (D). A multiple of 2 x `model.heads`."""
-    d_expert: int = 512
-    """Hidden width of an expert (F)."""
-    n_experts: int = 32
-    """Experts in a layer (E)."""
-    n_clusters: int = 4
-    """Clusters in a layer (C), at most `model.n_experts`."""
-    experts_per_token: int = 2
-    """Experts that process each token (K). Clustered: in each cluster of the token."""
-    clusters_per_token: int = 1
-    """Clusters that stage 1 of the routing selects for each token (P)."""
-    residual_width: int = 16
-    """Rank of a residual (W). 0: no residuals, so that all experts of a cluster are its base."""
-    gate_scale: float = 1.0
-    """Factor on the output of a layer of experts. Clustered outputs are weighted with the probability of their cluster, and are small at first."""
-    heads: int = 4
-    """Query heads of the attention."""
-    kv_heads: int = 2
-    """Key and value heads (grouped-query attention). Divides `model.heads`."""
-    vocabulary: int = 8192
-    """Size of the tokenizer's vocabulary (V), and so of the embedding."""
-    context: int = 256
-    """Length of a training sequence in tokens (S), at most 2^20."""
-    rope_theta: float = 10000.0
-    """Base of the rotary position embedding."""
-    tied_head: bool = True
-    """Share the weights of the embedding and the output head."""
-
-    def __post_init__(self) -> None:
-        check_positive(
-            self, "model", "layers", "d_model", "d_expert", "n_experts", "n_clusters", "experts_per_token",
-            "clusters_per_token", "gate_scale", "heads", "kv_heads", "vocabulary", "context", "rope_theta",
-        )  # fmt: skip
-        require(self.context <= 1 << 20, "model.context", self.context, "at most 2^20")
-        require(self.residual_width >= 0, "model.residual_width", self.residual_width, "must be 0 or more")
-        rotary = f"model.d_model={self.d_model} must be a multiple of 2 x heads (RoPE rotates pairs)"
-        require(self.d_model % (2 * self.heads) == 0, "model.heads", self.heads, rotary)
-        require(self.heads % self.kv_heads == 0, "model.kv_heads", self.kv_heads, f"must divide heads={self.heads}")
-        if self.experts == "clustered":
-            self._check_clusters()
-        else:
-            require(
-                self.experts_per_token <= self.n_experts,
-                "model.experts_per_token",
-                self.experts_per_token,
-                f"at most n_experts={self.n_experts}",
-            )
-
-    def _check_clusters(self) -> None:
-        experts, clusters = self.n_experts, self.n_clusters
-        require(clusters <= experts, "model.n_clusters", clusters, f"at most n_experts={experts}")
-        require(
-            self.clusters_per_token <= clusters,
-            "model.clusters_per_token",
-            self.clusters_per_token,
-            f"at most n_clusters={clusters}",
-        )
-        require(
-            not self.residual_width or self.experts_per_token <= experts // clusters,
-            "model.experts_per_token",
-            self.experts_per_token,
-            f"at most the {experts // clusters} experts of the smallest cluster",
-        )
-
-    def default_assignment(self) -> tuple[tuple[int, ...], ...]:
-        """Return version 0 of the assignment: contiguous experts in clusters of even size. Shape [layers][E]."""
-        row = tuple(e * self.n_clusters // self.n_experts for e in range(self.n_experts))
-        return (row,) * self.layers
 
 
 @dataclass(frozen=True)
@@ -252,7 +173,7 @@ class RegroupSection:
     """Changes of the experts' clusters. Brackets give the paper's constants (arXiv 2510.02345, sections 3.1 and 4.1)."""
 
     mode: Literal["async", "lockstep", "replay", "off"] = "async"
-    """Source of plans. `async`: the clusterer, while training continues. `lockstep`: the clusterer, while training waits, so that a run is a function of its seed. `replay`: the file `regroup.replay`. `off`: the first assignment remains. Models without clusters of residuals have no regrouping."""
+    """Source of plans. `async`: the clusterer, while training continues. `lockstep`: the clusterer, while training waits, so that a run is a function of its seed. `replay`: the file `regroup.replay`. `off`: the first assignment remains. Models without experts in several clusters have no regrouping."""
     replay: str = ""
     """Path of a `plans.jsonl` whose applied plans are applied again at the same steps. Required by `regroup.mode=replay`."""
     start: Literal["factored", "dense"] = "factored"
@@ -315,10 +236,16 @@ class Config:
     def __post_init__(self) -> None:
         regroup = self.regroup
         if self.regroups:
+            require(
+                self.model.expert_kind == "residual" or regroup.refit == "keep",
+                "regroup.refit",
+                regroup.refit,
+                "private experts do not depend on a base: keep",
+            )
             self._check_plan_timing(regroup.plan_lag, regroup.overlap, regroup.stats_every)
         if regroup.start == "dense":
             needs = "needs clustered experts with residuals, and a regroup.mode"
-            require(self.regroups, "regroup.start", "dense", needs)
+            require(self.regroups and self.model.expert_kind == "residual", "regroup.start", "dense", needs)
             require(
                 0 < regroup.burn_in < self.train.steps,
                 "regroup.burn_in",
@@ -343,9 +270,7 @@ class Config:
     @property
     def regroups(self) -> bool:
         """Whether experts may change clusters in this run."""
-        model = self.model
-        has_residuals = model.experts == "clustered" and model.residual_width > 0 and model.n_clusters > 1
-        return has_residuals and self.regroup.mode != "off"
+        return self.model.has_members and self.model.n_clusters > 1 and self.regroup.mode != "off"
 
     @property
     def period(self) -> int:

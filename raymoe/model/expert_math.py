@@ -42,7 +42,7 @@ def compute_dtype(x_TD: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x_TD.dtype
 
 
-def _times(rows_NI: Tensor, weights_eIJ: Tensor, parts: list[Span], *, transpose: bool = False) -> Tensor:
+def times(rows_NI: Tensor, weights_eIJ: Tensor, parts: list[Span], *, transpose: bool = False) -> Tensor:
     """Multiply each part of the rows by its own matrix: [N, J]. With `transpose` the weights are [e, J, I]."""
     out_NJ = rows_NI.new_empty(rows_NI.shape[0], weights_eIJ.shape[1 if transpose else 2])
     for e, (start, stop) in enumerate(parts):
@@ -52,21 +52,23 @@ def _times(rows_NI: Tensor, weights_eIJ: Tensor, parts: list[Span], *, transpose
     return out_NJ
 
 
-def _add_times(out_NJ: Tensor, rows_NI: Tensor, weights_eIJ: Tensor, parts: list[Span]) -> None:
-    """Add each part of the rows times its own transposed matrix (weights [e, J, I]), in place."""
+def add_times(
+    out_NJ: Tensor, rows_NI: Tensor, weights_eIJ: Tensor, parts: list[Span], *, transpose: bool = False
+) -> None:
+    """Add the products of `times`, in place."""
     for e, (start, stop) in enumerate(parts):
         if stop > start:
-            out_NJ[start:stop].addmm_(rows_NI[start:stop], weights_eIJ[e].t())
+            out_NJ[start:stop].addmm_(rows_NI[start:stop], weights_eIJ[e].t() if transpose else weights_eIJ[e])
 
 
-def _weight_gradient(grad_eIJ: Tensor, left_NI: Tensor, right_NJ: Tensor, parts: list[Span]) -> None:
+def weight_gradient(grad_eIJ: Tensor, left_NI: Tensor, right_NJ: Tensor, parts: list[Span]) -> None:
     """Set grad[e] = left_eᵀ right_e for each part. The gradient may have a wider type."""
     for e, (start, stop) in enumerate(parts):
         if stop > start:
             grad_eIJ[e] = left_NI[start:stop].t() @ right_NJ[start:stop]
 
 
-def _sum_pairs(values_NJ: Tensor, position_RK: Tensor, weight_RK: Tensor | None = None) -> Tensor:
+def sum_pairs(values_NJ: Tensor, position_RK: Tensor, weight_RK: Tensor | None = None) -> Tensor:
     """Sum pairs back to rows: Σ_k weight[r, k] · values[position[r, k]], [R, J]."""
     return F.embedding_bag(position_RK, values_NJ, mode="sum", per_sample_weights=weight_RK)
 
@@ -93,6 +95,7 @@ class Pairs:
 
     def __init__(self, expert_RK: Tensor, size: int, x_RD: Tensor) -> None:
         n, self.k = expert_RK.shape
+        self.expert_RK = expert_RK
         flat_N = expert_RK.flatten()
         counts_e = torch.bincount(flat_N, minlength=size)
         self.counts: list[int] = counts_e.tolist()
@@ -116,9 +119,6 @@ class Pairs:
         out_N1 = gate_RK.new_zeros(self.row_N.shape[0], 1)
         out_N1[self.real_N, 0] = gate_RK.flatten()
         return out_N1
-
-
-RESIDUALS = ("gate_in", "gate_out", "up_in", "up_out", "down_in", "down_out")
 
 
 class _Bases(NamedTuple):
@@ -180,16 +180,16 @@ def _forward_members(
     parts = pairs.parts
     wide_2RF = _base_products(rows_RD, bases)
     padded_gate_RK = padded(gate_RK, rows_RD.shape[0])
-    narrow_N2W = _times(rows_RD.index_select(0, pairs.row_N), residuals.narrow_in_eD2W, parts)
+    narrow_N2W = times(rows_RD.index_select(0, pairs.row_N), residuals.narrow_in_eD2W, parts)
     wide_2NF = wide_2RF.index_select(1, pairs.row_N)
     narrow_2NW = _split(narrow_N2W)
     for e, (first, last) in enumerate(parts):
         if last > first:
             wide_2NF[:, first:last].baddbmm_(narrow_2NW[:, first:last], residuals.wide_out_e2WF[e])
     h_NF = F.silu(wide_2NF[0]).mul_(wide_2NF[1])
-    hidden_RF = _sum_pairs(h_NF, pairs.position_RK, padded_gate_RK)
-    down_NW = _times(h_NF, residuals.down_in_eFW, parts)
-    y_RD = _sum_pairs(_times(down_NW, residuals.down_out_eWD, parts), pairs.position_RK, padded_gate_RK)
+    hidden_RF = sum_pairs(h_NF, pairs.position_RK, padded_gate_RK)
+    down_NW = times(h_NF, residuals.down_in_eFW, parts)
+    y_RD = sum_pairs(times(down_NW, residuals.down_out_eWD, parts), pairs.position_RK, padded_gate_RK)
     y_RD.addmm_(hidden_RF, bases.down_FD)
     return y_RD, [rows_RD, wide_2NF, hidden_RF, narrow_N2W, down_NW, pairs.spread(gate_RK)]
 
@@ -227,13 +227,13 @@ def _backward_members(
     d_bases.down_FD.copy_(hidden_RF.t() @ dy_RD)
     dh_NF = (dy_RD @ bases.down_FD.t()).index_select(0, pairs.row_N)
     dy_ND = dy_RD.index_select(0, pairs.row_N)
-    d_down_NW = _times(dy_ND, residuals.down_out_eWD, parts, transpose=True)
+    d_down_NW = times(dy_ND, residuals.down_out_eWD, parts, transpose=True)
     d_gate_N = (dh_NF * h_NF).sum(1, dtype=wider) + (d_down_NW * down_NW).sum(1, dtype=wider)
-    _weight_gradient(d_residuals.down_out_eWD, down_NW * gate_N1, dy_ND, parts)
+    weight_gradient(d_residuals.down_out_eWD, down_NW * gate_N1, dy_ND, parts)
     d_down_NW *= gate_N1
-    _weight_gradient(d_residuals.down_in_eFW, h_NF, d_down_NW, parts)
+    weight_gradient(d_residuals.down_in_eFW, h_NF, d_down_NW, parts)
     dh_NF *= gate_N1
-    _add_times(dh_NF, d_down_NW, residuals.down_in_eFW, parts)
+    add_times(dh_NF, d_down_NW, residuals.down_in_eFW, parts, transpose=True)
     # Gate and up together.
     d_wide_2NF = torch.empty_like(wide_2NF)
     torch.mul(active_NF, dh_NF, out=d_wide_2NF[1])
@@ -245,9 +245,9 @@ def _backward_members(
             d_residuals.wide_out_e2WF[e] = narrow_2NW[:, first:last].transpose(1, 2) @ d_wide_2NF[:, first:last]
             d_narrow_2NW[:, first:last] = d_wide_2NF[:, first:last] @ residuals.wide_out_e2WF[e].transpose(1, 2)
     d_narrow_N2W = d_narrow_2NW.transpose(0, 1).reshape(narrow_N2W.shape)
-    _weight_gradient(d_residuals.narrow_in_eD2W, rows_RD.index_select(0, pairs.row_N), d_narrow_N2W, parts)
-    dx_RD = _sum_pairs(_times(d_narrow_N2W, residuals.narrow_in_eD2W, parts, transpose=True), pairs.position_RK)
-    d_gate_RF, d_up_RF = (_sum_pairs(d_NF, pairs.position_RK) for d_NF in d_wide_2NF)
+    weight_gradient(d_residuals.narrow_in_eD2W, rows_RD.index_select(0, pairs.row_N), d_narrow_N2W, parts)
+    dx_RD = sum_pairs(times(d_narrow_N2W, residuals.narrow_in_eD2W, parts, transpose=True), pairs.position_RK)
+    d_gate_RF, d_up_RF = (sum_pairs(d_NF, pairs.position_RK) for d_NF in d_wide_2NF)
     dx_RD.addmm_(d_gate_RF, bases.gate_DF.t())
     dx_RD.addmm_(d_up_RF, bases.up_DF.t())
     d_bases.gate_DF.copy_(rows_RD.t() @ d_gate_RF)
@@ -342,8 +342,8 @@ class FlatFFN(torch.autograd.Function):
         expert_N1 = torch.repeat_interleave(torch.tensor(counts, device=x_ND.device)).unsqueeze(1)
         p = Pairs(expert_N1, len(counts), x_ND)
         rows_ND = x_ND.index_select(0, p.row_N) if x_ND.shape[0] else x_ND
-        a_NF, b_NF = _times(rows_ND, gate_eDF, p.parts), _times(rows_ND, up_eDF, p.parts)
-        y_ND = _times(F.silu(a_NF).mul_(b_NF), down_eFD, p.parts)
+        a_NF, b_NF = times(rows_ND, gate_eDF, p.parts), times(rows_ND, up_eDF, p.parts)
+        y_ND = times(F.silu(a_NF).mul_(b_NF), down_eFD, p.parts)
         ctx.layout = (p, [weight.dtype for weight in weights])
         ctx.save_for_backward(rows_ND, gate_eDF, up_eDF, down_eFD, a_NF, b_NF)
         return y_ND.index_select(0, p.real_N)
@@ -358,12 +358,12 @@ class FlatFFN(torch.autograd.Function):
             for weight, dtype in zip((gate_eDF, up_eDF, down_eFD), types, strict=True)
         )
         active_NF = F.silu(a_NF)
-        _weight_gradient(d_down_eFD, active_NF * b_NF, dy_ND, p.parts)
-        dh_NF = _times(dy_ND, down_eFD, p.parts, transpose=True)
+        weight_gradient(d_down_eFD, active_NF * b_NF, dy_ND, p.parts)
+        dh_NF = times(dy_ND, down_eFD, p.parts, transpose=True)
         db_NF = active_NF.mul_(dh_NF)
         da_NF = torch.ops.aten.silu_backward(dh_NF.mul_(b_NF), a_NF)
-        _weight_gradient(d_gate_eDF, rows_ND, da_NF, p.parts)
-        _weight_gradient(d_up_eDF, rows_ND, db_NF, p.parts)
-        dx_ND = _times(da_NF, gate_eDF, p.parts, transpose=True)
-        _add_times(dx_ND, db_NF, up_eDF, p.parts)
+        weight_gradient(d_gate_eDF, rows_ND, da_NF, p.parts)
+        weight_gradient(d_up_eDF, rows_ND, db_NF, p.parts)
+        dx_ND = times(da_NF, gate_eDF, p.parts, transpose=True)
+        add_times(dx_ND, db_NF, up_eDF, p.parts, transpose=True)
         return dx_ND.index_select(0, p.real_N), None, d_gate_eDF, d_up_eDF, d_down_eFD

@@ -18,9 +18,11 @@ from torch import Tensor, nn
 
 from raymoe.config import ModelSection
 from raymoe.model.dispatch import Dispatch
-from raymoe.model.expert_math import RESIDUALS, ClusteredFFN, FlatFFN, Pairs, compute_dtype, spans
+from raymoe.model.expert_math import ClusteredFFN, FlatFFN, Pairs, compute_dtype, spans
+from raymoe.model.leaves import BASES, base_leaves, member_leaves
 from raymoe.model.observation import LayerObservation
-from raymoe.model.router import Choice, Router, move_bias, route
+from raymoe.model.private_math import PrivateFFN
+from raymoe.model.router import Choice, Router, layer_gate, move_bias, route
 
 
 class Slice(NamedTuple):
@@ -63,6 +65,9 @@ def by_expert(load: Tensor, n_experts: int) -> Tensor:
 class ClusteredExperts(nn.Module):
     """Clusters of experts with two-stage routing (paper sections 3.1 and 3.2).
 
+    A cluster has a base, experts or both (`model.leaves`). Residual experts change the base, private experts add their
+    outputs to that of the base.
+
     assignment [E]: the cluster of each expert. ghosts: the moving experts. The clusters in
     `dispatch.local_groups` are in this process, with their members, router rows and biases. A cluster
     with fewer than K members uses them all. A cluster without members outputs zeros.
@@ -74,23 +79,21 @@ class ClusteredExperts(nn.Module):
         self, model: ModelSection, assignment: Sequence[int], dispatch: Dispatch, ghosts: Ghosts | None = None
     ) -> None:
         super().__init__()
-        d, f, w = model.d_model, model.d_expert, model.residual_width
         self.model = model
         self.dispatch = dispatch
-        self.router = Router(d, model.n_clusters, model.clusters_per_token, over_selected=False)
+        self.router = Router(model.d_model, model.n_clusters, model.clusters_per_token, layer_gate(model))
         self.ghosts = dict(ghosts or {})
         self.members = [members(assignment, self.ghosts, c) for c in dispatch.local_groups]
         """The members of each local cluster."""
         self.local_members = [member for cluster in self.members for member in cluster]
+        self.base_names, self.member_names = tuple(base_leaves(model)), tuple(member_leaves(model))
         c, e = len(dispatch.local_groups), len(self.local_members)
-        self.base_gate = nn.Parameter(torch.empty(c, d, f))
-        self.base_up = nn.Parameter(torch.empty(c, d, f))
-        self.base_down = nn.Parameter(torch.empty(c, f, d))
-        if w:
-            self.gate_in, self.gate_out = nn.Parameter(torch.empty(e, d, w)), nn.Parameter(torch.empty(e, w, f))
-            self.up_in, self.up_out = nn.Parameter(torch.empty(e, d, w)), nn.Parameter(torch.empty(e, w, f))
-            self.down_in, self.down_out = nn.Parameter(torch.empty(e, f, w)), nn.Parameter(torch.empty(e, w, d))
-            self.expert_router = nn.Parameter(torch.empty(e, d))
+        for name, leaf in base_leaves(model).items():
+            self.register_parameter(name, nn.Parameter(torch.empty(c, *leaf.shape)))
+        for name, leaf in member_leaves(model).items():
+            self.register_parameter(name, nn.Parameter(torch.empty(e, *leaf.shape)))
+        if model.has_members:
+            self.expert_router = nn.Parameter(torch.empty(e, model.d_model))
             self.register_buffer("expert_bias", torch.zeros(e))
         self.expert_parts = spans([len(cluster) for cluster in self.members])
         """The range of each local cluster in the stacked members."""
@@ -112,7 +115,7 @@ class ClusteredExperts(nn.Module):
         self.share_e = torch.tensor(shares)
         fades = [math.log(share) if share > 0 else -math.inf for share in shares]
         moving = any(share < 1 for share in shares)
-        self.fade_e = torch.tensor(fades, device=self.base_gate.device) if moving else None
+        self.fade_e = torch.tensor(fades, device=self.router.bias.device) if moving else None
 
     def forward(self, x_TD: Tensor, seen: LayerObservation | None = None) -> Tensor:
         rows_TD = x_TD.to(compute_dtype(x_TD))
@@ -129,9 +132,9 @@ class ClusteredExperts(nn.Module):
         if seen:
             seen.record_computed(rows_RD.shape[0])
         parts = spans(counts)
-        weights = [self.base_gate, self.base_up, self.base_down]
-        if not self.model.residual_width:
-            return ClusteredFFN.apply(rows_RD, parts, [None] * len(parts), self.expert_parts, *weights)
+        bases = [getattr(self, name) for name in self.base_names]
+        if not self.model.has_members:
+            return ClusteredFFN.apply(rows_RD, parts, [None] * len(parts), self.expert_parts, *bases)
         choices = [self._choose(rows_RD[slice(*part)], c) for c, part in enumerate(parts)]
         sizes = [len(cluster) for cluster in self.members]
         pairs = [Pairs(choice.index_TK, size, rows_RD) for choice, size in zip(choices, sizes, strict=True)]
@@ -139,57 +142,63 @@ class ClusteredExperts(nn.Module):
             places = [self._load_index(cluster) for cluster in self.members]
             seen.record_members(places, [p.counts for p in pairs], 2 * self.model.n_experts)
             seen.record_routed([rows_RD[slice(*part)] for part in parts], choices, sizes)
-        weights += [getattr(self, name) for name in RESIDUALS]
-        return ClusteredFFN.apply(rows_RD, parts, pairs, self.expert_parts, *[c.weight_TK for c in choices], *weights)
+        tensors = [c.weight_TK for c in choices] + [getattr(self, name) for name in self.member_names]
+        if self.model.expert_kind == "residual":
+            tensors[len(choices) : len(choices)] = bases
+            return ClusteredFFN.apply(rows_RD, parts, pairs, self.expert_parts, *tensors)
+        y_RD = PrivateFFN.apply(rows_RD, parts, pairs, self.expert_parts, *tensors)
+        if bases:
+            y_RD = y_RD + ClusteredFFN.apply(rows_RD, parts, [None] * len(parts), self.expert_parts, *bases)
+        return y_RD
 
     def _choose(self, rows_RD: Tensor, c: int) -> Choice:
         """Stage 2, at the owner of the cluster: choose the top K members."""
         part = slice(*self.expert_parts[c])
         k = min(self.model.experts_per_token, len(self.members[c]))
         fade_e = None if self.fade_e is None else self.fade_e[part]
-        return route(rows_RD, self.expert_router[part], self.expert_bias[part], k, over_selected=True, fade_G=fade_e)
+        return route(rows_RD, self.expert_router[part], self.expert_bias[part], k, gate="selected", fade_G=fade_e)
 
     def _load_index(self, cluster: list[Member]) -> list[int]:
         """Return the places of a cluster's members in loads [2E]: experts, then ghosts."""
         return [member.expert + self.model.n_experts * member.ghost for member in cluster]
 
     @torch.no_grad()
-    def residual_outputs(self, rows_ND: Tensor) -> Tensor:
+    def member_outputs(self, rows_ND: Tensor) -> Tensor:
         """Return what each local member adds to its base's output, [e, N, D] float32, regardless of routing."""
         rows_ND = rows_ND.float()
         out_eND = rows_ND.new_empty(len(self.local_members), *rows_ND.shape)
+        weights = {name: getattr(self, name).float() for name in (*self.base_names, *self.member_names)}
+        if self.model.expert_kind == "private":
+            gate_eWD, up_eWD, down_eWD = (weights[name] for name in self.member_names)
+            return (F.silu(rows_ND @ gate_eWD.mT) * (rows_ND @ up_eWD.mT)) @ down_eWD
         for c, (start, stop) in enumerate(self.expert_parts):
-            a_NF, b_NF = rows_ND @ self.base_gate[c].float(), rows_ND @ self.base_up[c].float()
+            base_gate_DF, base_up_DF, base_down_FD = (weights[name][c] for name in BASES)
+            a_NF, b_NF = rows_ND @ base_gate_DF, rows_ND @ base_up_DF
             base_NF = F.silu(a_NF) * b_NF
             for e in range(start, stop):
-                gate_NF = a_NF + (rows_ND @ self.gate_in[e].float()) @ self.gate_out[e].float()
-                up_NF = b_NF + (rows_ND @ self.up_in[e].float()) @ self.up_out[e].float()
-                h_NF = F.silu(gate_NF) * up_NF
-                residual_ND = (h_NF @ self.down_in[e].float()) @ self.down_out[e].float()
-                out_eND[e] = (h_NF - base_NF) @ self.base_down[c].float() + residual_ND
+                gate_in, gate_out, up_in, up_out, down_in, down_out = (weights[name][e] for name in self.member_names)
+                h_NF = F.silu(a_NF + (rows_ND @ gate_in) @ gate_out) * (b_NF + (rows_ND @ up_in) @ up_out)
+                out_eND[e] = (h_NF - base_NF) @ base_down_FD + (h_NF @ down_in) @ down_out
         return out_eND
 
     def logical(self) -> Iterator[Slice]:
-        d, f, w = self.model.d_model, self.model.d_expert, self.model.residual_width
-        yield Slice("router.weight", "router.weight", None, d)
+        yield Slice("router.weight", "router.weight", None, self.model.d_model)
         yield Slice("router.bias", "router.bias", None, 0)
         for i, c in enumerate(self.dispatch.local_groups):
-            yield Slice(f"clusters.{c}.base_gate", "base_gate", i, d)
-            yield Slice(f"clusters.{c}.base_up", "base_up", i, d)
-            yield Slice(f"clusters.{c}.base_down", "base_down", i, f)
-        if not w:
+            for name, leaf in base_leaves(self.model).items():
+                yield Slice(f"clusters.{c}.{name}", name, i, leaf.fan_in)
+        if not self.model.has_members:
             return
-        fan_in = dict(zip(RESIDUALS, (d, w, d, w, f, w), strict=True))
         for i, member in enumerate(self.local_members):
-            for name in RESIDUALS:
-                yield Slice(f"{member.key}.{name}", name, i, fan_in[name])
-            yield Slice(f"{member.key}.router", "expert_router", i, d)
+            for name, leaf in member_leaves(self.model).items():
+                yield Slice(f"{member.key}.{name}", name, i, leaf.fan_in)
+            yield Slice(f"{member.key}.router", "expert_router", i, self.model.d_model)
             yield Slice(f"{member.key}.bias", "expert_bias", i, 0)
 
     def balance(self, cluster_load_C: Tensor, member_load_M: Tensor, rate: float) -> None:
         """Move the selection biases of both levels by the global loads of a step (M = 2E: experts, then ghosts)."""
         move_bias(self.router.bias, cluster_load_C, rate)
-        if self.model.residual_width:
+        if self.model.has_members:
             for part, cluster in zip(self.expert_parts, self.members, strict=True):
                 load_e = member_load_M[self._load_index(cluster)]
                 move_bias(self.expert_bias[slice(*part)], load_e, rate, self.share_e[slice(*part)])
@@ -203,7 +212,7 @@ class FlatExperts(nn.Module):
         d, f, e = model.d_model, model.d_expert, len(dispatch.local_groups)
         self.model = model
         self.dispatch = dispatch
-        self.router = Router(d, model.n_experts, model.experts_per_token, over_selected=True)
+        self.router = Router(d, model.n_experts, model.experts_per_token, layer_gate(model))
         self.gate = nn.Parameter(torch.empty(e, d, f))
         self.up = nn.Parameter(torch.empty(e, d, f))
         self.down = nn.Parameter(torch.empty(e, f, d))
@@ -215,7 +224,8 @@ class FlatExperts(nn.Module):
             seen.record_inputs(rows_TD)
             seen.record_experts(choice, self.model.n_experts)
         outputs_TKD = self.dispatch(rows_TD, choice.index_TK, partial(self.compute, seen=seen))
-        return torch.einsum("tk,tkd->td", choice.weight_TK, outputs_TKD.to(choice.weight_TK.dtype))
+        weight_TK = choice.weight_TK * self.model.gate_scale
+        return torch.einsum("tk,tkd->td", weight_TK, outputs_TKD.to(weight_TK.dtype))
 
     def compute(self, rows_ND: Tensor, counts: list[int], seen: LayerObservation | None = None) -> Tensor:
         """Compute the outputs [N, D] of the local experts. Rows are sorted by expert, `counts` rows each."""

@@ -40,7 +40,7 @@ class Loads:
         """Return the loads of no forward."""
         n_clusters = model.n_clusters if model.experts == "clustered" else 0
         n_members = model.n_experts if model.experts == "flat" else 0
-        if n_clusters and model.residual_width:
+        if model.has_members:
             n_members = 2 * model.n_experts
         count = lambda *shape: torch.zeros(shape if all(shape) else (0,) * len(shape), dtype=torch.int64)  # noqa: E731
         rows_L = count(0 if model.experts == "dense" else model.layers)

@@ -1,17 +1,24 @@
 """Routing: the choice of clusters and experts, their weights, and the biases that balance both.
 
-Scores are float32 even under autocast. A selection bias is added to the logits for selection and
-never to the weights, so balancing adds no gradient (paper section 3.2; auxiliary-loss-free balancing).
+Scores are float32 even under autocast. A selection bias is added to the logits for selection, so balancing
+adds no gradient (paper section 3.2; auxiliary-loss-free balancing). Only the gate `biased` uses it in weights.
 G is the number of groups that a router chooses from: C clusters or E experts. K is the number of
 choices per row; at stage 1 the rest of the code calls it P.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from raymoe.config import ModelSection
+
+Gate = Literal["all", "selected", "biased", "sigmoid"]
+"""Weights of chosen groups. `all`, `selected`: the softmax of the logits over all groups, or over the chosen ones.
+`biased`: the softmax over all groups of logits plus selection biases. `sigmoid`: of the logits, normalized over several
+chosen groups."""
 
 
 class Choice(NamedTuple):
@@ -34,13 +41,11 @@ def select(logits_TG: Tensor, bias_G: Tensor, k: int) -> Tensor:
 
 
 def route(
-    x_TD: Tensor, weight_GD: Tensor, bias_G: Tensor, k: int, *, over_selected: bool, fade_G: Tensor | None = None
+    x_TD: Tensor, weight_GD: Tensor, bias_G: Tensor, k: int, *, gate: Gate, fade_G: Tensor | None = None
 ) -> Choice:
-    """Score rows against router rows and choose k groups per row.
+    """Score rows against router rows, choose k groups per row and weight them by `gate`.
 
-    The weight of a chosen group is its softmax over the k selected (`over_selected`), or over all
-    groups. With k=1 it is always over all: a softmax over one choice is constant and gives the router
-    no gradient. `fade_G` is added to the logits, for weights too: a group with -inf takes no part.
+    `fade_G` is added to the logits, for weights too: a group with -inf takes no part.
     """
     with torch.autocast(x_TD.device.type, enabled=False):
         logits_TG = x_TD.to(weight_GD.dtype) @ weight_GD.t()
@@ -48,9 +53,19 @@ def route(
         logits_TG = logits_TG + fade_G
     index_TK = select(logits_TG, bias_G, k)
     probability_TG = logits_TG.softmax(-1)
-    softmax_selected = over_selected and k > 1
-    weight_TK = logits_TG.gather(-1, index_TK).softmax(-1) if softmax_selected else probability_TG.gather(-1, index_TK)
-    return Choice(index_TK, weight_TK, probability_TG)
+    return Choice(index_TK, _weights(logits_TG, probability_TG, bias_G, index_TK, gate), probability_TG)
+
+
+def _weights(logits_TG: Tensor, probability_TG: Tensor, bias_G: Tensor, index_TK: Tensor, gate: Gate) -> Tensor:
+    """Return the weights [T, K] of the chosen groups. A softmax over one choice would be constant: it is over all."""
+    if gate == "biased":
+        return (logits_TG + bias_G).softmax(-1).gather(-1, index_TK)
+    if gate == "sigmoid":
+        weight_TK = logits_TG.gather(-1, index_TK).sigmoid()
+        return weight_TK / weight_TK.sum(-1, keepdim=True) if index_TK.shape[-1] > 1 else weight_TK
+    if gate == "selected" and index_TK.shape[-1] > 1:
+        return logits_TG.gather(-1, index_TK).softmax(-1)
+    return probability_TG.gather(-1, index_TK)
 
 
 def move_bias(bias_G: Tensor, counts_G: Tensor, rate: float, share_G: Tensor | None = None) -> None:
@@ -82,17 +97,24 @@ def auxiliary_loss(choice: Choice, n_groups: int) -> Tensor:
     return n_groups * (share_G * choice.probability_TG.sum(0)).sum()
 
 
+def layer_gate(model: ModelSection) -> Gate:
+    """Return the gate of a layer's first router: over clusters, or over flat experts (`model.gate`)."""
+    if model.gate == "softmax":
+        return "selected" if model.experts == "flat" else "all"
+    return model.gate
+
+
 class Router(nn.Module):
     """A linear router with a selection bias: stage 1 over clusters, or the flat router over experts."""
 
     bias: Tensor
 
-    def __init__(self, d_model: int, n_groups: int, k: int, *, over_selected: bool) -> None:
+    def __init__(self, d_model: int, n_groups: int, k: int, gate: Gate) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(n_groups, d_model))
         self.register_buffer("bias", torch.zeros(n_groups))
         self.k = k
-        self.over_selected = over_selected
+        self.gate: Gate = gate
 
     def forward(self, x_TD: Tensor) -> Choice:
-        return route(x_TD, self.weight, self.bias, self.k, over_selected=self.over_selected)
+        return route(x_TD, self.weight, self.bias, self.k, gate=self.gate)

@@ -8,10 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from raymoe.model.expert_math import RESIDUALS
 from raymoe.model.experts import ClusteredExperts, Member
+from raymoe.model.leaves import BASES, base_leaves, member_leaves
 from raymoe.parallel.gather_layer import collect, experts_of, primary_groups
-from raymoe.parallel.remap import BASES, shapes
 from raymoe.parallel.sharded import Sharded
 
 PRODUCTS = (("gate_in", "gate_out", "base_gate"), ("up_in", "up_out", "base_up"), ("down_in", "down_out", "base_down"))
@@ -23,9 +22,10 @@ def grams(
 ) -> dict[str, np.ndarray]:
     """Return `residual` and `answer` [L, E, E] float64, and `weight` if requested. Collective.
 
-    residual: of the products of the factors (gate, up and down together), computed from the factors.
+    residual: of the residuals' products (gate, up and down together), computed from the factors; of private experts,
+    of their matrices.
     answer: of what experts add to the outputs of their bases on the samples, per row.
-    weight: of whole matrices, base plus residual (paper equation 1).
+    weight: of whole matrices, base plus residual (paper equation 1); of private experts as `residual`.
     A rank computes the layers that `collect` gives it; the other layers are zero.
     """
     model, n_samples = sharded.transformer.model, samples_LND.shape[1]
@@ -34,11 +34,16 @@ def grams(
     for layer, tensors in _gather(sharded, assignment, samples_LND, weights).items():
         outputs_EM = tensors["answer"].flatten(1)
         out["answer"][layer] = (outputs_EM @ outputs_EM.t()).double().cpu().numpy() / n_samples
-        gate_EE, up_EE, down_EE = (_products(tensors[first], tensors[second]) for first, second, _ in PRODUCTS)
-        residual_EE = gate_EE + up_EE + down_EE
-        out["residual"][layer] = residual_EE.double().cpu().numpy()
+        if model.expert_kind == "private":
+            matrices_EM = torch.cat([tensors[name].flatten(1) for name in member_leaves(model)], 1)
+            own_EE = whole_EE = matrices_EM @ matrices_EM.t()
+        else:
+            gate_EE, up_EE, down_EE = (_products(tensors[first], tensors[second]) for first, second, _ in PRODUCTS)
+            own_EE = gate_EE + up_EE + down_EE
+            whole_EE = _with_bases(tensors, own_EE, assignment[layer]) if weights else own_EE
+        out["residual"][layer] = own_EE.double().cpu().numpy()
         if weights:
-            out["weight"][layer] = _with_bases(tensors, residual_EE, assignment[layer]).double().cpu().numpy()
+            out["weight"][layer] = whole_EE.double().cpu().numpy()
     return out
 
 
@@ -47,9 +52,10 @@ def _gather(
 ) -> dict[int, dict[str, Tensor]]:
     """Return, for each layer of this rank, outputs and factors [E, …] and, with `weights`, bases [C, …]. Collective."""
     model, ffns = sharded.transformer.model, sharded.transformer.ffns_of(ClusteredExperts)
-    bases = BASES if weights else ()
-    sizes = shapes(ffns[0], "experts.0", ()) | shapes(ffns[0], "clusters.0", ())
-    sizes = {"answer": samples_LND.shape[1:]} | {name: sizes[name] for name in (*RESIDUALS, *bases)}
+    needs_bases = weights and model.expert_kind == "residual"
+    bases = {name: leaf.shape for name, leaf in base_leaves(model).items()} if needs_bases else {}
+    own = {name: leaf.shape for name, leaf in member_leaves(model).items()}
+    sizes = {"answer": tuple(samples_LND.shape[1:])} | own | bases
 
     def index(rank: int, layer: int, name: str) -> list[int]:
         """Return the clusters, or the experts, whose tensors a rank sends."""
@@ -61,8 +67,8 @@ def _gather(
         members = [ffn.local_members.index(Member(e)) for e in index(sharded.rank, layer, "answer")]
         if not members:
             return []
-        tensors = [ffn.residual_outputs(samples_LND[layer])[members]]
-        tensors += [getattr(ffn, name).detach()[members] for name in RESIDUALS]
+        tensors = [ffn.member_outputs(samples_LND[layer])[members]]
+        tensors += [getattr(ffn, name).detach()[members] for name in own]
         clusters = [ffn.dispatch.local_groups.index(c) for c in primary_groups(sharded, sharded.rank, layer)]
         tensors += [getattr(ffn, name).detach()[clusters] for name in bases]
         return [tensor.float() for tensor in tensors]

@@ -16,15 +16,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from raymoe.model.dispatch import Dispatch, LocalDispatch
-from raymoe.model.expert_math import RESIDUALS
 from raymoe.model.experts import ClusteredExperts, Ghosts, Slice, members
+from raymoe.model.leaves import base_leaves, member_leaves
 from raymoe.model.lowrank import factor
 from raymoe.parallel.all_to_all import AllToAllDispatch
 from raymoe.parallel.groups import Placement
 from raymoe.parallel.sharded import Sharded
 
 Refit = Literal["keep", "svd", "weighted"]
-BASES = ("base_gate", "base_up", "base_down")
 Moments = dict[str, dict[str, Tensor]]
 """Moments by kind ("m", "v") and parameter name, in the shapes of the parameters."""
 
@@ -107,7 +106,7 @@ class Stacks:
         """Return views of all tensors of a unit: `base_gate`, `m.base_gate`, …"""
         weights_only = unit.startswith("bases.")
         out: dict[str, Tensor] = {}
-        for item in self.slices[unit.replace("bases", "clusters")]:
+        for item in self.slices.get(unit.replace("bases", "clusters"), ()):
             leaf = item.key.rsplit(".", 1)[-1]
             out[leaf] = getattr(self.ffn, item.name).detach()[item.index]
             for kind, stacks in self.moments.items():
@@ -118,15 +117,15 @@ class Stacks:
 
 def shapes(ffn: ClusteredExperts, unit: str, kinds: Sequence[str]) -> dict[str, tuple[int, ...]]:
     """Return the shapes of `Stacks.unit`, also for a unit of another rank."""
-    d, f, w = ffn.model.d_model, ffn.model.d_expert, ffn.model.residual_width
-    if unit.startswith(("bases", "clusters")):
-        own: dict[str, tuple[int, ...]] = dict(zip(BASES, ((d, f), (d, f), (f, d)), strict=True))
-        kinds = [] if unit.startswith("bases") else kinds
-        learnt = list(own)
-    else:
-        own = dict(zip(RESIDUALS, ((d, w), (w, f), (d, w), (w, f), (f, w), (w, d)), strict=True))
-        own["router"] = (d,)
-        learnt = list(own)
+    is_base = unit.startswith(("bases", "clusters"))
+    leaves = base_leaves(ffn.model) if is_base else member_leaves(ffn.model)
+    own: dict[str, tuple[int, ...]] = {name: leaf.shape for name, leaf in leaves.items()}
+    if unit.startswith("bases"):
+        kinds = []
+    if not is_base:
+        own["router"] = (ffn.model.d_model,)
+    learnt = list(own)
+    if not is_base:
         own["bias"] = ()
     return own | {f"{kind}.{leaf}": own[leaf] for leaf in learnt for kind in kinds}
 
@@ -156,7 +155,8 @@ def remap(
     for layer, change in changes.items():
         old = _ffn(sharded, layer)
         new = _rebuild(sharded, old, change)
-        kept = BASES if new.dispatch.local_groups == old.dispatch.local_groups else ()
+        same_clusters = new.dispatch.local_groups == old.dispatch.local_groups
+        kept = new.base_names if same_clusters else ()
         for name in kept:
             setattr(new, name, getattr(old, name))
         built = Stacks(new, f"layers.{layer}.ffn.", moments)
@@ -168,7 +168,7 @@ def remap(
         def source(unit: str, layer: int = layer) -> dict[str, Tensor]:
             return arrived.get((layer, unit)) or stacks[layer].unit(unit)
 
-        _fill(built, change, source, keep_bases=bool(kept))
+        _fill(built, change, source, keep_bases=same_clusters)
         if refit != "keep":
             rows_ND = inputs[layer] if inputs is not None and refit == "weighted" else None
             for e, (left, joined) in change.movers().items():
@@ -201,8 +201,8 @@ def _rebuild(sharded: Sharded, old: ClusteredExperts, change: LayerChange) -> Cl
     dispatch: Dispatch = LocalDispatch(old.model.n_clusters)
     if sharded.placements:
         dispatch = AllToAllDispatch(placement, sharded.rank, sharded.meter)
-    with torch.device(old.base_gate.device):
-        new = ClusteredExperts(old.model, assignment, dispatch, ghosts).to(old.base_gate.dtype)
+    with torch.device(old.router.weight.device):
+        new = ClusteredExperts(old.model, assignment, dispatch, ghosts).to(old.router.weight.dtype)
     new.router = old.router
     return new
 
@@ -236,7 +236,7 @@ def _exchange(
                 crossing[change.sender(unit.replace("bases", "clusters"))][rank].append((layer, unit))
     ffn = next(iter(stacks.values())).ffn
     kinds = list(next(iter(stacks.values())).moments)
-    like = ffn.base_gate.detach()
+    like = ffn.router.weight.detach()
     size = lambda pairs: sum(  # noqa: E731
         torch.Size(shape).numel() for _, unit in pairs for shape in shapes(ffn, unit, kinds).values()
     )

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 
 from raymoe.config import ModelSection
-from raymoe.model.expert_math import RESIDUALS
+from raymoe.model.leaves import RESIDUALS
 from raymoe.model.quantize import GROUP, packed_shapes
 from raymoe.model.transformer import Transformer
 from raymoe.storage.manifest import StoredTensor

@@ -94,7 +94,7 @@ class Trainer:
         self.optimizer = Optimizer(self.model, config.train)
         self.checkpoints.attach(self.sharded, self.optimizer)
         self.regrouping: Regrouping | None = None
-        if config.model.experts == "clustered" and config.model.residual_width:
+        if config.model.has_members:
             self.regrouping = Regrouping(
                 config, self.sharded, self.optimizer, self.gradients, self.position, self.client, self.log.plan,
                 self.probe, self.attempt,

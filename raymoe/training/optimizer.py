@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from raymoe.config import TrainSection
-from raymoe.model.expert_math import RESIDUALS
+from raymoe.model.leaves import RESIDUALS
 from raymoe.model.transformer import Transformer
 
 MOMENTS = {"m": "exp_avg", "v": "exp_avg_sq"}

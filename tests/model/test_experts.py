@@ -40,9 +40,16 @@ def layers(draw: st.DrawFn) -> tuple[ClusteredExperts, torch.Tensor]:
     k = draw(st.integers(1, 4))
     experts = draw(st.integers(max(clusters, k * clusters), 4 * max(clusters, k)))
     width = draw(st.sampled_from([0, 1, 3]))
+    private = draw(st.booleans())
+    kind = (
+        {"expert_kind": "private", "expert_width": 3, "base_width": draw(st.sampled_from([None, 0, 5]))}
+        if private
+        else {}
+    )
     model = ModelSection(
         layers=1, d_model=8, heads=2, kv_heads=1, d_expert=draw(st.sampled_from([4, 6])), n_experts=experts,
-        n_clusters=clusters, experts_per_token=k, residual_width=width,
+        n_clusters=clusters, experts_per_token=k, residual_width=width, **kind,
+        gate=draw(st.sampled_from(["softmax", "biased", "sigmoid"])),
         clusters_per_token=draw(st.integers(1, clusters)), gate_scale=1.5,
     )  # fmt: skip
     # Any assignment: clusters of any size, some with fewer experts than K, some empty.

@@ -39,8 +39,8 @@ def test_gradcheck_of_both_routers_with_a_fixed_selection(k: int) -> None:
 
 def test_bias_changes_the_choice_but_not_the_weights() -> None:
     x, weight = torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0, 0.0], [0.5, 0.0], [0.0, 1.0]])
-    plain = route(x, weight, torch.zeros(3), 1, over_selected=False)
-    pushed = route(x, weight, torch.tensor([0.0, 0.6, 0.0]), 1, over_selected=False)
+    plain = route(x, weight, torch.zeros(3), 1, gate="all")
+    pushed = route(x, weight, torch.tensor([0.0, 0.6, 0.0]), 1, gate="all")
     assert (plain.index_TK.item(), pushed.index_TK.item()) == (0, 1)
     assert torch.equal(plain.probability_TG, pushed.probability_TG)
     assert pushed.weight_TK.item() == pytest.approx(plain.probability_TG[0, 1].item())
@@ -50,7 +50,7 @@ def test_bias_changes_the_choice_but_not_the_weights() -> None:
 def test_scores_are_float32_even_under_autocast(dtype: torch.dtype) -> None:
     x, weight = torch.randn(4, 16).to(dtype), torch.randn(3, 16)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        choice = route(x, weight, torch.zeros(3), 2, over_selected=True)
+        choice = route(x, weight, torch.zeros(3), 2, gate="selected")
     expected = (x.float() @ weight.t()).softmax(-1)
     assert choice.weight_TK.dtype == torch.float32
     torch.testing.assert_close(choice.probability_TG, expected)
@@ -71,7 +71,7 @@ def test_moving_the_bias_balances_a_skewed_router(groups: int, seed: int) -> Non
 
 def test_auxiliary_loss_is_minimal_when_balanced() -> None:
     def value(logits: torch.Tensor) -> float:
-        return auxiliary_loss(route(logits, torch.eye(4), torch.zeros(4), 1, over_selected=False), 4).item()
+        return auxiliary_loss(route(logits, torch.eye(4), torch.zeros(4), 1, gate="all"), 4).item()
 
     balanced = torch.eye(4).repeat(3, 1) * 5
     assert value(balanced) == pytest.approx(12.0)  # rows · 1

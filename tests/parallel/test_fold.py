@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from raymoe.config import ModelSection, override, preset
-from raymoe.model.expert_math import RESIDUALS
+from raymoe.model.leaves import RESIDUALS
 from raymoe.model.transformer import Transformer
 from raymoe.parallel.fold import fold
 from raymoe.parallel.sharded import shard

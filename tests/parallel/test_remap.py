@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from raymoe.config import ModelSection, preset
-from raymoe.model.expert_math import RESIDUALS
 from raymoe.model.experts import ClusteredExperts
+from raymoe.model.leaves import RESIDUALS
 from raymoe.model.lowrank import factor
 from raymoe.model.transformer import Transformer
 from raymoe.parallel.gradients import Gradients

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from raymoe.config import ModelSection, preset
-from raymoe.model.expert_math import RESIDUALS
+from raymoe.model.leaves import RESIDUALS
 from raymoe.model.transformer import Transformer
 from raymoe.storage import manifest as manifest_module
 from raymoe.storage.artifact import Artifact, CorruptArtifact

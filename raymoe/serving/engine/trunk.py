@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from raymoe.model.expert_math import padded
-from raymoe.model.router import route
+from raymoe.model.router import layer_gate, route
 from raymoe.model.transformer import norm, rope
 from raymoe.serving.engine import native
 from raymoe.serving.engine.cluster import ClusterCompute, Product, by_cluster, few_sizes
@@ -205,7 +205,7 @@ class Trunk:
             layer.router,
             layer.router_bias,
             model.clusters_per_token,
-            over_selected=False,
+            gate=layer_gate(model),
         )
         index, weight = choice.index_TK[: rows.shape[0]], choice.weight_TK[: rows.shape[0]] * model.gate_scale
         answers = by_cluster(rows, index, model.n_clusters, partial(self.clusters, i))

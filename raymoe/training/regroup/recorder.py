@@ -91,7 +91,7 @@ class Recorder:
 
     def arm(self, step: int) -> None:
         """Decide before step `step` (counted from 1) whether to record it, and whether to sample it."""
-        regroup, device = self.config.regroup, self._ffns()[0].base_gate.device
+        regroup, device = self.config.regroup, self._ffns()[0].router.bias.device
         is_last = step % self.config.period == 0 and step >= regroup.burn_in
         self._sample = Sample(self.config, device) if is_last else None
         self._is_recorded = is_last or step % regroup.stats_every == 0
@@ -144,7 +144,7 @@ class Recorder:
             summed = [key for key in arrays if key not in ("version", "step", "beta")]
             # Integers below 2^53 are exact in float64.
             flat = torch.cat([torch.from_numpy(np.asarray(arrays[key], np.float64)).flatten() for key in summed])
-            flat = flat.to(self._ffns()[0].base_gate.device)
+            flat = flat.to(self._ffns()[0].router.bias.device)
             dist.all_reduce(flat)
             for key, part in zip(summed, flat.cpu().split([arrays[key].size for key in summed]), strict=True):
                 arrays[key] = part.numpy().reshape(arrays[key].shape).astype(arrays[key].dtype)
