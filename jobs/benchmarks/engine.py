@@ -1,7 +1,9 @@
 """Speed of the engine: part `engine` of `jobs/benchmark.py serve`.
 
-The engine runs in this process. The peer is transformers' `generate` on a Mixtral of the same shapes, in another
-process connected by pipes. Both sides alternate, and only one computes at a time.
+The engine runs in this process. The peers are transformers' `generate` on two Mixtrals, each in another process
+connected by pipes. All sides alternate, and only one computes at a time. `flat` has the shapes of the flat baseline.
+`bases` has an expert per cluster, one per token: the clustered model's arithmetic without its residuals. So the ratio of
+the peers is the effect of the model, and the ratio to `bases` that of the engine (a lower bound: ours has residuals too).
 """
 
 from __future__ import annotations
@@ -197,14 +199,14 @@ def run_peer() -> None:
 # The parts
 
 
-def compared(engine: Any, peer: Peer | None, prompts: Prompts, threads: int, rounds: int) -> dict[str, Any]:
-    """Measure both sides in turn on `TOGETHER` streams; the peer uses the fastest of its expert products here."""
+def compared(engine: Any, peers: dict[str, Peer], prompts: Prompts, threads: int, rounds: int) -> dict[str, Any]:
+    """Measure all sides in turn on `TOGETHER` streams; each peer uses the fastest of its expert products here."""
     tokens = NEW * TOGETHER
     sides: dict[str, Callable[[], float]] = {"ours": lambda: complete(engine, prompts)[0]["seconds"]}
     result: dict[str, Any] = {}
-    if peer:
+    for name, peer in peers.items():
 
-        def generate(experts: str, new: int = NEW) -> dict[str, Any]:
+        def generate(experts: str, new: int = NEW, peer: Peer = peer) -> dict[str, Any]:
             return peer.request({"threads": threads, "experts": experts, "prompts": prompts, "new": new})
 
         tried: dict[str, float] = {}
@@ -212,21 +214,23 @@ def compared(engine: Any, peer: Peer | None, prompts: Prompts, threads: int, rou
             runs = [generate(experts, TRIAL) for _ in range(2)]
             tried[experts] = TRIAL * TOGETHER / min(run["seconds"] for run in runs)
         best = max(tried, key=lambda experts: tried[experts])
-        result["experts active of a layer in a step"] = generate(best)["active"]
-        sides["transformers"] = lambda: generate(best)["seconds"]
-        result |= {"experts tried, tokens/s": tried, "experts": best}
+        active = generate(best)["active"]
+        result[f"{name}, expert products"] = {
+            "used": best,
+            "tried, tokens/s": tried,
+            "active experts of a step": active,
+        }
+        sides[name] = lambda generate=generate, best=best: generate(best)["seconds"]
     times: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(1 + rounds):
         for name, run in sides.items():
             seconds = run()
             if turn:
                 times[name].append(tokens / seconds)
-    for name, values in times.items():
-        result[name] = spread(values)
-    if peer:
-        result["ratio"] = result["ours"]["median"] / result["transformers"]["median"]
-        pairs = [a / b for a, b in zip(times["ours"], times["transformers"], strict=True)]
-        result["ratio of pairs"] = spread(pairs)
+    result["tokens/s"] = {name: spread(values) for name, values in times.items()}
+    for name in peers:
+        pairs = [a / b for a, b in zip(times["ours"], times[name], strict=True)]
+        result[f"ours / {name}, pairs"] = spread(pairs)
     return result
 
 
@@ -259,39 +263,45 @@ def engine(name: str, data: str, rounds: int, with_peers: bool) -> dict[str, Any
     """Measure the engine on a preset with random weights, greedy, with prompts and completions of 64 tokens."""
     result: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
-        peers = Path(folder, "peers")
+        installed = Path(folder, "peers")
         if with_peers:
-            install(peers)
+            install(installed)
         artifact, tokenizer, prompts = make_artifact(name, data, Path(folder))
         for kind, dtype in TYPES.items():
             ours = make_engine(artifact, tokenizer, dtype)
-            peer = Peer(peers, artifact.model, kind) if with_peers else None
-            if peer:
-                result["peer"] = peer.about
+            peers: dict[str, Peer] = {}
             try:
+                if with_peers:
+                    for peer_name, model in peer_models(artifact.model).items():
+                        peers[peer_name] = Peer(installed, model, kind)
+                        result["peer"] = peers[peer_name].about
                 for threads in (2, 1):
                     torch.set_num_threads(threads)
-                    both = compared(ours, peer, prompts[:TOGETHER], threads, rounds)
+                    both = compared(ours, peers, prompts[:TOGETHER], threads, rounds)
                     alone = streams(ours, prompts, rounds)
                     result[f"{kind}, {threads} threads"] = {f"{TOGETHER} streams": both, "streams": alone}
                     show(f"{name} {kind:9}{threads} thread(s)", both, alone)
             finally:
-                if peer:
+                for peer in peers.values():
                     peer.close()
     return result
+
+
+def peer_models(model: Any) -> dict[str, Any]:
+    """Return the shapes of the peers' models for a clustered model."""
+    bases = dataclasses.replace(model, n_experts=model.n_clusters, experts_per_token=model.clusters_per_token)
+    return {"flat": model, "bases": bases}
 
 
 def show(label: str, both: dict[str, Any], ours: dict[str, Any]) -> None:
     def range_of(row: dict[str, float], form: str = ",.0f") -> str:
         return f"{row['median']:{form}} [{row['min']:{form}}, {row['max']:{form}}]"
 
-    line = f"{label}  {TOGETHER} streams: {range_of(both['ours'])} tokens/s"
-    if "ratio" in both:
-        tried = ", ".join(f"{experts} {speed:,.0f}" for experts, speed in both["experts tried, tokens/s"].items())
-        line += (
-            f"; transformers {range_of(both['transformers'])} ({both['experts']}; tried {tried}); "
-            f"{both['ratio']:.2f}x, pairs {range_of(both['ratio of pairs'], '.2f')}"
-        )
+    line = f"{label}  {TOGETHER} streams: {range_of(both['tokens/s']['ours'])} tokens/s"
+    for name, row in both["tokens/s"].items():
+        if name != "ours":
+            products, pairs = both[f"{name}, expert products"]["used"], both[f"ours / {name}, pairs"]
+            line += f"; transformers, {name}: {range_of(row)} ({products}), ours {range_of(pairs, '.2f')} of pairs"
     report(line)
     for n, row in ours.items():
         report(

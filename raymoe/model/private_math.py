@@ -5,7 +5,7 @@ experts that a row did not choose have a gate of zero:
 
     a = X gateᵀ     b = X upᵀ     h = silu(a) * b * (gate of the column's expert)     y = h down
 
-This computes n/K times the chosen experts' products and moves no row, which is faster than sorted (row, expert) pairs
+This computes n/K times the chosen products and moves no row, which is faster than sorted (row, expert) pairs only
 up to `WIDEST` (measured by `jobs/benchmark.py layer`). Beyond it, the chosen pairs are computed expert by expert.
 
 Suffixes: R rows of a cluster, e its n experts, W their width, X = n·W columns, N (row, expert) pairs.
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from raymoe.model.expert_math import Pairs, Span, add_times, bucket, padded, sum_pairs, times, weight_gradient
 
-WIDEST = 3.0
+WIDEST = 1.25
 """Largest ratio of experts to chosen experts for which wide products are used."""
 
 
