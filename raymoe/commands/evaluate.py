@@ -4,7 +4,7 @@
     raymoe evaluate first --data wikitext-103 --json out.json
     raymoe evaluate ~/raymoe/exports/first --residuals zero
 
-Evaluates a run at its newest valid checkpoint, and an artifact with INT4 residuals. Every token of the text is
+Evaluates a run at its newest valid checkpoint, and an artifact with INT4 experts. Every token of the text is
 predicted once, in windows of --context tokens that start every --stride tokens; the last window may be partial.
 The first token of each domain is predicted from <|endoftext|>.
 
@@ -42,7 +42,11 @@ def parser(program: str | None = None) -> argparse.ArgumentParser:
     )
     parse.add_argument("--text-field", default="text", help="column or key of the text (default: %(default)s)")
     parse.add_argument("--step", type=int, help="evaluate the checkpoint of this step (default: the newest valid one)")
-    parse.add_argument("--residuals", choices=["full", "int4", "zero"], help="residuals of an artifact (default: int4)")
+    parse.add_argument(
+        "--residuals",
+        choices=["full", "int4", "zero"],
+        help="residuals or private experts of an artifact; zero leaves its bases (default: int4)",
+    )
     parse.add_argument("--context", type=int, help="tokens per window (default: the context of training)")
     parse.add_argument("--stride", type=int, help="tokens between windows (default: the context, so no overlap)")
     parse.add_argument("--precision", choices=["float32", "bfloat16"], default="float32", help="default: %(default)s")

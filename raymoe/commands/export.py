@@ -1,11 +1,12 @@
-"""Export a run as an artifact: one folder with FP16 bases and INT4 residuals, for evaluation and serving.
+"""Export a run as an artifact: one folder with FP16 bases and INT4 experts, for evaluation and serving.
 
     raymoe export first
     raymoe export first --step 800 --to /models/first
 
 Prints the seconds of each stage, then two tables: the size of the model in four forms (MB on disk), and its
-quality as trained, as exported, and with residuals set to zero (perplexity per token, bits per byte). The same
-numbers are in the `metrics` of manifest.json. The exported file itself is evaluated.
+quality as trained, as exported, and with residuals or private experts set to zero if bases remain (perplexity per
+token, bits per byte). The flat model of the sizes has as many experts, of the same width. The same numbers are in
+the `metrics` of manifest.json. The exported file itself is evaluated.
 
 Cluster ids are aligned across layers. The folder is renamed to its final name when it is complete; a failed
 export leaves no folder. Exit status: 0 done, 2 refused (unknown run, corrupt checkpoint, existing target,

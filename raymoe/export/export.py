@@ -81,6 +81,7 @@ def export(
         metrics = {
             "run": name,
             "step": stored.step,
+            "expert_kind": stored.config.model.expert_kind,
             "perplexity": {form: _finite(found.token_perplexity) for form, found in results.items()},
             "bits_per_byte": {form: _finite(found.bits_per_byte) for form, found in results.items()},
             "perplexity_tokens": trained.whole.tokens,
@@ -109,10 +110,10 @@ def _judge(
 def _judge_artifact(
     artifact: Artifact, texts: Mapping[str, Text], end_of_text: int, progress: Progress
 ) -> dict[str, Perplexity]:
-    """Evaluate an artifact with INT4 residuals and, if it has residuals, with zeros in their place."""
+    """Evaluate an artifact as stored and, if its experts are added to bases, with zeros in place of the experts."""
     forms: dict[Residuals, str] = {"int4": "evaluate the artifact"}
-    if any(place.part == "residuals" for place in artifact.places):
-        forms["zero"] = "evaluate without residuals"
+    if {"bases", "experts"} <= {place.part for place in artifact.places}:
+        forms["zero"] = f"evaluate without {EXPERTS[artifact.model.expert_kind]}"
     results: dict[str, Perplexity] = {}
     for residuals, stage in forms.items():
         model = Transformer(artifact.model, artifact.assignment)
@@ -148,10 +149,12 @@ SIZE_ROWS = {
     "clustered_float16": "clustered, FP16",
     "clustered_int4": "clustered, FP16 + INT4",
 }
+EXPERTS = {"residual": "residuals", "private": "private experts"}
+"""Name of the tensors in INT4, by `model.expert_kind`."""
 QUALITY_ROWS = {
     "full": "as trained (float32)",
-    "int4": "this artifact (INT4 residuals)",
-    "zero": "residuals set to zero",
+    "int4": "this artifact (INT4 {experts})",
+    "zero": "{experts} set to zero",
 }
 
 
@@ -180,10 +183,11 @@ def _quality_lines(metrics: Mapping[str, Any]) -> Sequence[str]:
     perplexity: dict[str, float | None] = metrics["perplexity"]
     bits: dict[str, float | None] = metrics.get("bits_per_byte", {})
     full = perplexity["full"] or math.nan
+    experts = EXPERTS[metrics.get("expert_kind", "residual")]
     for form, value in perplexity.items():
         value = value or math.nan
         lines.append(
-            f"{QUALITY_ROWS[form]:46}{value:>12.3f}{value / full - 1:>+9.2%}{bits.get(form) or math.nan:>15.4f}"
+            f"{QUALITY_ROWS[form].format(experts=experts):46}{value:>12.3f}{value / full - 1:>+9.2%}{bits.get(form) or math.nan:>15.4f}"
         )
     if metrics["coactivation_kept"] is not None:
         lines.append(

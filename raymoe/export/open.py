@@ -39,7 +39,9 @@ class StoredModel:
     """Corpus folder of the run; None for an artifact."""
 
     def model(self, residuals: Literal["full", "int4", "zero"] | None = None) -> Transformer:
-        """Return the whole model in float32. Residuals of a checkpoint are full, those of an artifact INT4 or zero.
+        """Return the whole model in float32. Experts of a checkpoint are full, those of an artifact INT4 or zero.
+
+        `residuals` applies to residuals and to private experts.
 
         A checkpoint that was written during an overlap is read without its ghosts, as after the overlap.
         Raises ValueError for residuals that the source does not have.
@@ -47,11 +49,15 @@ class StoredModel:
         transformer = Transformer(self.config.model, self.assignment)
         if isinstance(self.source, Artifact):
             if residuals == "full":
-                raise ValueError(f"artifact {self.folder} has no full residuals: evaluate the run instead")
+                raise ValueError(
+                    f"artifact {self.folder} has no full residuals or private experts: evaluate the run instead"
+                )
             transformer.load_logical(self.source.tensors(residuals or "int4"))
         else:
             if residuals not in (None, "full"):
-                raise ValueError(f"run {self.name!r} has full residuals: export it to evaluate {residuals} residuals")
+                raise ValueError(
+                    f"run {self.name!r} has full residuals or private experts: export it to evaluate {residuals} ones"
+                )
             transformer.load_logical(self.source.read(list(transformer.logical())))
         return transformer.eval()
 

@@ -2,12 +2,14 @@
 
     manifest.json                       format_version, config, assignment, version, metrics, files, tensors, int4
     trunk.safetensors                   embeddings and attention in float16; norms, routers, biases in float32
-    clusters/cluster_000.safetensors    cluster 0 of every layer: bases in float16, residual factors in INT4
-                                        (`KEY.packed`, `.scale`, `.minimum`), its experts' router rows in float32
+    clusters/cluster_000.safetensors    cluster 0 of every layer: bases in float16, residual factors or private
+                                        experts in INT4 (`KEY.packed`, `.scale`, `.minimum`), its experts' router
+                                        rows in float32
     tokenizer.json
 
 A flat model stores its experts in cluster_000 in float16; a dense model has a trunk only. Bases in float16 and
-residuals in INT4 are the paper's heterogeneous precision. `storage.artifact_writing` writes this format.
+residuals in INT4 are the paper's heterogeneous precision; private experts rest in INT4 too.
+`storage.artifact_writing` writes this format.
 """
 
 from __future__ import annotations
@@ -93,7 +95,10 @@ class Artifact:
         return load_tokenizer(self.tokenizer_path.read_bytes(), str(self.tokenizer_path), self.model.vocabulary)
 
     def tensors(self, residuals: Residuals = "int4") -> dict[str, Tensor]:
-        """Return every logical tensor in float32. `zero` replaces the residuals by zeros."""
+        """Return every logical tensor in float32. `zero` replaces residuals or private experts by zeros.
+
+        Raises ValueError for `zero` if the model has no bases.
+        """
         return decode_tensors(self.places, residuals, self.manifest.read)
 
     def trunk(self) -> dict[str, Tensor]:

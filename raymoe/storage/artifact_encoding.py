@@ -1,4 +1,4 @@
-"""Encodings of an artifact's tensors: float32, float16, and INT4 of balanced residual factors."""
+"""Encodings of an artifact's tensors: float32, float16, and INT4 of private experts and balanced residual factors."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from raymoe.model.leaves import RESIDUALS
 from raymoe.model.quantize import Int4, balance, dequantize, quantize
 from raymoe.storage.artifact_layout import Place
 
 Residuals = Literal["int4", "zero"]
-"""Residuals as stored, or replaced by zeros (an ablation)."""
+"""Residuals or private experts as stored, or replaced by zeros (an ablation)."""
 
 
 def encode_tensors(places: Sequence[Place], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -24,7 +25,9 @@ def encode_tensors(places: Sequence[Place], tensors: Mapping[str, Tensor]) -> di
     balanced: dict[str, Tensor] = {}
     for place in places:
         if place.encoding == "int4":
-            if place.key not in balanced:
+            if place.key.rpartition(".")[2] not in RESIDUALS:
+                balanced[place.key] = tensors[place.key]
+            elif place.key not in balanced:
                 stem = place.key.rpartition("_")[0]
                 first, second = f"{stem}_in", f"{stem}_out"
                 balanced[first], balanced[second] = balance(tensors[first].float(), tensors[second].float())
@@ -43,7 +46,12 @@ def encode_tensors(places: Sequence[Place], tensors: Mapping[str, Tensor]) -> di
 def decode_tensors(
     places: Sequence[Place], residuals: Residuals, read: Callable[[Iterable[str]], dict[str, Tensor]]
 ) -> dict[str, Tensor]:
-    """Return the logical tensors of `places` in float32. `read` maps stored keys to tensors; zeroed ones are not read."""
+    """Return the logical tensors of `places` in float32. `read` maps stored keys to tensors; zeroed ones are not read.
+
+    Raises ValueError for `zero` if nothing would remain: private experts without a base.
+    """
+    if residuals == "zero" and not any(place.part == "bases" for place in places):
+        raise ValueError("residuals=zero needs a model with bases, and this model has none: use residuals=int4")
     zeroed = {place.key for place in places if place.encoding == "int4" and residuals == "zero"}
     stored = read(key for place in places if place.key not in zeroed for key in place.stored())
     tensors: dict[str, Tensor] = {}

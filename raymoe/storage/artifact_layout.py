@@ -14,17 +14,18 @@ from typing import Any, Literal
 import torch
 
 from raymoe.config import ModelSection
-from raymoe.model.leaves import RESIDUALS
+from raymoe.model.leaves import PRIVATE, RESIDUALS
 from raymoe.model.quantize import GROUP, packed_shapes
 from raymoe.model.transformer import Transformer
 from raymoe.storage.manifest import StoredTensor
 
 TRUNK = "trunk.safetensors"
 Encoding = Literal["float32", "float16", "int4"]
-Part = Literal["trunk", "bases", "residuals", "routers"]
+Part = Literal["trunk", "bases", "experts", "routers"]
+"""`experts`: residual factors and private experts. The experts of a flat model are `bases`."""
 _BYTES = {"F32": 4, "F16": 2, "U8": 1}
 _NAMES = {"float32": "F32", "float16": "F16"}
-ENCODING: dict[Part, Encoding] = {"trunk": "float16", "bases": "float16", "residuals": "int4", "routers": "float32"}
+ENCODING: dict[Part, Encoding] = {"trunk": "float16", "bases": "float16", "experts": "int4", "routers": "float32"}
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Place:
 
     @property
     def axis(self) -> int:
-        """Long axis of a residual factor: the input's for `*_in`, the output's for `*_out`."""
+        """Quantized axis of an expert's matrix: D of a private expert, the long axis D or F of a residual factor."""
         return 0 if self.key.endswith("_in") else 1
 
     def stored(self) -> dict[str, StoredTensor]:
@@ -81,8 +82,8 @@ def layout(model: ModelSection, assignment: Sequence[Sequence[int]]) -> list[Pla
             if group[2] == "experts":
                 index = assignment[layer][index] if model.experts == "clustered" else 0
             file, part = cluster_file(index), "bases"
-        if leaf in RESIDUALS:
-            part = "residuals"
+        if leaf in RESIDUALS or leaf in PRIVATE:
+            part = "experts"
         elif leaf in ("router", "bias") or key.endswith("router.weight"):
             part = "routers"
         places.append(Place(key, shape, file, part, "float32" if leaf.endswith("norm") else ENCODING[part]))
@@ -117,14 +118,18 @@ def sizes(model: ModelSection) -> dict[str, dict[str, int]]:
     """Return parameters and bytes on disk of `model` in four forms.
 
     `flat_float16`, `flat_int4` (every expert in INT4), `clustered_float16`, `clustered_int4` (the artifact).
-    Each has `parameters`, `bytes`, and `expert_parameters`, `expert_bytes` of the experts alone: bases, residuals
-    and their router rows.
+    Each has `parameters`, `bytes`, and `expert_parameters`, `expert_bytes` of the experts alone: bases, residuals or
+    private experts, and their router rows. The flat model has as many experts, of the width of an expert of `model`.
     """
-    flat, clustered = replace(model, experts="flat"), replace(model, experts="clustered")
+    narrow = model.experts == "clustered" and model.expert_kind == "private"
+    width = model.private_width if narrow else model.d_expert
+    # One expert per token: sizes do not depend on it, and each number of clusters allows it.
+    flat = replace(model, experts="flat", d_expert=width, experts_per_token=1)
+    clustered = replace(model, experts="clustered", experts_per_token=1, clusters_per_token=1)
     return {
         "flat_float16": _size(flat),
         "flat_int4": _size(flat, bases="int4"),
-        "clustered_float16": _size(clustered, residuals="float16"),
+        "clustered_float16": _size(clustered, experts="float16"),
         "clustered_int4": _size(clustered),
     }
 

@@ -17,6 +17,8 @@ from torch import Tensor
 from raymoe.config import ModelSection
 from raymoe.model.dispatch import sort_by
 from raymoe.model.expert_math import padded
+from raymoe.model.leaves import BASES, PRIVATE, base_leaves, member_leaves
+from raymoe.model.router import route
 from raymoe.serving.engine import native
 from raymoe.storage.artifact import Artifact
 from raymoe.storage.artifact_layout import cluster_file
@@ -68,6 +70,9 @@ class Cluster:
     them, `wide_out` [2, e*W, F] and `down_in` [F, e*W] apply to (row, expert) pairs. Narrow values of experts that a
     row did not select are zeroed: for the few rows of a step this is faster than a loop over experts, which training
     uses.
+
+    The base and private experts are one wide network: `wide_in` [D, 2(F + e*W)] has the gates, then the ups, and
+    `down` [F + e*W, D] the rest. Hidden values of experts that a row did not select are zeroed.
     """
 
     def __init__(
@@ -75,28 +80,43 @@ class Cluster:
     ) -> None:
         prefix = f"layers.{layer}.experts."
         ids = sorted({int(key[len(prefix) :].split(".")[0]) for key in tensors if key.startswith(prefix)})
-        self.f, self.w, self.e = model.d_expert, model.residual_width, len(ids)
-        self.k = min(model.experts_per_token, self.e)
+        self.private = model.expert_kind == "private"
+        self.w = model.private_width if self.private else model.residual_width
+        self.f, self.e, self.k = model.cluster_base_width, len(ids), min(model.experts_per_token, len(ids))
 
         def stack(name: str) -> Tensor:
             return torch.stack([tensors[f"{prefix}{e}.{name}"] for e in ids])
 
-        base = {name: tensors[f"layers.{layer}.clusters.{c}.base_{name}"] for name in ("gate", "up", "down")}
+        base = {name: tensors[f"layers.{layer}.clusters.{c}.{name}"] for name in base_leaves(model)}
+        names = ("router", "bias", *member_leaves(model)) if model.has_members and self.e else ()
+        members = {name: stack(name) for name in names}
         self.native = None
         if native.library():
-            residual = {name: stack(name) for name in native.RESIDUAL} if self.w and self.e else {}
-            self.native = native.Experts(model, base, residual, dtype)
+            self.native = native.Experts(model, base, members, dtype)
             return
-        wide_in, down = [base["gate"], base["up"]], [base["down"]]
-        if self.w and self.e:
-            self.router, self.bias = stack("router").t().contiguous(), stack("bias")
-            first = torch.stack((stack("gate_in"), stack("up_in")))  # [2, e, D, W]
+        if members:
+            self.router, self.bias = members["router"].t().contiguous(), members["bias"]
+        (self._lay_out_private if self.private else self._lay_out_residuals)(base, members, dtype)
+
+    def _lay_out_residuals(self, base: Mapping[str, Tensor], members: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+        wide_in, down = [base["base_gate"], base["base_up"]], [base["base_down"]]
+        if members:
+            first = torch.stack((members["gate_in"], members["up_in"]))  # [2, e, D, W]
             wide_in.append(first.permute(2, 0, 1, 3).flatten(1))
-            second = torch.stack((stack("gate_out"), stack("up_out")))  # [2, e, W, F]
+            second = torch.stack((members["gate_out"], members["up_out"]))  # [2, e, W, F]
             self.wide_out = second.flatten(1, 2).to(dtype)
-            self.down_in = stack("down_in").transpose(0, 1).flatten(1).to(dtype)
-            down.append(stack("down_out").flatten(0, 1))
+            self.down_in = members["down_in"].transpose(0, 1).flatten(1).to(dtype)
+            down.append(members["down_out"].flatten(0, 1))
         self.wide_in, self.down = Product(torch.cat(wide_in, 1).to(dtype)), Product(torch.cat(down).to(dtype))
+
+    def _lay_out_private(self, base: Mapping[str, Tensor], members: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+        gates, ups, downs = ([base[name]] if base else [] for name in BASES)
+        if members:
+            gate, up, down = (members[name].flatten(0, 1) for name in PRIVATE)  # [e*W, D]
+            gates, ups, downs = [*gates, gate.t()], [*ups, up.t()], [*downs, down]
+        if downs:
+            self.wide_in = Product(torch.cat([*gates, *ups], 1).to(dtype))
+            self.down = Product(torch.cat(downs).to(dtype))
 
     @property
     def bytes(self) -> int:
@@ -113,6 +133,20 @@ class Cluster:
     def __call__(self, x: Tensor) -> Tensor:
         return compute_clusters([self], [x])[0]
 
+    def compute_private(self, x: Tensor) -> Tensor:
+        """Return the base's and private experts' output for rows x [R, D] without native kernels; zeros without both."""
+        if not self.f and not self.e:
+            return torch.zeros_like(x)
+        rows = padded(x, few_sizes(x.shape[0]))
+        a, b = self.wide_in(rows).chunk(2, 1)
+        hidden = F.silu(a).mul_(b)
+        if self.e:
+            choice = route(rows, self.router.t(), self.bias, self.k, gate="selected")
+            weights = hidden.new_zeros(rows.shape[0], self.e)
+            weights.scatter_(1, choice.index_TK, choice.weight_TK.to(hidden.dtype))
+            hidden[:, self.f :].unflatten(1, (self.e, self.w)).mul_(weights.unsqueeze(2))
+        return self.down(hidden)[: x.shape[0]]
+
 
 def compute_clusters(clusters: Sequence[Cluster], rows: Sequence[Tensor]) -> list[Tensor]:
     """Return the outputs of clusters of one layer for their rows [R, D], bit-equal to separate calls.
@@ -122,6 +156,8 @@ def compute_clusters(clusters: Sequence[Cluster], rows: Sequence[Tensor]) -> lis
     """
     if clusters[0].native:
         return native.compute_clusters([c.native for c in clusters if c.native], rows)
+    if clusters[0].private:
+        return [c.compute_private(part) for c, part in zip(clusters, rows, strict=True)]
     parts = [padded(part, few_sizes(part.shape[0])) for part in rows]
     if not clusters[0].w:
         hidden = [c.wide_in(part).chunk(2, 1) for c, part in zip(clusters, parts, strict=True)]

@@ -183,8 +183,12 @@ static void write_rows(int half, const float *rows, size_t n, void *out) {
     else for (size_t i = 0; i < n; i++) ((uint16_t *)out)[i] = narrow(rows[i]);
 }
 
-/* Select the k of e groups with the highest logit + bias, best first; weight: softmax over all or the selected. */
-static void choose(const float *logits, const float *bias, int e, int k, int over_all, int *index, float *weight) {
+/* Weights of the selected groups: softmax of the logits over the selected groups or over all; softmax over all of
+ * logit + bias; sigmoid of the logit, normalized over several selected groups (`raymoe.model.router.Gate`). */
+enum gate { OVER_SELECTED, OVER_ALL, BIASED, SIGMOID };
+
+/* Select the k of e groups with the highest logit + bias, best first, and weight them. */
+static void choose(const float *logits, const float *bias, int e, int k, enum gate gate, int *index, float *weight) {
     for (int i = 0; i < k; i++) {
         int best = -1;
         for (int g = 0; g < e; g++) {
@@ -195,6 +199,18 @@ static void choose(const float *logits, const float *bias, int e, int k, int ove
         index[i] = best;
     }
     float most = -INFINITY, sum = 0;
+    if (gate == SIGMOID) {
+        for (int i = 0; i < k; i++) sum += weight[i] = 1 / (1 + expf(-logits[index[i]]));
+        for (int i = 0; i < k && k > 1; i++) weight[i] /= sum;
+        return;
+    }
+    if (gate == BIASED) { /* the selected groups have the highest logit + bias: the first has the maximum */
+        most = logits[index[0]] + bias[index[0]];
+        for (int i = 0; i < e; i++) sum += expf(logits[i] + bias[i] - most);
+        for (int i = 0; i < k; i++) weight[i] = expf(logits[index[i]] + bias[index[i]] - most) / sum;
+        return;
+    }
+    int over_all = gate == OVER_ALL;
     for (int i = 0; i < (over_all ? e : k); i++) most = fmaxf(most, logits[over_all ? i : index[i]]);
     for (int i = 0; i < (over_all ? e : k); i++) sum += expf(logits[over_all ? i : index[i]] - most);
     for (int i = 0; i < k; i++) weight[i] = expf(logits[index[i]] - most) / sum;

@@ -2,7 +2,8 @@
 #include "kernels.h"
 
 typedef struct {
-    int d, f, w, k, half;
+    int d, f, w, k, half;  /* f: hidden width of a base, 0 without bases; w: width of an expert, 0 without experts */
+    int private, gate;     /* whether experts are private networks; enum gate of stage 1 */
     int heads, kv_heads, head_dim, clusters, per_token;
     float scale;
 } Shape;
@@ -11,8 +12,8 @@ typedef struct {
     int e;
     const float *router, *bias;              /* [D, e] in panels, [e] */
     const char *gate, *up, *down;            /* [D, F], [D, F], [F, D] */
-    const char *first, *gate_out, *up_out;   /* e times [D, 2W], [W, F], [W, F] */
-    const char *down_in, *down_out;          /* e times [F, W], [W, D] */
+    const char *first, *gate_out, *up_out;   /* e times [D, 2W], [W, F], [W, F]; private: first is [D, 2 up16(W)] */
+    const char *down_in, *down_out;          /* e times [F, W], [W, D]; private: down_out alone */
     size_t first_step, out_step, down_in_step, down_out_step; /* bytes between two experts */
 } Cluster;
 
@@ -24,7 +25,7 @@ static Room lay_out(const Shape *s, int n, int e, Scratch *scratch) {
     r.x = take(scratch, d), r.y = take(scratch, d);
     r.a = take(scratch, f), r.b = take(scratch, f), r.hidden = take(scratch, f);
     r.ga = take(scratch, f), r.gb = take(scratch, f);
-    r.logits = take(scratch, 4 * (size_t)n * e), r.narrow = take(scratch, 8 * (size_t)n * s->w);
+    r.logits = take(scratch, 4 * (size_t)n * e), r.narrow = take(scratch, 8 * (size_t)n * up16(s->w));
     r.weight = take(scratch, 4 * pairs), r.index = take(scratch, 4 * pairs), r.order = take(scratch, 4 * pairs);
     r.which = take(scratch, 4 * pairs), r.start = take(scratch, 4 * (size_t)(e + 1));
     return r;
@@ -38,9 +39,37 @@ INLINE void gated(const float *a, const float *b, float scale, int f, float *out
     }
 }
 
+/* Stage 2: choose the experts of the n rows and sort the (row, expert) pairs by expert. */
+static void select_experts(const Shape *s, const Cluster *c, int n, Room r) {
+    const int k = s->k < c->e ? s->k : c->e;
+    product(0, c->router, s->d, c->e, n, (Rows){r.x, s->d, NULL}, NOTHING, (Rows){r.logits, c->e, NULL});
+    for (int i = 0; i < n; i++)
+        choose(r.logits + (size_t)i * c->e, c->bias, c->e, k, s->k == 1 ? OVER_ALL : OVER_SELECTED, r.index + i * k,
+               r.weight + i * k);
+    sort(r.index, n * k, c->e, r.order, r.start);
+    for (int i = 0; i < n * k; i++) r.which[i] = r.order[i] / k;
+}
+
+/* Add the outputs of the private experts that the rows chose to y. Panels of the others are not read. */
+static void add_private(const Shape *s, const Cluster *c, int n, Room r) {
+    const int d = s->d, w = s->w, half = s->half, wp = up16(w);
+    select_experts(s, c, n, r);
+    for (int e = 0; e < c->e; e++) { /* in order of experts: the sum of a row does not depend on other rows */
+        int at = r.start[e], m = r.start[e + 1] - at;
+        const int *which = r.which + at;
+        if (!m) continue;
+        product(half, c->first + e * c->first_step, d, 2 * wp, m, (Rows){r.x, d, which}, NOTHING, (Rows){r.narrow, 2 * wp, NULL});
+        for (int i = 0; i < m; i++) {
+            float *h = r.narrow + (size_t)i * 2 * wp;
+            gated(h, h + wp, r.weight[r.order[at + i]], w, h);
+        }
+        product(half, c->down_out + e * c->down_out_step, w, d, m, (Rows){r.narrow, 2 * wp, NULL}, (Rows){r.y, d, which}, (Rows){r.y, d, which});
+    }
+}
+
 static void compute_cluster(const Shape *s, const Cluster *c, const void *rows, int n, void *out, Room r) {
-    const int d = s->d, f = s->f, w = s->w, half = s->half, fp = up16(f), k = s->k < c->e ? s->k : c->e;
-    if (w && !c->e) {
+    const int d = s->d, f = s->f, w = s->w, half = s->half, fp = up16(f);
+    if (w && !c->e && !(s->private && f)) {
         memset(out, 0, (half ? 2 : 4) * (size_t)n * d);
         return;
     }
@@ -48,19 +77,16 @@ static void compute_cluster(const Shape *s, const Cluster *c, const void *rows, 
     read_rows(half, rows, (size_t)n * d, r.x);
     product(half, c->gate, d, f, n, x, NOTHING, (Rows){r.a, fp, NULL});
     product(half, c->up, d, f, n, x, NOTHING, (Rows){r.b, fp, NULL});
-    if (!w) {
+    if (!w || s->private) {
         for (int i = 0; i < n; i++) gated(r.a + (size_t)i * fp, r.b + (size_t)i * fp, 1, f, r.hidden + (size_t)i * fp);
-        product(half, c->down, f, d, n, hidden, NOTHING, y);
+        product(half, c->down, f, d, n, hidden, NOTHING, y); /* zeros without a base */
+        if (c->e) add_private(s, c, n, r);
         write_rows(half, r.y, (size_t)n * d, out);
         return;
     }
-    product(0, c->router, d, c->e, n, x, NOTHING, (Rows){r.logits, c->e, NULL});
-    for (int i = 0; i < n; i++)
-        choose(r.logits + (size_t)i * c->e, c->bias, c->e, k, s->k == 1, r.index + i * k, r.weight + i * k);
-    sort(r.index, n * k, c->e, r.order, r.start);
+    select_experts(s, c, n, r);
     memset(r.hidden, 0, 4 * (size_t)n * fp);
     memset(r.y, 0, 4 * (size_t)n * d);
-    for (int i = 0; i < n * k; i++) r.which[i] = r.order[i] / k;
     for (int e = 0; e < c->e; e++) { /* in order of experts: the sum of a row does not depend on other rows */
         int at = r.start[e], m = r.start[e + 1] - at;
         const int *which = r.which + at;
@@ -219,7 +245,7 @@ int attend(const Shape *s, const Layer *l, int number, const Step *t) {
     product(0, l->router, d, c, n, normed, NOTHING, (Rows){logits, c, NULL});
     for (int i = 0; i < n; i++) {
         float *weight = t->weight + i * s->per_token;
-        choose(logits + (size_t)i * c, l->bias, c, s->per_token, 1, index + i * s->per_token, weight);
+        choose(logits + (size_t)i * c, l->bias, c, s->per_token, s->gate, index + i * s->per_token, weight);
         for (int j = 0; j < s->per_token; j++) weight[j] *= s->scale;
     }
     sort(index, pairs, c, t->order, t->start);

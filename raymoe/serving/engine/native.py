@@ -33,8 +33,8 @@ SOURCES = tuple(Path(__file__).with_name(name) for name in ("native.c", "kernels
 FLAGS = ("-O2", "-march=native", "-std=gnu11", "-fPIC", "-shared")
 LANES = 16
 """Columns per panel."""
-RESIDUAL = ("router", "bias", "gate_in", "up_in", "gate_out", "up_out", "down_in", "down_out")
-"""Tensors of an expert."""
+GATES = {"softmax": 1, "biased": 2, "sigmoid": 3}
+"""Weights of stage 1 by `model.gate`, in the numbers of `enum gate` (`kernels.h`)."""
 
 
 # The library
@@ -151,15 +151,18 @@ def panels(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 class _Shape(Structure):
     _fields_ = [
-        *((name, c_int) for name in ("d", "f", "w", "k", "half", "heads", "kv_heads", "head_dim", "clusters", "per_token")),
+        *((name, c_int) for name in ("d", "f", "w", "k", "half", "private", "gate")),
+        *((name, c_int) for name in ("heads", "kv_heads", "head_dim", "clusters", "per_token")),
         ("scale", c_float),
     ]  # fmt: skip
 
 
 def _shape(model: ModelSection, dtype: torch.dtype) -> _Shape:
+    private = model.expert_kind == "private"
+    width = model.private_width if private else model.residual_width
     return _Shape(
-        model.d_model, model.d_expert, model.residual_width, model.experts_per_token, dtype == torch.bfloat16,
-        model.heads, model.kv_heads, model.d_model // model.heads, model.n_clusters, model.clusters_per_token,
+        model.d_model, model.cluster_base_width, width, model.experts_per_token, dtype == torch.bfloat16,
+        private, GATES[model.gate], model.heads, model.kv_heads, model.d_model // model.heads, model.n_clusters, model.clusters_per_token,
         model.gate_scale,
     )  # fmt: skip
 
@@ -175,33 +178,45 @@ class _Cluster(Structure):
 class Experts:
     """The weights of one cluster of one layer.
 
-    base: gate, up [D, F] and down [F, D]. residual: router [e, D], bias [e], gate_in, up_in [e, D, W], gate_out,
-    up_out [e, W, F], down_in [e, F, W], down_out [e, W, D] of its e experts; empty without members or residuals.
+    base: base_gate, base_up [D, F] and base_down [F, D]; empty without a base. members: `member_leaves` of its e
+    experts, stacked, with router [e, D] and bias [e]; empty without experts.
     """
 
     def __init__(
-        self, model: ModelSection, base: Mapping[str, Tensor], residual: Mapping[str, Tensor], dtype: torch.dtype
+        self, model: ModelSection, base: Mapping[str, Tensor], members: Mapping[str, Tensor], dtype: torch.dtype
     ) -> None:
         found = library()
         assert found is not None
         self.library, self.shape = found, _shape(model, dtype)
-        held = {name: panels(base[name], dtype) for name in ("gate", "up", "down")}
+        held = {name.removeprefix("base_"): panels(weight, dtype) for name, weight in base.items()}
         steps: dict[str, int] = {}
         e = 0
-        if residual:
-            e = residual["router"].shape[0]
-            held |= {name: panels(residual[name], dtype) for name in ("gate_out", "up_out", "down_in", "down_out")}
-            held["first"] = panels(torch.cat((residual["gate_in"], residual["up_in"]), -1), dtype)
-            held["router"] = panels(residual["router"].float().t(), torch.float32)
-            held["bias"] = residual["bias"].float().contiguous().clone()
-            of = {"first_step": "first", "out_step": "gate_out", "down_in_step": "down_in", "down_out_step": "down_out"}
-            steps = {step: held[name].nbytes // e for step, name in of.items()}
+        if members:
+            e = members["router"].shape[0]
+            held["router"] = panels(members["router"].float().t(), torch.float32)
+            held["bias"] = members["bias"].float().contiguous().clone()
+            private = model.expert_kind == "private"
+            matrices = _private_panels(members, dtype) if private else _residual_panels(members, dtype)
+            of = {"first": "first_step", "gate_out": "out_step", "down_in": "down_in_step", "down_out": "down_out_step"}
+            steps = {step: matrices[name].nbytes // e for name, step in of.items() if name in matrices}
+            held |= matrices
         self.held = held
         self.at = _Cluster(e, **{name: tensor.data_ptr() for name, tensor in held.items()}, **steps)
 
     @property
     def bytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.held.values())
+
+
+def _residual_panels(members: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    laid = {name: panels(members[name], dtype) for name in ("gate_out", "up_out", "down_in", "down_out")}
+    return laid | {"first": panels(torch.cat((members["gate_in"], members["up_in"]), -1), dtype)}
+
+
+def _private_panels(members: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Lay out gate and up [e, D, W] side by side, each from its own panel on, and down [e, W, D]."""
+    gate, up = (panels(members[f"private_{name}"].mT, dtype) for name in ("gate", "up"))
+    return {"first": torch.cat((gate, up), 1), "down_out": panels(members["private_down"], dtype)}
 
 
 def compute_clusters(clusters: Sequence[Experts], rows: Sequence[Tensor]) -> list[Tensor]:
