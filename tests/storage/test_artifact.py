@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from raymoe.config import ModelSection, preset
-from raymoe.model.leaves import RESIDUALS
+from raymoe.model.leaves import PRIVATE, RESIDUALS
 from raymoe.model.transformer import Transformer
 from raymoe.storage import manifest as manifest_module
 from raymoe.storage.artifact import Artifact, CorruptArtifact
@@ -42,6 +42,8 @@ KINDS = {
     "untied": replace(CLUSTERED, tied_head=False),
     "flat": replace(CLUSTERED, experts="flat"),
     "dense": replace(CLUSTERED, experts="dense"),
+    "private": replace(CLUSTERED, expert_kind="private", expert_width=10),
+    "private with a base": replace(CLUSTERED, expert_kind="private", base_width=24, gate="sigmoid"),
 }
 UNEVEN = [[0, 2, 2, 1, 2, 0, 1], [2, 2, 2, 1, 0, 1, 0]]
 
@@ -116,6 +118,8 @@ def test_tensors_are_read_back_within_the_bound_of_their_encoding(tmp_path: Path
         leaf = key.rsplit(".", 1)[-1]
         if "router" in key or "norm" in key or leaf == "bias":
             assert torch.equal(read[key], tensor), key
+        elif leaf in PRIVATE:
+            assert (read[key] - tensor).norm() < 0.1 * tensor.norm(), key
         elif leaf not in RESIDUALS:
             assert torch.equal(read[key], tensor.half().float()), key
         elif leaf.endswith("_in"):
@@ -125,6 +129,15 @@ def test_tensors_are_read_back_within_the_bound_of_their_encoding(tmp_path: Path
     assert torch.equal(logits(loaded(artifact)), logits(loaded(Artifact.open(artifact.folder))))
     before, after = logits(build(model)), logits(loaded(artifact))
     assert (after - before).norm() < 0.1 * before.norm()
+
+
+def test_a_row_of_a_private_expert_has_scales_of_its_own(tmp_path: Path) -> None:
+    """Groups run along D, so that a hidden unit with large weights adds no error to another."""
+    tensors = build(KINDS["private"]).logical()
+    key = "layers.0.experts.0.private_down"
+    tensors[key][3] *= 1000
+    read = Artifact.open(export(tmp_path, KINDS["private"], tensors=tensors)).tensors()
+    assert ((read[key] - tensors[key]).norm(dim=1) < 0.1 * tensors[key].norm(dim=1)).all()
 
 
 def test_residuals_are_balanced_before_they_are_quantized(tmp_path: Path) -> None:
@@ -146,6 +159,20 @@ def test_zeroed_residuals_are_zero_and_nothing_else_is(tmp_path: Path) -> None:
         else:
             assert torch.equal(bare[key], whole[key])
     assert not torch.equal(logits(loaded(artifact, "zero")), logits(loaded(artifact)))
+
+
+def test_zeroed_private_experts_leave_the_base(tmp_path: Path) -> None:
+    artifact = Artifact.open(export(tmp_path, KINDS["private with a base"]))
+    whole, bare = artifact.tensors(), artifact.tensors("zero")
+    for key in whole:
+        assert torch.equal(bare[key], torch.zeros_like(whole[key]) if ".private_" in key else whole[key]), key
+
+
+@pytest.mark.parametrize("kind", ["private", "dense"])
+def test_zero_needs_bases(tmp_path: Path, kind: str) -> None:
+    artifact = Artifact.open(export(tmp_path, KINDS[kind]))
+    with pytest.raises(ValueError, match="residuals=zero needs a model with bases"):
+        artifact.tensors("zero")
 
 
 def test_a_cluster_is_read_alone(tmp_path: Path) -> None:
@@ -179,10 +206,10 @@ def test_the_files_hold_the_bytes_that_are_counted(tmp_path: Path, kind: str) ->
         header = int.from_bytes(path.read_bytes()[:8], "little")
         content += path.stat().st_size - 8 - header
     assert sum(parts.values()) == content
-    assert (parts["residuals"] > 0) == (kind in ("clustered", "untied"))
-    assert (parts["bases"] > 0) == (kind != "dense")
-    if kind == "clustered":
-        assert sizes(CLUSTERED)["clustered_int4"]["bytes"] == content
+    assert (parts["experts"] > 0) == (kind in ("clustered", "untied", "private", "private with a base"))
+    assert (parts["bases"] > 0) == (kind not in ("dense", "private"))
+    if kind in ("clustered", "private", "private with a base"):
+        assert sizes(KINDS[kind])["clustered_int4"]["bytes"] == content
     if kind == "flat":
         assert sizes(CLUSTERED)["flat_float16"]["bytes"] == content
 
@@ -202,6 +229,21 @@ def test_sizes_count_what_a_model_has() -> None:
     table = sizes(KINDS["dense"])
     for name, kind in (("flat_float16", "flat"), ("clustered_float16", "clustered")):
         assert table[name]["parameters"] == sum(p.numel() for p in Transformer(KINDS[kind]).parameters())
+
+
+@pytest.mark.parametrize("kind", ["private", "private with a base"])
+def test_private_experts_are_compared_with_a_flat_model_of_their_width(kind: str) -> None:
+    model = KINDS[kind]
+    table, units = sizes(model), 7 * model.private_width + 3 * model.cluster_base_width
+    routers = 2 * 7 * 32  # stage 2
+    assert table["flat_float16"]["expert_parameters"] == 2 * 7 * 3 * 32 * model.private_width
+    assert table["clustered_int4"]["expert_parameters"] == 2 * 3 * 32 * units + routers
+    assert table["clustered_int4"]["expert_bytes"] < table["clustered_float16"]["expert_bytes"]
+
+
+def test_sizes_do_not_depend_on_the_experts_of_a_token() -> None:
+    """Flat models may choose more experts than a cluster would have."""
+    assert sizes(replace(KINDS["flat"], experts_per_token=6)) == sizes(KINDS["flat"])
 
 
 # Staging

@@ -110,8 +110,19 @@ def close(a: Tensor, b: Tensor) -> None:
     torch.testing.assert_close(a, b, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("changes", [{}, {"residual_width": 0}, {"tied_head": False, "clusters_per_token": 2, "gate_scale": 1.5}, {"experts_per_token": 1}, {"kv_heads": 4}])  # fmt: skip
-def test_logits_are_those_of_evaluation(tmp_path, changes: dict) -> None:
+PRIVATE = {"expert_kind": "private", "expert_width": 20}
+MODELS = [
+    {}, {"residual_width": 0}, {"tied_head": False, "clusters_per_token": 2, "gate_scale": 1.5},
+    {"experts_per_token": 1}, {"kv_heads": 4}, PRIVATE, PRIVATE | {"experts_per_token": 1},
+    PRIVATE | {"base_width": 24, "gate": "sigmoid", "clusters_per_token": 2}, PRIVATE | {"gate": "biased"},
+    {"gate": "sigmoid"}, {"gate": "biased", "clusters_per_token": 2},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("changes", MODELS)
+def test_logits_are_those_of_evaluation(tmp_path, monkeypatch, changes: dict, compiled: bool) -> None:
+    monkeypatch.setenv("RAYMOE_NATIVE", str(int(compiled)))
     artifact = served.artifact(tmp_path, replace(served.MODEL, **changes))
     model, trunk = served.whole(artifact), make_trunk(artifact)
     cache = KVCache(artifact.model, 1 << 20, torch.float32, 4)

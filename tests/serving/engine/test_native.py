@@ -18,7 +18,16 @@ from raymoe.serving.engine.trunk import Segment, Trunk
 from raymoe.storage.artifact import Artifact
 from tests.support import served
 
-MODELS = [{}, {"residual_width": 0}, {"experts_per_token": 1}, {"residual_width": 5, "d_expert": 30}]
+PRIVATE = {"expert_kind": "private", "expert_width": 20}
+WITH_BASE = PRIVATE | {"base_width": 24}
+MODELS = [
+    {}, {"residual_width": 0}, {"experts_per_token": 1}, {"residual_width": 5, "d_expert": 30}, PRIVATE, WITH_BASE,
+    PRIVATE | {"experts_per_token": 1, "expert_width": 16},
+]  # fmt: skip
+GATES = [
+    {"clusters_per_token": p, "gate": gate, "expert_kind": kind}
+    for p, gate, kind in ((1, "biased", "private"), (2, "biased", "residual"), (1, "sigmoid", "residual"), (2, "sigmoid", "private"))
+]  # fmt: skip
 NEAR = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
 
 needs_compiler = pytest.mark.skipif(native.library() is None, reason="no C compiler")
@@ -63,10 +72,14 @@ def test_cluster_outputs_equal_those_of_torch(monkeypatch, tmp_path, changes: di
                 near(outputs[c], expected[c], dtype)
 
 
-@needs_compiler
+@pytest.mark.parametrize("compiled", [pytest.param(True, marks=needs_compiler), False])
+@pytest.mark.parametrize("changes", [{}, PRIVATE, WITH_BASE])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_row_does_not_feel_its_neighbours(tmp_path, dtype: torch.dtype) -> None:
-    artifact = served.artifact(tmp_path)
+def test_a_row_does_not_feel_its_neighbours(
+    monkeypatch, tmp_path, dtype: torch.dtype, changes: dict, compiled: bool
+) -> None:
+    monkeypatch.setenv("RAYMOE_NATIVE", str(int(compiled)))
+    artifact = served.artifact(tmp_path, replace(served.MODEL, **changes))
     held = LocalClusters(artifact, range(3), dtype).clusters
     rows = torch.randn(64, artifact.model.d_model, generator=torch.Generator().manual_seed(1)).to(dtype)
     whole = held[0, 2](rows)
@@ -76,18 +89,31 @@ def test_a_row_does_not_feel_its_neighbours(tmp_path, dtype: torch.dtype) -> Non
         assert torch.equal(compute_clusters([held[0, 1], held[0, 2]], [rows[:3], rows[n : 2 * n]])[1], whole[n : 2 * n])
 
 
-@needs_compiler
-def test_a_cluster_without_experts_returns_zeros(monkeypatch, tmp_path) -> None:
+@pytest.mark.parametrize("compiled", [pytest.param(True, marks=needs_compiler), False])
+@pytest.mark.parametrize("changes", [{}, PRIVATE])
+def test_a_cluster_without_experts_returns_zeros(monkeypatch, tmp_path, changes: dict, compiled: bool) -> None:
+    monkeypatch.setenv("RAYMOE_NATIVE", str(int(compiled)))
     monkeypatch.setattr(served, "UNEVEN", [[0, 2, 2, 0, 2, 0, 2], [1] * 7])
-    held = LocalClusters(served.artifact(tmp_path), range(3), torch.float32).clusters
+    held = LocalClusters(served.artifact(tmp_path, replace(served.MODEL, **changes)), range(3), torch.float32).clusters
     rows = torch.randn(4, served.MODEL.d_model)
     empty, some = compute_clusters([held[0, 1], held[0, 2]], [rows, rows])
     assert torch.equal(empty, torch.zeros_like(rows)) and some.abs().min() > 0
 
 
+@pytest.mark.parametrize("compiled", [pytest.param(True, marks=needs_compiler), False])
+def test_a_private_cluster_without_experts_returns_its_base(monkeypatch, tmp_path, compiled: bool) -> None:
+    monkeypatch.setenv("RAYMOE_NATIVE", str(int(compiled)))
+    monkeypatch.setattr(served, "UNEVEN", [[0, 2, 2, 0, 2, 0, 2], [1] * 7])
+    artifact = served.artifact(tmp_path, replace(served.MODEL, **WITH_BASE))
+    held, tensors = LocalClusters(artifact, range(3), torch.float32).clusters, artifact.tensors()
+    gate, up, down = (tensors[f"layers.0.clusters.1.base_{name}"] for name in ("gate", "up", "down"))
+    rows = torch.randn(4, served.MODEL.d_model)
+    near(held[0, 1](rows), (torch.nn.functional.silu(rows @ gate) * (rows @ up)) @ down, torch.float32)
+
+
 @needs_compiler
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("changes", [*MODELS, {"clusters_per_token": 2, "gate_scale": 1.5, "tied_head": False}])
+@pytest.mark.parametrize("changes", [*MODELS, *GATES, {"clusters_per_token": 2, "gate_scale": 1.5, "tied_head": False}])
 def test_logits_are_those_of_torch(monkeypatch, tmp_path, changes: dict, dtype: torch.dtype) -> None:
     artifact = served.artifact(tmp_path, replace(served.MODEL, **changes))
     ours, theirs = both(monkeypatch, artifact, dtype)
