@@ -106,6 +106,21 @@ def test_models_without_clusters_are_exported(tmp_path: Path, kind: str) -> None
     assert "this artifact" in table(metrics)
 
 
+@pytest.mark.parametrize("base_width", [0, 24])
+def test_private_experts_are_exported(tmp_path: Path, base_width: int) -> None:
+    write_run(tmp_path, "model.expert_kind=private", f"model.base_width={base_width}", "model.gate=sigmoid")
+    done = export(str(tmp_path), "first")
+    forms = {"full", "int4", "zero"} if base_width else {"full", "int4"}
+    assert set(done.metrics["perplexity"]) == forms and done.metrics["coactivation_kept"] is not None
+    assert done.metrics["perplexity"]["int4"] == pytest.approx(done.metrics["perplexity"]["full"], rel=0.02)
+    text = table(done.metrics)
+    assert "INT4 private experts" in text and ("private experts set to zero" in text) == bool(base_width)
+    stored = open_artifact(done.target)
+    if not base_width:
+        with pytest.raises(ValueError, match="residuals=zero needs a model with bases"):
+            stored.model("zero")
+
+
 def test_every_stage_is_reported_from_its_start_to_its_end(tmp_path: Path) -> None:
     write_run(tmp_path)
     calls: list[tuple[str, int, int]] = []

@@ -632,9 +632,12 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
 
 @pytest.mark.parametrize("kernels", ["native", "packed", "plain"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("width", [4, 0])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"residual_width": 0}, {"expert_kind": "private"}, {"expert_kind": "private", "base_width": 24}],
+)
 def test_sizes_are_those_of_loaded_values(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, width: int, kernels: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, changes: dict, kernels: str
 ) -> None:
     def choose() -> None:
         if kernels != "native":
@@ -643,18 +646,19 @@ def test_sizes_are_those_of_loaded_values(
             monkeypatch.setattr(Product, "packs", staticmethod(lambda _: False))
 
     choose()
-    artifact = served.artifact(tmp_path, dataclasses.replace(served.MODEL, residual_width=width))
+    artifact = served.artifact(tmp_path, dataclasses.replace(served.MODEL, **changes))
     monkeypatch.setattr(Artifact, "cluster", None)  # the sizes need no weights
     sizes = cluster_sizes(artifact, dtype)
     monkeypatch.undo()
     choose()
     held = LocalClusters(artifact, range(3), dtype).clusters
     assert sizes == {c: sum(held[layer, c].bytes for layer in range(2)) for c in range(3)}
-    if kernels == "plain" and width:
-        model, experts = served.MODEL, [len([e for row in served.UNEVEN for e in row if e == c]) for c in range(3)]
-        d, f, w = model.d_model, model.d_expert, width
+    if kernels == "plain" and artifact.model.has_members:
+        model, experts = artifact.model, [len([e for row in served.UNEVEN for e in row if e == c]) for c in range(3)]
+        d, f, w = model.d_model, model.cluster_base_width, model.residual_width
+        expert = 3 * d * model.private_width if model.expert_kind == "private" else 3 * d * w + 3 * w * f
         for c, e in enumerate(experts):
-            wide = 2 * d * 3 * f + e * (3 * d * w + 3 * w * f)  # two layers
+            wide = 2 * d * 3 * f + e * expert  # two layers
             assert sizes[c] == wide * dtype.itemsize + e * (d + 1) * 4
 
 
