@@ -121,7 +121,7 @@ def applied(moves: int, sent: int, pause_ms: float, gain: float) -> dict[str, An
 
 def test_plans_are_counted_with_their_cost_and_gain(exported: tuple[TrainingMetrics, CollectorRegistry]) -> None:
     metrics, registry = exported
-    for name in ("gain_expected", "gain_seen", "statistics_lag_steps"):
+    for name in ("gain_expected", "gain_measured", "statistics_lag_steps"):
         assert math.isnan(value(registry, f"regroup_{name}") or 0)  # unknown is NaN, not 0
     assert value(registry, "regroup_last_plan_timestamp_seconds") == 0
     assert [value(registry, "regroup_plans_total", outcome=o) for o in ("made", "applied", "refused", "no_plan")] == [
@@ -135,7 +135,7 @@ def test_plans_are_counted_with_their_cost_and_gain(exported: tuple[TrainingMetr
     metrics.observe(plan_record("overlap_ended", version=2, probe=4.0))
     metrics.observe(plan_record("clusterer_restarted"))
     expected = {
-        "moves_total": 12, "bytes_total": 1500, "pause_seconds_count": 2, "gain_expected": 0.25, "gain_seen": -0.125,
+        "moves_total": 12, "bytes_total": 1500, "pause_seconds_count": 2, "gain_expected": 0.25, "gain_measured": -0.125,
         "clusterer_restarts_total": 1,
     }  # fmt: skip
     assert {name: value(registry, f"regroup_{name}") for name in expected} == expected
