@@ -206,7 +206,7 @@ class ClusteredExperts(nn.Module):
     def selection_biases(self) -> dict[str, Tensor]:
         """Return the selection biases by level: clusters [C], experts [E] with NaN where another process has them."""
         biases = {"clusters": self.router.bias}
-        if self.model.residual_width:
+        if self.model.has_members:
             biases["experts"] = self.router.bias.new_full((self.model.n_experts,), math.nan)
             at = [(i, member.expert) for i, member in enumerate(self.local_members) if not member.ghost]
             local, experts = [i for i, _ in at], [expert for _, expert in at]

@@ -20,7 +20,7 @@ from raymoe.model.routing_sums import QUANTITIES, routing_measures, routing_sums
 def sums_of(logits_TG: torch.Tensor, bias_G: torch.Tensor, k: int) -> dict[str, float]:
     """The sums of a router that scores its rows with these logits."""
     groups = logits_TG.shape[1]
-    choice = route(logits_TG, torch.eye(groups, dtype=logits_TG.dtype), bias_G, k, over_selected=k > 1)
+    choice = route(logits_TG, torch.eye(groups, dtype=logits_TG.dtype), bias_G, k, gate="all")
     return dict(zip(QUANTITIES, routing_sums(choice).tolist(), strict=True))
 
 
@@ -65,7 +65,7 @@ def test_equal_probabilities_are_not_forced_and_have_an_entropy_of_one() -> None
 
 def test_groups_that_take_no_part_add_no_entropy() -> None:
     fade = torch.tensor([0.0, 0.0, -math.inf])
-    choice = route(torch.zeros(4, 3), torch.eye(3), torch.zeros(3), 3, over_selected=True, fade_G=fade)
+    choice = route(torch.zeros(4, 3), torch.eye(3), torch.zeros(3), 3, gate="selected", fade_G=fade)
     rows, entropy, choices, forced, probability = routing_sums(choice).tolist()
     assert (rows, choices, forced, probability) == (4, 12, 0, 4)
     assert entropy == pytest.approx(4 * math.log(2) / math.log(3))
@@ -73,7 +73,7 @@ def test_groups_that_take_no_part_add_no_entropy() -> None:
 
 @pytest.mark.parametrize("groups", [0, 1])
 def test_a_router_without_a_choice_does_not_count(groups: int) -> None:
-    choice = route(torch.ones(4, 2), torch.ones(groups, 2), torch.zeros(groups), groups, over_selected=True)
+    choice = route(torch.ones(4, 2), torch.ones(groups, 2), torch.zeros(groups), groups, gate="selected")
     assert routing_sums(choice).tolist() == [0, 0, 0, 0, 0]
 
 

@@ -77,7 +77,9 @@ def check(record: dict[str, Any], levels: set[str], layers: int) -> None:
 
 @pytest.mark.parametrize(("kind", "levels"), [("clustered", {"clusters", "experts"}), ("flat", {"experts"}), ("dense", set())])  # fmt: skip
 def test_records_of_a_run_have_the_measures(kind: str, levels: set[str], tmp_path: Path) -> None:
-    train(0, 1, str(tmp_path), (f"model.experts={kind}", "train.steps=7", "train.log_every=3", "train.validate_every=5"))
+    train(
+        0, 1, str(tmp_path), (f"model.experts={kind}", "train.steps=7", "train.log_every=3", "train.validate_every=5")
+    )
     trains, validations = records(tmp_path, "train"), records(tmp_path, "validation")
     assert [r["step"] for r in trains] == [3, 6, 7] and [r["step"] for r in validations] == [5, 7]
     for record in (*trains, *validations):
