@@ -68,6 +68,7 @@ SHARES = one(
     "Token share by cluster", "percentunit", "max by (run, cluster) (@cluster_load_share)",
     "{{run}} cluster {{cluster}}", "A share near 1 indicates a collapsed router, a share of 0 a dead cluster.", kind="stack",
 )  # fmt: skip
+BY_LEVEL = "{{run}} {{split}} {{level}}"
 UNSAVED = "max by (run) (@training_step) - max by (run) (@checkpoint_last_step)"
 APPLIED = "max by (run) (changes(@assignment_version[$__rate_interval])) > 0"
 
@@ -101,6 +102,17 @@ TRAINING = Dashboard(
             one("Load: coefficient of variation", "none", "max by (run, level) (@load_cv)", "{{run}} {{level}}"),
             one("Load: maximum over mean", "percentunit", "max by (run, level) (@load_max_violation)", "{{run}} {{level}}"),
             SHARES,
+        ),
+        "Routing": (
+            one("Choices forced by the selection bias", "percentunit", "max by (run, split, level) (@bias_forced_share)", BY_LEVEL, "The layer with the largest fraction.", width=6),
+            one("Probability of the choices", "percentunit", "min by (run, split, level) (@chosen_probability)", BY_LEVEL, "The layer with the smallest value.", width=6),
+            one("Router entropy", "percentunit", "avg by (run, split, level) (@router_entropy)", BY_LEVEL, "Averaged over layers. 100 % is an equal probability of all groups.", width=6),
+            Panel(
+                "Selection biases", "none",
+                (('max by (run, level) (@selection_bias{statistic="max"})', "{{run}} {{level}} max"),
+                 ('min by (run, level) (@selection_bias{statistic="min"})', "{{run}} {{level}} min")),
+                "The largest and the smallest bias of all layers.", width=6,
+            ),
         ),
         "Restarts": (
             one("Worker groups started", "none", "max by (run) (@worker_group_attempt)", note="Increases with each restart, after a failure or a change of the number of workers.", width=12),
@@ -148,7 +160,7 @@ CLUSTERING = Dashboard(
             Panel(
                 "Expected and measured gain", "none",
                 (("max by (run) (@regroup_gain_expected)", "{{run}} expected"),
-                 ("max by (run) (@regroup_gain_seen)", "{{run}} measured")),
+                 ("max by (run) (@regroup_gain_measured)", "{{run}} measured")),
             ),
             one("Load variation between clusters", "none", 'max by (run) (@load_cv{level="clusters"})'),
             SHARES,

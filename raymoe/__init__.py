@@ -15,6 +15,7 @@ Glossary
     version     the number of plans that were applied
     remap       the application of a plan
     fold        the conversion of independent experts to bases and residuals
+    forced      a choice that a router makes because of its selection bias, outside the top k without it
     ghost       a moving expert in the cluster that it leaves, while its weight fades to zero
     trunk       all weights outside the clusters: embeddings, attention, norms and routers
     resident    a cluster whose weights a trunk replica has in its own process

@@ -21,6 +21,7 @@ from raymoe.serving.residency import ResidencyStats
 from raymoe.storage.scrape_targets import write_targets
 
 WORKER = {"run": "first", "worker": "1"}
+LABELS = {*WORKER, "split", "level", "layer", "statistic", "cluster", "outcome", "reason", "le"}
 
 
 def record(step: int, **changes: Any) -> dict[str, Any]:
@@ -31,7 +32,16 @@ def record(step: int, **changes: Any) -> dict[str, Any]:
         "grad_norm": 0.7, "load_cv": levels, "load_max_vio": {k: 2 * v for k, v in levels.items()},
         "a2a_bytes_per_token": 96.0, "version": 3, "rss_mb": [100.0, 250.5], "skipped_steps": 0,
         "compute_ms": [100.0, 250.0], "slowness": [0.4, 2.5],
-        "load_experts": [], "load_clusters": [[0.75, 0.25], [0.25, 0.75]], **changes,
+        "load_experts": [], "load_clusters": [[0.75, 0.25], [0.25, 0.75]], **(routing() | changes),
+    }  # fmt: skip
+
+
+def routing(forced: float = 0.25) -> dict[str, Any]:
+    """The measures of the routing of two layers. A router of layer 0 has no rows."""
+    both = lambda a, b: {"clusters": [a, b], "experts": [None, b]}  # noqa: E731
+    return {
+        "bias_forced_share": both(forced, 0.5), "chosen_probability": both(0.75, 0.5), "router_entropy": both(0.5, 0.25),
+        "selection_bias_min": both(-2.0, -1.0), "selection_bias_max": both(3.0, 1.0), "selection_bias_std": both(1.5, 0.5),
     }  # fmt: skip
 
 
@@ -93,6 +103,22 @@ def test_validation_and_checkpoints(exported: tuple[TrainingMetrics, CollectorRe
     assert value(registry, "checkpoint_seconds_count") == 1 and value(registry, "checkpoint_failures_total") == 1
 
 
+def test_routing_is_exported_by_split_level_and_layer(exported: tuple[TrainingMetrics, CollectorRegistry]) -> None:
+    metrics, registry = exported
+    metrics.observe(record(10))
+    metrics.observe({"kind": "validation", "step": 10, "loss": 3.25, **routing(forced=0.125)})
+    for split, forced in (("training", 0.25), ("validation", 0.125)):
+        assert value(registry, "bias_forced_share", split=split, level="clusters", layer="0") == forced
+        assert value(registry, "bias_forced_share", split=split, level="experts", layer="1") == 0.5
+        assert math.isnan(value(registry, "bias_forced_share", split=split, level="experts", layer="0") or 0)
+        assert value(registry, "chosen_probability", split=split, level="clusters", layer="0") == 0.75
+        assert value(registry, "router_entropy", split=split, level="clusters", layer="1") == 0.25
+    biases = [
+        value(registry, "selection_bias", statistic=s, level="clusters", layer="0") for s in ("min", "max", "std")
+    ]
+    assert biases == [-2.0, 3.0, 1.5]
+
+
 @pytest.mark.parametrize("loss", [None, math.nan])
 def test_a_loss_that_is_not_finite_is_nan(exported: tuple[TrainingMetrics, CollectorRegistry], loss: Any) -> None:
     metrics, registry = exported
@@ -106,7 +132,10 @@ def test_a_loss_that_is_not_finite_is_nan(exported: tuple[TrainingMetrics, Colle
 def test_a_model_without_clusters_exports_none(exported: tuple[TrainingMetrics, CollectorRegistry]) -> None:
     metrics, registry = exported
     nothing = dict.fromkeys(("experts", "clusters", "workers"))
-    metrics.observe(record(10, load_cv=nothing, load_max_vio=nothing, load_clusters=[]))
+    measures = dict.fromkeys(routing(), {"experts": [0.5], "clusters": None})
+    metrics.observe(record(10, load_cv=nothing, load_max_vio=nothing, load_clusters=[], **measures))
+    assert value(registry, "router_entropy", split="training", level="experts", layer="0") == 0.5
+    assert value(registry, "router_entropy", split="training", level="clusters", layer="0") is None
     assert value(registry, "load_cv", level="clusters") is None
     assert value(registry, "cluster_load_share", cluster="0") is None
 
@@ -121,7 +150,7 @@ def applied(moves: int, sent: int, pause_ms: float, gain: float) -> dict[str, An
 
 def test_plans_are_counted_with_their_cost_and_gain(exported: tuple[TrainingMetrics, CollectorRegistry]) -> None:
     metrics, registry = exported
-    for name in ("gain_expected", "gain_seen", "statistics_lag_steps"):
+    for name in ("gain_expected", "gain_measured", "statistics_lag_steps"):
         assert math.isnan(value(registry, f"regroup_{name}") or 0)  # unknown is NaN, not 0
     assert value(registry, "regroup_last_plan_timestamp_seconds") == 0
     assert [value(registry, "regroup_plans_total", outcome=o) for o in ("made", "applied", "refused", "no_plan")] == [
@@ -135,7 +164,7 @@ def test_plans_are_counted_with_their_cost_and_gain(exported: tuple[TrainingMetr
     metrics.observe(plan_record("overlap_ended", version=2, probe=4.0))
     metrics.observe(plan_record("clusterer_restarted"))
     expected = {
-        "moves_total": 12, "bytes_total": 1500, "pause_seconds_count": 2, "gain_expected": 0.25, "gain_seen": -0.125,
+        "moves_total": 12, "bytes_total": 1500, "pause_seconds_count": 2, "gain_expected": 0.25, "gain_measured": -0.125,
         "clusterer_restarts_total": 1,
     }  # fmt: skip
     assert {name: value(registry, f"regroup_{name}") for name in expected} == expected
@@ -213,13 +242,13 @@ def test_every_metric_follows_the_conventions(exported: tuple[TrainingMetrics, C
     metrics, registry = exported
     metrics.observe(record(10))
     families = list(registry.collect())
-    assert len(families) == 35
+    assert len(families) == 39
     for family in families:
         assert family.name.startswith("raymoe_") and family.documentation.endswith(".")
         assert not family.name.endswith(("_ms", "_mb", "_mib"))  # base units
         for sample in family.samples:
             assert WORKER.items() <= sample.labels.items()
-            assert sample.labels.keys() <= {"run", "worker", "level", "cluster", "outcome", "reason", "le"}
+            assert sample.labels.keys() <= LABELS
 
 
 def test_a_trunk_exports_its_totals() -> None:

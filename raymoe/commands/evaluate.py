@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raymoe.commands.entry import new_parser
+from raymoe.commands.routing import most_forced
 from raymoe.config import default_root
 
 if TYPE_CHECKING:
@@ -124,6 +125,7 @@ def summarize(stored: StoredModel, judged: Judgement, parameters: int, data: str
             "clusters": load_measures(judged.clusters),
             f"{workers} workers": load_measures(loads_by_rank(placed, loads)),
         },
+        "routing": judged.routing,
         "parameters": parameters,
         "tokens_per_s": whole.tokens / judged.seconds,
         "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / per_mib,
@@ -166,6 +168,8 @@ def table(result: Mapping[str, Any]) -> str:
     if measured:
         lines += ["", f"{'load balance over':24}{'CV':>12}{'max / mean - 1':>16}"]
         lines += [f"{level:24}{row['cv']:>12.3f}{row['max_vio']:>16.3f}" for level, row in measured.items()]
+    if forced := most_forced(result["routing"]):
+        lines += ["", f"routing    {forced}"]
     lines += [
         "",
         f"speed      {result['tokens_per_s']:,.0f} tokens/s; peak memory of this process {result['peak_memory_mb']:,.0f} MiB",

@@ -18,6 +18,7 @@ Exit status: 0 completed, 1 failed, 2 refused before the start, 130 or 143 stopp
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from raymoe.commands.entry import new_parser, refuse, sibling
+from raymoe.commands.routing import most_forced_of_run
 from raymoe.config import LARGEST_YAML, PRESETS, Config, describe, parse_yaml, preset
 
 
@@ -97,13 +99,16 @@ def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
             from raymoe.data.sources import check_source
 
             check_source(config.data)
+        from raymoe.ops.ray_connection import current_ray, find_ray  # imports Ray, but not torch
+
+        target = current_ray() or find_ray(os.environ)
     except (ValueError, OSError) as error:
         return refuse(parse.prog, error)
-    from raymoe.storage.run_folder import RunFolder
+    from raymoe.storage.run_folder import RunFolder, read_records
     from raymoe.training.launch import TooManyFailures, launch
 
     try:
-        run, stopped_by = launch(config)
+        run, stopped_by = launch(config, target)
     except (ValueError, OSError) as error:
         return refuse(parse.prog, error)
     except TooManyFailures as error:
@@ -111,6 +116,8 @@ def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
         return 1
     folder = RunFolder(run)
     print(f"run     {run}\nreport  {folder.report}\nmetrics {folder.metrics}")
+    if forced := most_forced_of_run(read_records(folder.metrics)):
+        print(f"routing {forced}")
     if stopped_by:
         print(f"stopped by {signal.Signals(stopped_by).name}; continue with: train.resume={config.run.name}")
         return 128 + stopped_by

@@ -16,6 +16,7 @@ from raymoe.data.corpus import Text
 from raymoe.evaluation import Perplexity, load_cv, load_max_vio, load_variance, perplexity
 from raymoe.model.experts import by_expert
 from raymoe.model.observation import Loads, Observation
+from raymoe.model.routing_sums import Measures, routing_measures
 from raymoe.model.transformer import Transformer
 
 
@@ -30,6 +31,8 @@ class Judgement:
     """[L, E]: choices of each expert by layer; empty for a model without experts."""
     coactivation: np.ndarray
     """[L-1, C, C]: tokens that chose cluster a in a layer and cluster b in the next."""
+    routing: Measures
+    """Forced share, probability of the choices and entropy of each router (`routing_measures`)."""
     seconds: float
 
     @property
@@ -57,14 +60,14 @@ def judge(
     n_clusters = model.model.n_clusters if model.model.experts == "clustered" else 0
     coactivation = np.zeros((n_layers - 1, n_clusters, n_clusters), dtype=np.int64)
 
-    loads = Loads.zeros(model.model)
+    loads, routing_HLQ = Loads.zeros(model.model), Observation(model.model).routing_sums()
 
     def logits(tokens_BS: Tensor) -> Tensor:
-        nonlocal loads
-        seen = Observation(model.model)
+        nonlocal loads, routing_HLQ
+        seen = Observation(model.model, routing=True)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bfloat16"):
             out = model(tokens_BS, seen=seen)
-        loads = loads + seen.loads()
+        loads, routing_HLQ = loads + seen.loads(), routing_HLQ + seen.routing_sums()
         chosen = [choice_TP[:, 0] for choice_TP in seen.choices_TP]
         for layer, (a, b) in enumerate(pairwise(chosen)):
             pairs = torch.bincount(a * n_clusters + b, minlength=n_clusters**2)
@@ -81,7 +84,8 @@ def judge(
     }  # fmt: skip
     seconds = time.perf_counter() - started
     experts = by_expert(loads.members_LM, model.model.n_experts)
-    return Judgement(domains, loads.clusters_LC.numpy(), experts.numpy(), coactivation, seconds)
+    routing = routing_measures(routing_HLQ)
+    return Judgement(domains, loads.clusters_LC.numpy(), experts.numpy(), coactivation, routing, seconds)
 
 
 def load_measures(counts: np.ndarray) -> dict[str, float] | None:

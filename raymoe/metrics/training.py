@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -34,6 +34,7 @@ class TrainingMetrics(Metrics):
         self._last_skipped = 0
         self._declare_progress()
         self._declare_balance()
+        self._declare_routing()
         self._declare_workers()
         self._declare_regrouping()
 
@@ -74,6 +75,24 @@ class TrainingMetrics(Metrics):
         )
         self.assignment_version = declare(Gauge, "assignment_version", "Version of the current assignment.")
 
+    def _declare_routing(self) -> None:
+        declare, labels = self._declare, ("split", "level", "layer")
+        self.bias_forced_share = declare(
+            Gauge, "bias_forced_share",
+            "Fraction of the choices of a router that its selection bias forces, in the last logged step or validation.",
+            *labels,
+        )  # fmt: skip
+        self.chosen_probability = declare(
+            Gauge, "chosen_probability", "Mean probability of the chosen groups, without selection bias.", *labels
+        )
+        self.router_entropy = declare(
+            Gauge, "router_entropy", "Mean entropy of a router, relative to that of equal probabilities.", *labels
+        )
+        self.selection_bias = declare(
+            Gauge, "selection_bias", "Selection biases of a router in logits: min, max or std.",
+            "statistic", "level", "layer",
+        )  # fmt: skip
+
     def _declare_workers(self) -> None:
         declare = self._declare
         self.attempt = declare(
@@ -111,8 +130,8 @@ class TrainingMetrics(Metrics):
         self.regroup_gain_expected = declare(
             Gauge, "regroup_gain_expected", "Increase of the objective that the last applied plan predicted."
         )
-        self.regroup_gain_seen = declare(
-            Gauge, "regroup_gain_seen", "Increase of the objective that was measured after a plan was applied."
+        self.regroup_gain_measured = declare(
+            Gauge, "regroup_gain_measured", "Increase of the objective that was measured after a plan was applied."
         )
         self.regroup_clusterer_restarts = declare(
             Counter, "regroup_clusterer_restarts", "Times that the clusterer restarted and lost its statistics."
@@ -127,7 +146,7 @@ class TrainingMetrics(Metrics):
         self.regroup_messages_refused = totals(
             "regroup_messages_refused", "Messages that the clusterer refused as malformed."
         )
-        for gauge in (self.regroup_lag, self.regroup_gain_expected, self.regroup_gain_seen):
+        for gauge in (self.regroup_lag, self.regroup_gain_expected, self.regroup_gain_measured):
             gauge.set(math.nan)  # unknown, and NaN at workers other than 0, so that `max` ignores them
         for outcome in PLAN_OUTCOMES:  # without an initial 0, `increase` misses the first event of a series
             self.regroup_plans.labels(**self._own, outcome=outcome)
@@ -143,6 +162,7 @@ class TrainingMetrics(Metrics):
             self._observe_train(record)
         elif record["kind"] == "validation":
             self.validation_loss.set(to_number(record["loss"]))
+            self._observe_routing(record)
         elif record["kind"] == "event":
             self._observe_event(record)
         elif record["kind"] == "plan":
@@ -165,6 +185,7 @@ class TrainingMetrics(Metrics):
         self._last_skipped = record["skipped_steps"]
         self._set_labeled(self.load_cv, "level", record["load_cv"])
         self._set_labeled(self.load_max_violation, "level", record["load_max_vio"])
+        self._observe_routing(record)
         layers = record["load_clusters"]
         shares = {str(c): math.fsum(column) / len(layers) for c, column in enumerate(zip(*layers, strict=True))}
         self._set_labeled(self.cluster_load_share, "cluster", shares)
@@ -172,6 +193,24 @@ class TrainingMetrics(Metrics):
         self.resident_bytes.set(record["rss_mb"][self._rank] * 2**20)
         self.worker_compute_seconds.set(record["compute_ms"][self._rank] / 1000)
         self.worker_slowness.set(to_number(record["slowness"][self._rank]))
+
+    def _observe_routing(self, record: Mapping[str, Any]) -> None:
+        split = "training" if record["kind"] == "train" else "validation"
+        for name, gauge in (
+            ("bias_forced_share", self.bias_forced_share),
+            ("chosen_probability", self.chosen_probability),
+            ("router_entropy", self.router_entropy),
+        ):
+            self._set_by_layer(gauge, record.get(name), split=split)
+        for statistic in ("min", "max", "std"):
+            self._set_by_layer(self.selection_bias, record.get(f"selection_bias_{statistic}"), statistic=statistic)
+
+    def _set_by_layer(
+        self, gauge: Gauge, levels: Mapping[str, Sequence[float | None] | None] | None, **labels: str
+    ) -> None:
+        for level, values in (levels or {}).items():
+            for layer, number in enumerate(values or ()):
+                gauge.labels(**self._own, **labels, level=level, layer=str(layer)).set(to_number(number))
 
     def _set_labeled(self, gauge: Gauge, label: str, values: Mapping[str, float | None]) -> None:
         for value, number in values.items():
@@ -205,7 +244,7 @@ class TrainingMetrics(Metrics):
             key = record["reason"].split(":")[0]
             self.regroup_refusals.labels(**self._own, reason=key if key in REFUSALS else "other").inc()
         elif name == "gain_measured":
-            self.regroup_gain_seen.set(to_number(record["gain"]))
+            self.regroup_gain_measured.set(to_number(record["gain"]))
         elif name == "messages":
             self.regroup_messages_merged.set(record["merged"])
             self.regroup_messages_lost.set(record["lost"])

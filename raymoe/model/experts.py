@@ -203,6 +203,16 @@ class ClusteredExperts(nn.Module):
                 load_e = member_load_M[self._load_index(cluster)]
                 move_bias(self.expert_bias[slice(*part)], load_e, rate, self.share_e[slice(*part)])
 
+    def selection_biases(self) -> dict[str, Tensor]:
+        """Return the selection biases by level: clusters [C], experts [E] with NaN where another process has them."""
+        biases = {"clusters": self.router.bias}
+        if self.model.has_members:
+            biases["experts"] = self.router.bias.new_full((self.model.n_experts,), math.nan)
+            at = [(i, member.expert) for i, member in enumerate(self.local_members) if not member.ghost]
+            local, experts = [i for i, _ in at], [expert for _, expert in at]
+            biases["experts"][experts] = self.expert_bias[local]
+        return biases
+
 
 class FlatExperts(nn.Module):
     """E independent experts with softmax top-K over all of them and grouped products: the standard MoE layer."""
@@ -246,6 +256,10 @@ class FlatExperts(nn.Module):
         """Move the selection biases by the global loads of the experts."""
         move_bias(self.router.bias, member_load_M, rate)
 
+    def selection_biases(self) -> dict[str, Tensor]:
+        """Return the selection biases of the experts, [E]."""
+        return {"experts": self.router.bias}
+
 
 class DenseFFN(nn.Module):
     """One SwiGLU with the active width of K experts."""
@@ -268,6 +282,10 @@ class DenseFFN(nn.Module):
 
     def balance(self, cluster_load_C: Tensor, member_load_M: Tensor, rate: float) -> None:
         """Do nothing: a dense layer has no router."""
+
+    def selection_biases(self) -> dict[str, Tensor]:
+        """Return nothing: a dense layer has no router."""
+        return {}
 
 
 FFN = ClusteredExperts | FlatExperts | DenseFFN

@@ -1,4 +1,4 @@
-"""Observations of the feed-forward layers in one forward: loads, choices, auxiliary losses, inputs.
+"""Observations of the feed-forward layers in one forward: loads, choices, routing, auxiliary losses, inputs.
 
 A caller passes an `Observation` to a forward and reads it afterward. The layers store nothing
 between two forwards. An observation changes no output.
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from raymoe.config import ModelSection
 from raymoe.model.router import Choice, auxiliary_loss
+from raymoe.model.routing_sums import LEVELS, QUANTITIES, routing_sums
 
 
 @dataclass(frozen=True)
@@ -50,14 +51,20 @@ class Loads:
 class LayerObservation:
     """What one feed-forward layer observes in one forward.
 
-    auxiliary, input_sums, sampled_rows: see `Observation`. Fields that do not apply to the layer stay
+    auxiliary, input_sums, routing, sampled_rows: see `Observation`. Fields that do not apply to the layer stay
     None.
     """
 
     def __init__(
-        self, *, auxiliary: bool = False, input_sums: bool = False, sampled_rows: Tensor | None = None
+        self,
+        *,
+        auxiliary: bool = False,
+        input_sums: bool = False,
+        routing: bool = False,
+        sampled_rows: Tensor | None = None,
     ) -> None:
         self._wants_auxiliary, self._wants_input_sums, self._sampled_rows = auxiliary, input_sums, sampled_rows
+        self._wants_routing = routing
         self.choice_TP: Tensor | None = None
         """[T, P] int64: the clusters that each row chose."""
         self.cluster_load_C: Tensor | None = None
@@ -68,6 +75,8 @@ class LayerObservation:
         """Switch's auxiliary loss, summed over rows; differentiable."""
         self.input_sum_eD: Tensor | None = None
         """[e, D] float32: the sum of the inputs routed to each local member."""
+        self.routing_Q: dict[str, Tensor] = {}
+        """[Q] float64 by level: the sums of routing over the rows that this process routed."""
         self.samples_ND: Tensor | None = None
         """The inputs at `sampled_rows`."""
 
@@ -79,10 +88,12 @@ class LayerObservation:
         """Record the choices of a router over clusters."""
         self.choice_TP = choice.index_TK
         self.cluster_load_C = self._record(choice, n_clusters)
+        self._record_routing("clusters", [choice])
 
     def record_experts(self, choice: Choice, n_experts: int) -> None:
         """Record the choices of a router over experts (`flat`)."""
         self.member_load_M = self._record(choice, n_experts)
+        self._record_routing("experts", [choice])
 
     def _record(self, choice: Choice, n_groups: int) -> Tensor:
         assert self.computed_rows is None, "an Observation belongs to one forward"
@@ -90,6 +101,10 @@ class LayerObservation:
         if self._wants_auxiliary:
             self.auxiliary = auxiliary_loss(choice, n_groups)
         return torch.bincount(choice.index_TK.flatten(), minlength=n_groups)
+
+    def _record_routing(self, level: str, choices: Sequence[Choice]) -> None:
+        if self._wants_routing and choices:
+            self.routing_Q[level] = torch.stack([routing_sums(choice) for choice in choices]).sum(0)
 
     def record_computed(self, n_rows: int) -> None:
         """Record rows that the local groups compute."""
@@ -102,7 +117,11 @@ class LayerObservation:
             self.member_load_M[place] = torch.tensor(count, dtype=torch.int64)
 
     def record_routed(self, rows: Sequence[Tensor], choices: Sequence[Choice], sizes: Sequence[int]) -> None:
-        """Sum the inputs of local members. For each local cluster: its rows, their choices, its number of members."""
+        """Observe stage 2: sum its routing and the inputs of local members.
+
+        For each local cluster: its rows, their choices, its number of members.
+        """
+        self._record_routing("experts", choices)
         if not self._wants_input_sums:
             return
         sums: list[Tensor] = []
@@ -117,6 +136,7 @@ class Observation:
     """A collector that a caller passes to one forward of a model and reads afterward.
 
     auxiliary: compute Switch's auxiliary loss. input_sums: sum the inputs routed to each local member.
+    routing: compute the sums of `routing_sums`.
     sampled_rows [N] int64: positions in the flattened batch of the inputs to keep.
     """
 
@@ -126,11 +146,12 @@ class Observation:
         *,
         auxiliary: bool = False,
         input_sums: bool = False,
+        routing: bool = False,
         sampled_rows: Tensor | None = None,
     ) -> None:
         self.model = model
         self.layers = [
-            LayerObservation(auxiliary=auxiliary, input_sums=input_sums, sampled_rows=sampled_rows)
+            LayerObservation(auxiliary=auxiliary, input_sums=input_sums, routing=routing, sampled_rows=sampled_rows)
             for _ in range(model.layers)
         ]
 
@@ -153,6 +174,18 @@ class Observation:
     def samples_LND(self) -> Tensor:
         """The sampled inputs of all layers."""
         return torch.stack(self._present(lambda layer: layer.samples_ND))
+
+    def routing_sums(self) -> Tensor:
+        """Return the sums of routing of this process by level and layer: [H, L, Q] float64, on the CPU.
+
+        A level that was not observed has zeros.
+        """
+        sums_HLQ = torch.zeros(len(LEVELS), len(self.layers), len(QUANTITIES), dtype=torch.float64)
+        for i, level in enumerate(LEVELS):
+            for layer, seen in enumerate(self.layers):
+                if level in seen.routing_Q:
+                    sums_HLQ[i, layer] = seen.routing_Q[level].cpu()
+        return sums_HLQ
 
     def loads(self) -> Loads:
         """Return the loads of the forward, on the CPU."""

@@ -9,6 +9,7 @@ from raymoe.report.elements import paragraph, section, terms
 from raymoe.report.facts import environment_facts, result_facts
 from raymoe.report.plots import Record
 from raymoe.report.regroup_section import regroup_section
+from raymoe.report.routing_section import routing_section
 from raymoe.report.sections import (
     balance_section,
     comparison_section,
@@ -52,6 +53,7 @@ def render(
         + schedule_section(trains)
         + balance_section(trains)
         + load_sections(trains, [r.get("assignment") for r in assignments])
+        + routing_section(trains, validations)
         + domain_section(validations)
         + regroup_section(plans, assignments, trains, validations)
         + cost_section(trains)

@@ -51,15 +51,15 @@ class Outcome:
     """Return value of rank 0."""
 
 
-def launch(config: Config) -> tuple[Path, int]:
+def launch(config: Config, target: RayTarget | None = None) -> tuple[Path, int]:
     """Train `config` to its end or to an orderly stop; return the run's folder and the signal that stopped it, or 0.
 
-    Joins or starts a Ray unless this process is connected to one. SIGINT, SIGTERM and SIGHUP make the workers
-    write a checkpoint at the next step and leave.
+    Joins or starts a Ray unless this process is connected to one. target: the result of `find_ray`, if the caller
+    has it. SIGINT, SIGTERM and SIGHUP make the workers write a checkpoint at the next step and leave.
     Raises RunInUse if another process owns the run, ValueError or OSError for anything refused before the first
     step, and TooManyFailures after more than `train.max_failures` consecutive failures without a newer checkpoint.
     """
-    target = current_ray() or find_ray(os.environ)
+    target = target or current_ray() or find_ray(os.environ)
     print(f"ray       {target}", flush=True)
     run = run_folder(config.run.root, config.run.name)
     with own_run(run):

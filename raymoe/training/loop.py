@@ -36,6 +36,7 @@ from raymoe.training.optimizer import Optimizer, bias_rate, learning_rate
 from raymoe.training.regroup.apply import Regrouping
 from raymoe.training.regroup.clients import ClustererClient
 from raymoe.training.regroup.recorder import sample_inputs
+from raymoe.training.routing import routing_record
 from raymoe.training.run_log import RunLog
 from raymoe.training.state import DataIdentity, Position, find_checkpoint, restore
 from raymoe.training.step_report import StepReport, rank_and_world, sync_stats
@@ -107,7 +108,7 @@ class Trainer:
         while position.step < train.steps and not stopped:
             report = self.train_step()
             last, stopped = position.step == train.steps, report.stop
-            if position.step % train.log_every == 0 or last or stopped:
+            if self.is_logged(position.step) or stopped:
                 self.record_window()
             self.checkpoints.update(writing=report.writing, failed=report.failed)
             if (position.step % train.validate_every == 0 or last) and not stopped:
@@ -122,6 +123,10 @@ class Trainer:
             self.log.event(name="stopped")
         self.log.close()
         return {"step": position.step, "stopped": stopped, "skipped": position.skipped}
+
+    def is_logged(self, step: int) -> bool:
+        """Return whether a train record is written after `step` steps. A stop writes one after any step."""
+        return step % self.config.train.log_every == 0 or step == self.config.train.steps
 
     def train_step(self) -> StepReport:
         """Run one step, with the regrouping before and after it. Raises FloatingPointError after MAX_SKIPPED skipped steps."""
@@ -174,7 +179,8 @@ class Trainer:
             checksum += checksum_of(rows, batch)
             self.window.grains += bool(len(rows))
             options = recorder.options(rows) if recorder else {}
-            seen = Observation(self.model.model, auxiliary=self.config.aux_loss > 0, **options)
+            routing = self.is_logged(step + 1)
+            seen = Observation(self.model.model, auxiliary=self.config.aux_loss > 0, routing=routing, **options)
             inputs, targets = self.grains.tensors(batch)
             with self.grains.autocast():
                 hidden = self.model.hidden(inputs, seen=seen)
@@ -184,6 +190,8 @@ class Trainer:
                 objective = objective + self.config.aux_loss * auxiliary / tokens
             objective.backward()
             loads = loads + seen.loads()
+            if routing:
+                self.window.add_routing(seen.routing_sums())
             if recorder:
                 recorder.add(rows, seen)
             loss += part.detach()
@@ -210,21 +218,25 @@ class Trainer:
     def record_window(self) -> None:
         """Write one train record: means since the last one, loads and stragglers. Collective."""
         position, fields = self.position, self.window.record(self.device)
+        routing = routing_record(self.model, self.window.routing_HLQ, self.device)
         self.window = Window()
         rate = learning_rate(self.config.train, position.step - 1)
         self.log.record(
-            "train", **fields, lr=rate, tokens=position.tokens, version=position.version, skipped_steps=position.skipped
-        )
+            "train", **fields, **routing, lr=rate, tokens=position.tokens, version=position.version,
+            skipped_steps=position.skipped,
+        )  # fmt: skip
         for worker in self.stragglers.update(fields["slowness"]):
             self.log.event(name="straggler", worker=worker, factor=fields["slowness"][worker])
 
     def validate(self, *, whole: bool) -> None:
         """Write one validation record, over the whole validation set or `train.validate_windows` of it. Collective."""
-        found, loads = validate(self.model, self.grains, None if whole else self.config.train.validate_windows)
+        limit = None if whole else self.config.train.validate_windows
+        found, loads, routing_HLQ = validate(self.model, self.grains, limit)
         load, _ = sync_stats(StepReport(), loads, self.config.model.n_experts, self.device)
+        routing = routing_record(self.model, routing_HLQ, self.device)
         self.sharded.meter.take()  # train records count the bytes of training steps only
         self.position.validation[self.position.step] = found.loss
-        self.log.record("validation", **validation_record(found, load), whole=whole)
+        self.log.record("validation", **validation_record(found, load), **routing, whole=whole)
 
     def probe(self) -> float:
         """Return the loss on a few validation windows. Collective."""

@@ -35,15 +35,18 @@ class Validation:
 
 
 @torch.no_grad()
-def validate(model: Transformer, grains: Grains, limit: int | None) -> tuple[Validation, Loads]:
-    """Return the loss over `limit` evenly spread validation windows (None: all), and this rank's loads. Collective."""
+def validate(model: Transformer, grains: Grains, limit: int | None) -> tuple[Validation, Loads, Tensor]:
+    """Return the loss over `limit` evenly spread validation windows (None: all). Collective.
+
+    Also return this rank's loads and its sums of routing [H, L, Q] over all windows.
+    """
     corpus, section = grains.corpus, model.model
     domains = len(corpus.domains)
     sums = torch.zeros(domains, 2, dtype=torch.float64)
     serving = torch.zeros(section.layers, domains, section.n_clusters, dtype=torch.float64)
-    loads = Loads.zeros(section)
+    loads, routing_HLQ = Loads.zeros(section), Observation(section).routing_sums()
     for _, batch in grains.validation(limit):
-        seen = Observation(section)
+        seen = Observation(section, routing=True)
         inputs, targets = grains.tensors(batch)
         mask = torch.from_numpy(batch.mask).to(grains.device)
         with grains.autocast():
@@ -52,7 +55,7 @@ def validate(model: Transformer, grains: Grains, limit: int | None) -> tuple[Val
                 counts = mask[i]
                 nll = linear_cross_entropy(hidden[i][counts], model.head_weight, targets[i][counts])
                 sums[domain] += torch.tensor([nll.item(), counts.sum().item()], dtype=torch.float64)
-        loads = loads + seen.loads()
+        loads, routing_HLQ = loads + seen.loads(), routing_HLQ + seen.routing_sums()
         for layer, choice_TP in enumerate(seen.choices_TP):
             domain_B = torch.from_numpy(batch.domain)
             serving[layer] += clusters_by_domain(choice_TP.cpu(), domain_B, mask.cpu(), domains, section.n_clusters)
@@ -68,7 +71,7 @@ def validate(model: Transformer, grains: Grains, limit: int | None) -> tuple[Val
         cluster_by_domain=serving.tolist() if section.experts == "clustered" else [],
         windows=corpus.validation_windows(section.context, limit),
     )
-    return found, loads
+    return found, loads, routing_HLQ
 
 
 def clusters_by_domain(choice_TP: Tensor, domain_B: Tensor, mask_BS: Tensor, n_domains: int, n_clusters: int) -> Tensor:

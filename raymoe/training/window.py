@@ -9,6 +9,7 @@ from typing import Any
 
 import psutil
 import torch
+from torch import Tensor
 
 from raymoe.evaluation import load_cv, load_max_vio
 from raymoe.training.load import RoutingLoad, shares
@@ -18,7 +19,7 @@ from raymoe.training.stragglers import ratios
 
 @dataclass
 class Window:
-    """Measurements since the last train record. All-reduced sums, except `compute_s`, `communication_s` and `grains`."""
+    """Measurements since the last train record. All-reduced sums, except those of this rank."""
 
     steps: int = 0
     tokens: int = 0
@@ -35,6 +36,8 @@ class Window:
     """Time of this rank in collectives of training steps, with waits for other ranks. On a GPU, the time of launches."""
     grains: int = 0
     """Grains of this rank."""
+    routing_HLQ: Tensor | None = None
+    """Sums of routing in the last step, on this rank; None if that step did not observe them."""
 
     def add(
         self, *, loss: float, finite: bool, grad_norm: float, load: RoutingLoad, sent_bytes: float, tokens: int,
@@ -50,6 +53,10 @@ class Window:
         self.load = load if self.load is None else self.load + load
         if finite:
             self.losses.append(loss)
+
+    def add_routing(self, sums_HLQ: Tensor) -> None:
+        """Add the sums of routing of one grain."""
+        self.routing_HLQ = sums_HLQ if self.routing_HLQ is None else self.routing_HLQ + sums_HLQ
 
     @property
     def mean_loss(self) -> float:

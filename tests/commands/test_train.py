@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -64,3 +68,24 @@ def test_a_file_that_is_not_utf8_is_refused_by_name(tmp_path: Path) -> None:
     path.write_bytes("preset: tiny".encode("utf-16"))
     with pytest.raises(ValueError, match=r"run\.yaml: "):
         asked("--config", str(path))
+
+
+def test_a_ray_address_where_nothing_listens_is_refused_before_torch_is_imported(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("some text\n" * 100)
+    code = (
+        "import sys\n"
+        "from raymoe.commands.train import main\n"
+        "status = main(sys.argv[1:])\n"
+        "assert 'torch' not in sys.modules, 'torch was imported'\n"
+        "sys.exit(status)\n"
+    )
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))  # refuses connections
+        address = f"127.0.0.1:{bound.getsockname()[1]}"
+        ended = subprocess.run(
+            [sys.executable, "-c", code, "tiny", f"run.root={tmp_path}", f"data.path={text}"],
+            capture_output=True, text=True, timeout=60, env=os.environ | {"RAY_ADDRESS": address},
+        )  # fmt: skip
+    assert ended.returncode == 2 and f"no Ray listens at RAY_ADDRESS={address}" in ended.stderr, ended.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]

@@ -36,7 +36,7 @@ from raymoe.metrics import (
 )
 from raymoe.serving.residency import ResidencyStats
 from raymoe.storage.scrape_targets import write_targets
-from tests.test_metrics import applied, plan_record, record
+from tests.test_metrics import applied, plan_record, record, routing
 
 ROOT = Path(__file__).parents[2] / "dashboards"
 NAMES = ("training", "clustering", "serving")
@@ -89,7 +89,7 @@ class Processes:
 
     def records(self, i: int) -> Iterator[dict[str, Any]]:
         yield record(10 * i, loss=5 - math.log(i), version=i, skipped_steps=i)
-        yield {"kind": "validation", "step": 10 * i, "loss": 4.0}
+        yield {"kind": "validation", "step": 10 * i, "loss": 4.0, **routing()}
         yield {"kind": "event", "step": 10 * i, "name": "checkpoint_completed", "checkpoint": 10 * i, "seconds": 0.4}
         yield {"kind": "event", "step": 10 * i, "name": "checkpoint_failed", "checkpoint": 10 * i, "seconds": 9.0}
         yield applied(3, 5000, 40.0, 0.25)

@@ -82,7 +82,10 @@ def test_the_metrics_are_those_of_the_artifact(tmp_path: Path) -> None:
     corpus = Corpus.open(done.source.corpus or "")
     texts = corpus.validation_text()
     for form in ("int4", "zero"):
-        found = judge(stored.model(form), texts, end_of_text=corpus.end_of_text).whole  # type: ignore[arg-type]
+        judged = judge(stored.model(form), texts, end_of_text=corpus.end_of_text)  # type: ignore[arg-type]
+        found = judged.whole
+        assert all(set(levels) == {"clusters", "experts"} for levels in judged.routing.values())
+        assert all(x and 0 < x < 1 for x in judged.routing["chosen_probability"]["clusters"] or [None])
         assert done.metrics["perplexity"][form] == pytest.approx(found.token_perplexity, rel=1e-6)
         assert done.metrics["bits_per_byte"][form] == pytest.approx(found.bits_per_byte, rel=1e-6)
     assert (done.metrics["step"], stored.version) == (7, 2)
