@@ -18,9 +18,10 @@ from raymoe.commands.runs.selection import at_edge, choose
 from raymoe.config import override
 from raymoe.data.prepare import prepare
 from raymoe.ops.ray_connection import connect, current_ray, find_ray
+from raymoe.report.comparison_page import render_comparison
 from raymoe.report.intervals import HEAD, markdown, note, summarize, table_rows
 from raymoe.report.plots import Record
-from raymoe.storage.files import write_json
+from raymoe.storage.files import replace_file, write_json
 from raymoe.storage.run_folder import RunFolder
 from raymoe.storage.run_lock import own_run
 from raymoe.training.run_summary import commit
@@ -165,9 +166,10 @@ class Session:
         }  # fmt: skip
 
     def write(self, copy: Path | None = None) -> None:
-        """Write `results.json`, and a copy of it."""
+        """Write `results.json`, a copy of it, and the page."""
         results = self.results()
         write_json(self.folder / RESULTS, results)
+        replace_file(self.folder / PAGE, render_comparison(results))
         if copy is not None:
             write_json(copy, results)
 
