@@ -113,6 +113,10 @@ def _finish(experiment: Experiment, top: Mapping[str, yaml.Node]) -> Experiment:
     """Return the experiment with its grid expanded, its sweep and its reference."""
     before = experiment.grid
     experiment = expanded(experiment)
+    labels = [variant.label for variant in experiment.variants.values()]
+    for label in labels:
+        if labels.count(label) > 1:
+            raise ValueError(f"variants: two have the label {label!r}: rename one")
     if "sweep" in top:
         experiment = replace(experiment, sweep=_sweep(top["sweep"], experiment.variants))
     reference = scalar(top["reference"], "reference") if "reference" in top else next(iter(experiment.variants))

@@ -7,10 +7,10 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import ray
 
+from raymoe.commands.runs.comparison import compared, result_table, write_page
 from raymoe.commands.runs.definition import Experiment, PlannedRun, planned, planned_sweep
 from raymoe.commands.runs.pool import Ended, State, run_all
 from raymoe.commands.runs.results import is_finished, run_result
@@ -18,17 +18,12 @@ from raymoe.commands.runs.selection import at_edge, choose
 from raymoe.config import override
 from raymoe.data.prepare import prepare
 from raymoe.ops.ray_connection import connect, current_ray, find_ray
-from raymoe.report.comparison_page import render_comparison
-from raymoe.report.intervals import HEAD, markdown, note, summarize, table_rows
 from raymoe.report.plots import Record
-from raymoe.storage.files import replace_file, write_json
+from raymoe.storage.files import write_json
 from raymoe.storage.run_folder import RunFolder
 from raymoe.storage.run_lock import own_run
-from raymoe.training.run_summary import commit
 
 RESULTS, PAGE = "results.json", "page.html"
-FORMAT = 1
-"""Version of `results.json`."""
 
 
 class Session:
@@ -137,45 +132,44 @@ class Session:
 
     def results(self) -> Record:
         """Return the content of `results.json`."""
-        labels = {name: variant.label for name, variant in self.experiment.variants.items()}
-        runs = [result_of(run) for run in self.final if RunFolder(run.folder).metrics.is_file()]
-        summaries = summarize(runs, labels, self.experiment.reference)
-        sweep = self.experiment.sweep
-        return {
-            "format": FORMAT,
-            "name": self.experiment.name,
-            "title": self.experiment.title,
-            "file": self.experiment.text,
-            "overrides": list(self.experiment.overrides),
-            "commit": commit(),
-            "written": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "labels": labels,
-            "reference": self.experiment.reference,
-            "seeds": list(self.experiment.seeds),
-            "summaries": [s.to_dict() for s in summaries],
-            "runs": runs,
-            "expected_runs": len(self.experiment.variants) * len(self.experiment.seeds),
-            "sweep": None if sweep is None else {
+        experiment, sweep = self.experiment, self.experiment.sweep
+        return compared(
+            experiment.name, _recorded(self.final), {name: v.label for name, v in experiment.variants.items()},
+            experiment.reference, title=experiment.title, file=experiment.text, overrides=experiment.overrides,
+            seeds=experiment.seeds, expected_runs=len(experiment.variants) * len(experiment.seeds),
+            failed=[{"name": e.run.name, "error": e.error, "log": str(RunFolder(e.run.folder).log)} for e in self.failed],
+            sweep=None if sweep is None else {
                 "select": sweep.select, "seed": sweep.seed, "tune_share": sweep.tune_share,
                 "grid": {key: list(values) for key, values in sweep.grid.values.items()},
                 "chosen": {name: dict(settings) for name, settings in self.chosen.items()},
                 "at_edge": at_edge(sweep, self.chosen),
-                "runs": [result_of(run) for run in self.sweep if RunFolder(run.folder).metrics.is_file()],
+                "runs": _recorded(self.sweep),
             },
-            "failed": [{"name": e.run.name, "error": e.error, "log": str(RunFolder(e.run.folder).log)} for e in self.failed],
-        }  # fmt: skip
+        )  # fmt: skip
 
     def write(self, copy: Path | None = None) -> None:
         """Write `results.json`, a copy of it, and the page."""
         results = self.results()
         write_json(self.folder / RESULTS, results)
-        replace_file(self.folder / PAGE, render_comparison(results))
+        write_page(results, self.folder / PAGE)
         if copy is not None:
             write_json(copy, results)
 
     def conclusion(self) -> str:
-        """Return the table, what failed, and the paths of the results."""
-        return conclusion(self.results(), self.folder)
+        """Return the table, the failed runs, and the paths of the results."""
+        failed = [f"failed    {e.run.name}: {describe_end(e)}" for e in self.failed]
+        lines = [
+            result_table(self.results()),
+            *failed,
+            f"results   {self.folder / RESULTS}",
+            f"page      {self.folder / PAGE}",
+        ]
+        return "\n".join(filter(None, lines))
+
+
+def _recorded(runs: Sequence[PlannedRun]) -> list[Record]:
+    """Return the results of the runs that have records."""
+    return [result_of(run) for run in runs if RunFolder(run.folder).metrics.is_file()]
 
 
 def result_of(run: PlannedRun) -> Record:
@@ -191,18 +185,3 @@ def describe_end(end: Ended) -> str:
     if end.state is State.STOPPED:
         return f"stopped after step {result['step']} of {result['steps']}"
     return f"perplexity {result['perplexity'] or float('nan'):.2f}, {result['tokens_per_s'] or 0:,.0f} tokens/s"
-
-
-def conclusion(results: Mapping[str, Any], folder: Path) -> str:
-    """Return the table of an experiment's results, the failures, and the paths."""
-    summaries = summarize(results["runs"], results["labels"], results["reference"])
-    lines = (
-        [markdown(HEAD, table_rows(summaries)), "", note(results["labels"][results["reference"]])] if summaries else []
-    )
-    sweep = results["sweep"] or {}
-    lines += [f"at the edge of the sweep's grid, extend it: {text}" for text in sweep.get("at_edge", ())]
-    lines += [f"failed    {f['name']}: {f['error']}; log: {f['log']}" for f in results["failed"]]
-    commits = sorted({r["commit"] or "unknown" for r in results["runs"]})
-    if len(commits) > 1:
-        lines.append(f"the runs are of different commits: {', '.join(c[:12] + '+' * c.endswith('+') for c in commits)}")
-    return "\n".join([*lines, f"results   {folder / RESULTS}", f"page      {folder / PAGE}"])
