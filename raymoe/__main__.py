@@ -16,6 +16,8 @@ from raymoe.config import hint
 
 COMMANDS = {
     "train": "train a model, or resume a run",
+    "experiment": "run variants with seeds side by side, from a YAML file",
+    "compare": "compare runs: a table with intervals over seeds, and a page",
     "export": "write a run as an artifact: FP16 bases, INT4 residuals",
     "evaluate": "measure perplexity and load of a run or an artifact on any text",
     "generate": "complete prompts with an artifact in this process",
@@ -42,6 +44,10 @@ def entry_point(command: str) -> Callable[[Sequence[str], str], int]:
     match command:
         case "train":
             from raymoe.commands.train import main
+        case "experiment":
+            from raymoe.commands.experiment import main
+        case "compare":
+            from raymoe.commands.compare import main
         case "export":
             from raymoe.commands.export import main
         case "evaluate":
@@ -66,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if arguments is None else list(arguments)
     parse = new_parser("Train, export and serve Mixture-of-Experts language models with clustered experts.", "raymoe")
     parse.usage = "raymoe COMMAND [ARGUMENTS]"
-    parse.epilog = "commands:\n" + "".join(f"  {name:10}{text}\n" for name, text in COMMANDS.items())
+    parse.epilog = "commands:\n" + "".join(f"  {name:12}{text}\n" for name, text in COMMANDS.items())
     parse.epilog += "\n" + EXIT_STATUS
     parse.add_argument("--version", action="version", version=f"raymoe {raymoe.__version__}")
     if not words or words[0].startswith("-"):

@@ -14,16 +14,15 @@ from typing import Any
 
 import psutil
 
-from raymoe.commands.demo_compare import VARIANTS
+from raymoe.commands.demo_compare import SEEDS, VARIANTS, results_file
 from raymoe.commands.demo_serve import Served, serve_and_load
 from raymoe.commands.demo_tables import comparison, plan_line, reading
 from raymoe.config import default_root, preset
 from raymoe.ops.ray_head import Head, head
-from raymoe.storage.files import write_json
+from raymoe.storage.files import read_json, write_json
 from raymoe.storage.run_folder import RunFolder, artifact_folder, read_records, run_folder
 from raymoe.training.run_report import write_report
 
-SEEDS = (0, 1)
 TINY = preset("tiny")
 CHECKPOINT_EVERY = 40
 
@@ -147,17 +146,18 @@ def train(ray: Head, logs: Path, root: str, name: str, steps: int, progress: Pro
 
 
 def compare(ray: Head, logs: Path, folder: Path, steps: int, progress: Progress) -> list[dict[str, Any]]:
-    """Train the four models with each seed, one job per seed; return their records. Raises StageFailed."""
-    jobs = {}
-    for seed in SEEDS:
-        log = logs / f"compare-{seed}.log"
-        jobs[submit(ray, log, "raymoe.commands.demo_compare", str(folder), str(seed), str(steps))] = log
+    """Train the four models with each seed, in one job; return their results. Raises StageFailed."""
+    log, file = logs / "compare.log", results_file(folder)
 
-    def records() -> list[dict[str, Any]]:
-        return [r for seed in SEEDS for r in read_records(folder / f"compare-{seed}.jsonl")]
+    def results() -> list[dict[str, Any]]:
+        return read_json(file)["runs"] if file.is_file() else []
 
-    wait(jobs, lambda: progress.update(f"{len(records())} of {len(SEEDS) * len(VARIANTS)} models trained"))
-    return records()
+    def update() -> None:
+        trained = sum(result["finished"] for result in results())
+        progress.update(f"{trained} of {len(SEEDS) * len(VARIANTS)} models trained")
+
+    wait({submit(ray, log, "raymoe.commands.demo_compare", str(folder), str(steps)): log}, update)
+    return results()
 
 
 def run_stages(root: str, steps: int) -> None:

@@ -51,13 +51,13 @@ def spread(values: Sequence[float], form: str = ".1f") -> str:
 
 
 def by_model(records: Sequence[Record]) -> dict[str, list[Record]]:
-    return {name: [r for r in records if r["name"] == name] for name in VARIANTS}
+    return {name: [r for r in records if r["variant"] == name] for name in VARIANTS}
 
 
 def comparison(records: Sequence[Record], artifact: Path, evaluation: Path, steps: int) -> Table:
     """Return the table of the compared models and the export.
 
-    records: of `demo_compare`. evaluation: the JSON that `raymoe evaluate` wrote for `artifact`.
+    records: the results of the runs of `demo_compare`. evaluation: the JSON that `raymoe evaluate` wrote for `artifact`.
     """
     from raymoe.export.open import open_artifact
     from raymoe.storage.artifact_layout import sizes

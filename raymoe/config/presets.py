@@ -19,6 +19,23 @@ def tiny() -> Config:
     )  # fmt: skip
 
 
+def screen() -> Config:
+    """2 layers, D=128, vocabulary 4,096: runs of 3 million tokens on one core, to compare models."""
+    return Config(
+        preset="screen",
+        model=ModelSection(
+            layers=2, d_model=128, d_expert=256, n_experts=32, n_clusters=4, experts_per_token=2,
+            residual_width=8, heads=4, kv_heads=2, vocabulary=4096, context=128,
+        ),
+        train=TrainSection(
+            workers=1, threads=1, steps=732, global_batch=32, grain=32, lr=4e-3, warmup=50, validate_every=183,
+            validate_windows=256,
+        ),
+        checkpoint=CheckpointSection(every=183, max_loss_s=120.0),
+        regroup=RegroupSection(burn_in=120, period=100, plan_lag=10, stats_every=5, overlap=32),
+    )  # fmt: skip
+
+
 def small() -> Config:
     """4 layers, D=256: measurements on a small machine."""
     return Config(
@@ -47,7 +64,7 @@ def paper() -> Config:
     )  # fmt: skip
 
 
-PRESETS = {"tiny": tiny, "small": small, "paper": paper}
+PRESETS = {"tiny": tiny, "screen": screen, "small": small, "paper": paper}
 
 
 def preset(name: str) -> Config:

@@ -50,6 +50,8 @@ class DataSection:
     """Column of the domain label. Empty: the domain is the name of the file or folder."""
     validation_share: float = 0.05
     """Fraction of each domain held out for validation, between 0 and 0.5. Not used if the data set has a validation split."""
+    tune_share: float = 0.0
+    """Fraction of the end of each domain's training text that replaces the validation split, between 0 and 0.5: choose hyperparameters with it. The run never reads the validation split, and does not train on this text. 0: validate on the validation split."""
     tokenizer: str = ""
     """Path of a `tokenizer.json`. Empty: a byte-level BPE tokenizer is trained on the text."""
     cache: str = ""
@@ -58,6 +60,7 @@ class DataSection:
     def __post_init__(self) -> None:
         require(bool(self.path), "data.path", self.path, "must name a data set, file, folder or builtin")
         require(0 < self.validation_share < 0.5, "data.validation_share", self.validation_share, "between 0 and 0.5")
+        require(0 <= self.tune_share < 0.5, "data.tune_share", self.tune_share, "0, or between 0 and 0.5")
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ A scalar is parsed by the type of its field, as in an override. `no`, `off` and 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 
 import yaml
@@ -52,25 +52,39 @@ def parse_yaml(text: str) -> tuple[str, list[str]]:
     Raises ValueError for unknown or repeated keys, anchors, aliases, tags, lists where a value is expected, and
     more than LARGEST_YAML bytes.
     """
+    name, sections = "", {}
+    for key, node in pairs(compose(text), "the YAML config"):
+        if key == "preset":
+            name = scalar(node, key)
+            preset(name)
+        else:
+            sections[key] = node
+    return name, assignments(sections, ("preset", *SECTIONS))
+
+
+def assignments(sections: Mapping[str, yaml.Node], known: Iterable[str] = SECTIONS) -> list[str]:
+    """Return the overrides that are equal to the nodes of config sections, by section.
+
+    `known`: the keys that are allowed where the sections are, for the hint of an error. Raises ValueError.
+    """
+    values = {}
+    for section, node in sections.items():
+        if section not in SECTIONS:
+            raise ValueError(f"unknown config section {section!r}" + hint(section, known))
+        for field, value in pairs(node, section):
+            check_key(f"{section}.{field}")
+            values[f"{section}.{field}"] = scalar(value, f"{section}.{field}")
+    # In the order of the fields: train.workers resets train.max_workers, so it comes first.
+    return [f"{key}={values[key]}" for key in KEYS if key in values]
+
+
+def compose(text: str) -> yaml.Node | None:
+    """Return the root node of one YAML document of at most LARGEST_YAML bytes, without anchors, aliases and tags.
+
+    Raises ValueError.
+    """
     if len(text.encode(errors="surrogatepass")) > LARGEST_YAML:
         raise ValueError(f"the YAML config is larger than {LARGEST_YAML >> 10} KiB: give only the fields of a config")
-    name, assignments = "", {}
-    for key, node in _pairs(_compose(text), "the YAML config"):
-        if key == "preset":
-            name = _scalar(node, key)
-            preset(name)
-            continue
-        if key not in SECTIONS:
-            raise ValueError(f"unknown config section {key!r}" + hint(key, ("preset", *SECTIONS)))
-        for field, value in _pairs(node, key):
-            check_key(f"{key}.{field}")
-            assignments[f"{key}.{field}"] = _scalar(value, f"{key}.{field}")
-    # In the order of the fields: train.workers resets train.max_workers, so it comes first.
-    return name, [f"{key}={assignments[key]}" for key in KEYS if key in assignments]
-
-
-def _compose(text: str) -> yaml.Node | None:
-    """Return the root node of one YAML document without anchors, aliases and tags. Raises ValueError."""
     depth = 0
     try:
         for event in yaml.parse(text, Loader=yaml.SafeLoader):
@@ -89,20 +103,20 @@ def _compose(text: str) -> yaml.Node | None:
         raise ValueError(f"the config is not valid YAML: {' '.join(str(error).split())}") from None
 
 
-def _pairs(node: yaml.Node | None, name: str) -> Iterator[tuple[str, yaml.Node]]:
+def pairs(node: yaml.Node | None, name: str) -> Iterator[tuple[str, yaml.Node]]:
     """Yield the keys and value nodes of a mapping. Raises ValueError for another node or a repeated key."""
     if not isinstance(node, yaml.MappingNode):
         raise ValueError(f"{name} must be a mapping" + (f" (line {node.start_mark.line + 1})" if node else ""))
     seen = set()
     for key_node, value in node.value:
-        key = _scalar(key_node, f"a key of {name}")
+        key = scalar(key_node, f"a key of {name}")
         if key in seen:
             raise ValueError(f"{name} has the key {key!r} twice (line {key_node.start_mark.line + 1}): remove one")
         seen.add(key)
         yield key, value
 
 
-def _scalar(node: yaml.Node, name: str) -> str:
+def scalar(node: yaml.Node, name: str) -> str:
     """Return the text of a scalar node, empty for null. Raises ValueError for a list or a mapping."""
     if not isinstance(node, yaml.ScalarNode):
         raise ValueError(f"{name} must be one value, not a list or a mapping (line {node.start_mark.line + 1})")

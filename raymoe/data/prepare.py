@@ -76,6 +76,8 @@ def _fingerprint(config: Config, own_tokenizer: bytes) -> str:
         str(FORMAT), digest(data), data.text_field, data.domain_field, str(data.validation_share),
         hashlib.sha256(own_tokenizer).hexdigest(), str(config.model.vocabulary), str(config.run.seed),
     ]  # fmt: skip
+    if data.tune_share:  # 0 keeps the fingerprints of earlier versions
+        parts.append(f"tune_share={data.tune_share}")
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
@@ -103,12 +105,13 @@ def _prepare(config: Config, folder: Path, own_tokenizer: bytes, progress: bool)
 def _check_size(config: Config, corpus: Corpus) -> None:
     """Raise ValueError if a split has no window of `model.context` tokens."""
     context = config.model.context
+    share = "data.tune_share" if config.data.tune_share else "data.validation_share"
     for split in ("train", "validation"):
         tokens = sum(len(corpus.stream(split, d)) for d in corpus.domains)
         if not (corpus.windows if split == "train" else corpus.validation_windows)(context):
             raise ValueError(
                 f"data.path={config.data.path}: {tokens} {split} tokens make no window of model.context={context}: "
-                "give more text, a smaller model.context or another data.validation_share"
+                f"give more text, a smaller model.context or another {share}"
             )
 
 
@@ -119,6 +122,8 @@ def _write(config: Config, folder: Path, fingerprint: str, own_tokenizer: bytes,
         tokenizer = load_tokenizer(own_tokenizer, data.tokenizer, vocabulary)
     else:
         tokenizer = train_tokenizer(_sample(splits["train"], config.run.seed), vocabulary)
+    if data.tune_share:  # after the tokenizer, so that runs with and without it have the same one
+        splits = _tuning_split(splits["train"], data.tune_share)
     tokenizer.save(str(folder / TOKENIZER))
     domains = sorted({d.domain for d in splits["train"]})
     about: dict[str, Any] = {
@@ -225,6 +230,37 @@ def _hold_out(texts: list[Document], share: float, salt: str) -> tuple[list[Docu
         else:
             (out if i in held else kept).append(document)
     return kept, out
+
+
+def _tuning_split(train: list[Document], share: float) -> dict[str, list[Document]]:
+    """Split training documents: the last `share` of the characters of each domain become the validation documents."""
+    splits: dict[str, list[Document]] = {"train": [], "validation": []}
+    for _, texts in sorted(_by_domain(train).items()):
+        kept, tail = _cut_tail(texts, share)
+        splits["train"] += kept
+        splits["validation"] += tail
+    return splits
+
+
+def _cut_tail(texts: list[Document], share: float) -> tuple[list[Document], list[Document]]:
+    """Split documents, in their order, into the first ones and about the last `share` of the characters.
+
+    The document at the border is cut.
+    """
+    missing = round(share * sum(len(d.text) for d in texts))
+    first = len(texts)
+    while first and len(texts[first - 1].text) <= missing:
+        first -= 1
+        missing -= len(texts[first].text)
+    kept, tail = texts[:first], texts[first:]
+    if first and missing:
+        document = kept.pop()
+        at = _border(document.text, missing)
+        kept.append(document._replace(text=document.text[:at]))
+        tail.insert(0, document._replace(text=document.text[at:]))
+    if kept:
+        kept[-1] = kept[-1]._replace(last=True)  # the next piece of the file is in the other split
+    return kept, tail
 
 
 def _border(text: str, tail: int) -> int:

@@ -115,7 +115,7 @@ def lines_plot(
             axes.set_ylim(0, 1.08 * top if top > 0 else 1)
         if form == ",.0f":
             axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-        _legend(axes)
+        legend(axes)
         return f"{title}, last values: " + ", ".join(f"{n} {show(last(v), form)}" for n, (_, v) in lines.items())
 
     return plot_figure(title, caption, draw)
@@ -240,7 +240,7 @@ def number_axis(axes: Axes, label: str = "step") -> None:
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}" if is_integer else "{x:,.4g}"))
 
 
-def _legend(axes: Axes) -> None:
+def legend(axes: Axes) -> None:
     """Place a legend above the axes and increase the figure by its rows. A single line has no legend."""
     labels = axes.get_legend_handles_labels()[1]
     if len(labels) > 1:

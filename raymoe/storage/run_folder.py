@@ -61,6 +61,16 @@ class RunFolder:
         return self.path / "report.html"
 
     @property
+    def outcome(self) -> Path:
+        """Outcome of the last process of an experiment's run, as JSON: `step`, `stopped` and `peak_rss_mb`."""
+        return self.path / "outcome.json"
+
+    @property
+    def log(self) -> Path:
+        """Output and errors of an experiment's run."""
+        return self.path / "log.txt"
+
+    @property
     def targets(self) -> Path:
         """Scrape targets for Prometheus' file-based discovery."""
         return self.path / TARGETS

@@ -93,6 +93,30 @@ def parameters(model: ModelSection) -> int:
         return sum(p.numel() for p in Transformer(model).parameters())
 
 
+def active_parameters(model: ModelSection) -> int:
+    """Return the number of parameters that process one token: the mean over clusters and experts.
+
+    A training step takes about 6 floating-point operations per token for each of them, without attention scores.
+    """
+    share_of = {"clusters": 1.0, "experts": model.experts_per_token / model.n_experts, "router": 1.0}
+    if model.experts == "clustered":
+        share_of["clusters"] = share_of["router"] = model.clusters_per_token / model.n_clusters
+        share_of["experts"] *= model.clusters_per_token
+    with torch.device("meta"):
+        transformer = Transformer(model)
+    parameters, total = {name for name, _ in transformer.named_parameters()}, 0.0
+    views = transformer.logical()
+    for key, name, _, _ in transformer.slices():
+        if name not in parameters:
+            continue  # a selection bias
+        parts = key.split(".")
+        kind = next((part for part in ("clusters", "experts") if part in parts), "")
+        if kind == "experts" and parts[-1] == "router":
+            kind = "router"  # all members of a chosen cluster are scored
+        total += views[key].numel() * (share_of[kind] if kind else 1.0)
+    return round(total)
+
+
 def versions() -> dict[str, str]:
     """Return the versions of what a result depends on."""
     return {

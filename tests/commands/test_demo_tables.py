@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from raymoe.commands.demo_compare import VARIANTS, config
+from raymoe.commands.demo_compare import VARIANTS, comparison
 from raymoe.commands.demo_tables import Table, reading, spread
+from raymoe.commands.runs.definition import planned
+from raymoe.config import Config
 
 
 def records(**perplexity: tuple[float, float]) -> list[dict]:
     values = dict.fromkeys(VARIANTS, (300.0, 300.0)) | perplexity
-    return [{"name": name, "seed": s, "perplexity": v} for name, of in values.items() for s, v in enumerate(of)]
+    return [{"variant": name, "seed": s, "perplexity": v} for name, of in values.items() for s, v in enumerate(of)]
 
 
 @pytest.mark.parametrize(
@@ -36,10 +40,15 @@ def test_a_table_aligns_its_columns() -> None:
     assert "a           1\nlong name  22" in text
 
 
+def config(name: str, seed: int = 0) -> Config:
+    runs = planned(comparison(Path("/runs"), 160), {})
+    return next(run.config for run in runs if (run.variant, run.seed) == (name, seed))
+
+
 @pytest.mark.parametrize("name", VARIANTS)
 def test_the_models_of_the_comparison_differ_in_the_model_only(name: str) -> None:
-    ours, clustered = config("/runs", name, 1, 160), config("/runs", "clustered", 1, 160)
-    assert (ours.train, ours.data, ours.run) == (clustered.train, clustered.data, clustered.run)
+    ours, clustered = config(name, 1), config("clustered", 1)
+    assert (ours.train, ours.data, ours.checkpoint) == (clustered.train, clustered.data, clustered.checkpoint)
     assert ours.aux_loss == 0 and not ours.regroups
 
 
@@ -50,8 +59,8 @@ def test_the_baseline_of_the_same_size_has_the_parameters_of_clustered_and_the_a
 
     def parameters(name: str) -> int:
         with torch.device("meta"):
-            return sum(p.numel() for p in Transformer(config("/runs", name, 0, 10).model).parameters())
+            return sum(p.numel() for p in Transformer(config(name).model).parameters())
 
     assert parameters("flat_same_size") == pytest.approx(parameters("clustered"), rel=0.001)
-    same, flat = config("/runs", "flat_same_size", 0, 10).model, config("/runs", "flat", 0, 10).model
+    same, flat = config("flat_same_size").model, config("flat").model
     assert same.experts_per_token * same.d_expert == flat.experts_per_token * flat.d_expert

@@ -40,7 +40,7 @@ def test_help_lists_each_command_once_and_the_exit_statuses(capsys: pytest.Captu
     text = capsys.readouterr().out
     assert exited.value.code == 0
     for name, summary in COMMANDS.items():
-        assert text.count(f"  {name:10}{summary}\n") == 1
+        assert text.count(f"  {name:12}{summary}\n") == 1
     assert all(f"  {status:<3}  " in text for status in (0, 1, 2, 130, 143))
 
 

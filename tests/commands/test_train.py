@@ -60,7 +60,7 @@ def test_a_bad_request_is_refused(words: list[str], message: str, tmp_path: Path
 def test_an_unknown_preset_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         asked("huge")
-    assert "unknown preset 'huge': one of tiny, small, paper" in capsys.readouterr().err
+    assert "unknown preset 'huge': one of tiny, screen, small, paper" in capsys.readouterr().err
 
 
 def test_a_file_that_is_not_utf8_is_refused_by_name(tmp_path: Path) -> None:

@@ -1,0 +1,69 @@
+"""A run of one worker in this process, without Ray Train: experiments, and the demo's comparison."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from prometheus_client import CollectorRegistry
+
+from raymoe.config import Config
+from raymoe.data.corpus import Corpus
+from raymoe.metrics import TrainingMetrics
+from raymoe.storage.files import write_json
+from raymoe.storage.run_folder import RunFolder
+from raymoe.storage.run_lock import own_run
+from raymoe.training.launch import finish_folder, start_folder
+from raymoe.training.loop import Trainer, threads
+from raymoe.training.regroup.clients import ClustererClient, DirectClient, ReplayClient
+from raymoe.training.regroup.clusterer import Clusterer
+
+
+def train_here(config: Config, run: Path, corpus: Corpus, stop: Path | None = None) -> dict[str, Any]:
+    """Train on the CPU of this process, from the run's newest checkpoint or from step 0, and write its report.
+
+    Returns, and writes to `outcome.json`, the step reached, whether a stop was requested (`RunFolder.stop_request`,
+    which then holds a checkpoint, or a file `stop` that exists before the first step) and the peak memory in MiB. The
+    clusterer runs in this process, so the time of a step contains its work.
+    Raises RunInUse, and the errors of `Trainer`.
+    """
+    folder = RunFolder(run)
+    with own_run(run):
+        start_folder(config, run, corpus)
+        if stop is not None and stop.exists():  # after start_folder, which removes an old request
+            return {"step": 0, "stopped": True}
+        torch.set_num_threads(threads(config, 1))
+        metrics = TrainingMetrics(CollectorRegistry(), run=config.run.name, worker="0")
+        try:
+            trainer = Trainer(config, corpus, run, metrics, torch.device("cpu"), _client(config))
+            result = trainer.train()
+        finally:
+            finish_folder(config, run, None)
+        outcome = {"step": result["step"], "stopped": result["stopped"], "peak_rss_mb": peak_rss_mb()}
+        write_json(folder.outcome, outcome)
+        return outcome
+
+
+def _client(config: Config) -> ClustererClient | None:
+    if not config.regroups:
+        return None
+    return (
+        ReplayClient(Path(config.regroup.replay))
+        if config.regroup.replay
+        else DirectClient(Clusterer(config.to_dict()))
+    )
+
+
+def peak_rss_mb() -> float:
+    """Return the largest resident memory of this process so far, in MiB."""
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):  # ru_maxrss of a started program includes its parent's memory at the fork
+                return int(line.split()[1]) / 1024
+    except OSError:
+        pass
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (1 << 20 if sys.platform == "darwin" else 1 << 10)
