@@ -8,7 +8,8 @@ Glossary
     cluster     a group of experts of a layer that share a base (a machine is a node)
     base        the weights that the experts of a cluster share
     residual    the low-rank difference of an expert from its base
-    width       the rank of a residual (a rank without further words is a process)
+    private     of an expert: a narrow feed-forward network of its own instead of a residual
+    width       the rank of a residual, or the hidden size of a private expert (a rank alone is a process)
     assignment  expert -> cluster, one vector per layer
     placement   cluster -> ranks that hold its experts
     plan        a new assignment, and the step at which it is applied
@@ -26,7 +27,7 @@ Glossary
 Shape suffixes
     B batch   S sequence   T = B*S tokens   D model   F expert hidden   V vocabulary
     E experts   C clusters   K experts per token   P clusters per token   N routed (row, expert) pairs
-    W residual width   R rows at a cluster; lower case e, c: those of this process
+    W width   R rows at a cluster; lower case e, c: those of this process
 
     x_TD, base_gate_CDF, gate_in_EDW
 
