@@ -120,7 +120,7 @@ def run_seed(
 
     The dev sets decide nothing: no epoch, learning rate or seed is chosen by them. The seed draws the head, the order
     of the examples and, with random first weights, all weights. `progress` receives steps done and in total.
-    Raises FloatingPointError if the loss is not finite, ValueError for a regression with equal scores.
+    Raises FloatingPointError if the loss or an output is not finite, ValueError for a regression with equal scores.
     """
     started = time.perf_counter()
     if settings.initial == "random":
@@ -191,9 +191,11 @@ def _loss(outputs_BO: Tensor, target_B: Tensor) -> Tensor:
 
 @torch.no_grad()
 def predict(classifier: Classifier, encoded: Encoded, settings: Settings) -> np.ndarray:
-    """Return the label or the standardized score of each example, [N]."""
+    """Return the label or the standardized score of each example, [N]. Raises FloatingPointError for other outputs."""
     found_N = np.empty(len(encoded.sequences))
     for indices, outputs_BO in _evaluated(classifier, encoded, settings):
+        if not outputs_BO.isfinite().all():
+            raise FloatingPointError("an output of the model is not finite: give a lower --lr")
         found_N[indices] = (outputs_BO.argmax(-1) if outputs_BO.shape[1] > 1 else outputs_BO[:, 0]).numpy()
     return found_N
 
