@@ -133,10 +133,9 @@ def test_a_bad_request_is_refused(
     assert text.startswith("raymoe finetune: ") and message in text
 
 
-@pytest.mark.parametrize("batch", ["4", "16"], ids=["in training", "after the last step"])
-def test_a_result_that_is_not_finite_is_a_failure(
-    batch: str, run: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_loss_that_is_not_finite_is_a_failure(
+    run: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run("first", "--task", "sst2", "--seeds", "1", "--lr", "1e30", "--batch", batch) == 1
+    assert run("first", "--task", "sst2", "--seeds", "1", "--lr", "1e30", "--batch", "4") == 1
     assert "give a lower --lr" in capsys.readouterr().err
     assert not (tmp_path / "finetune").exists()

@@ -18,7 +18,7 @@ LAYOUTS = {
     "sst2": ("sentence\tlabel\n", 'one "good cat \t1\na bad day \t0\n'),
     "mrpc": ("\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\n", "1\t7\t8\tA cat.\t\"A cat\n0\t7\t9\tA cat.\tA dog.\n"),
     "stsb": (
-        "index\tgenre\tfilename\tyear\told_index\tsource1\tsource2\tsentence1\tsentence2\tscore\n",
+        "\t".join(["index", "genre", "filename", "year", "old_index", "source1", "source2", "sentence1", "sentence2", "score"]) + "\n",
         "0\tg\tf\t2012\t1\tnone\tnone\tA cat.\tA dog.\t5.000\n1\tg\tf\t2012\t2\tnone\tnone\tA cat.\tRain.\t0.25\n",
     ),
     "qqp": (

@@ -130,6 +130,14 @@ def test_a_loss_that_is_not_finite_fails_with_a_remedy() -> None:
         run_seed(transformer, TASKS["sst2"], toy(64, 1), {"": toy(8, 2)}, FAST, 4)
 
 
+def test_an_output_that_is_not_finite_is_no_prediction() -> None:
+    classifier = Classifier(model(), 2, 0)
+    with torch.no_grad():
+        classifier.bias[1] = torch.nan
+    with pytest.raises(FloatingPointError, match="give a lower --lr"):
+        predict(classifier, toy(4, 0), FAST)
+
+
 def test_equal_scores_are_refused() -> None:
     data = toy(8, 0)
     data.label_N[:] = 2.5
