@@ -20,6 +20,7 @@ COMMANDS = {
     "compare": "compare runs: a table with intervals over seeds, and a page",
     "export": "write a run as an artifact: FP16 bases, INT4 residuals",
     "evaluate": "measure perplexity and load of a run or an artifact on any text",
+    "finetune": "fine-tune runs or artifacts on a GLUE task and compare their scores",
     "generate": "complete prompts with an artifact in this process",
     "serve": "serve an artifact on Ray Serve, or update the one that is served",
     "load": "measure an OpenAI-compatible endpoint under a steady load",
@@ -52,6 +53,8 @@ def entry_point(command: str) -> Callable[[Sequence[str], str], int]:
             from raymoe.commands.export import main
         case "evaluate":
             from raymoe.commands.evaluate import main
+        case "finetune":
+            from raymoe.commands.finetune import main
         case "generate":
             from raymoe.commands.generate import main
         case "serve":

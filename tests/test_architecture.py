@@ -16,6 +16,7 @@ FLOORS = (
     {"data", "model", "clustering", "evaluation"},
     {"parallel", "storage", "report"},
     {"training", "serving", "export"},
+    {"finetune"},
     {"commands", "jobs", "__main__", "python_api"},
 )
 """Rooms by floor: a room imports itself and the floors below."""

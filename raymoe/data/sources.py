@@ -315,7 +315,15 @@ def _hub(data: DataSection) -> Iterator[Document]:
     name, _, subset = data.path.partition(":")
     name, subset = HUB_NAMES.get(name, (name, subset))
     domain = name.rsplit("/", 1)[-1]
-    for key, rows in _load_from_hub(data, name, subset).items():
+    try:
+        sets = load_from_hub(name, subset)
+    except ValueError as error:
+        raise ValueError(
+            f"data.path={data.path}: neither a local file nor an available data set of the hub ({error}). Check the name "
+            "(owner/name or owner/name:subset) and the network (HF_ENDPOINT, HTTPS_PROXY), give a local file or folder, "
+            "or use builtin"
+        ) from None
+    for key, rows in sets.items():
         split, place = SPLITS.get(str(key)), f"{data.path} {key}"
         columns = _columns(rows.column_names, data, place)
         batches: Any = rows.select_columns(columns).iter(1000)
@@ -328,7 +336,11 @@ def _hub(data: DataSection) -> Iterator[Document]:
                 yield _document(dict(zip(columns, values, strict=True)), data, domain, split, place)
 
 
-def _load_from_hub(data: DataSection, name: str, subset: str) -> Any:
+def load_from_hub(name: str, subset: str) -> Any:
+    """Return the splits of a hub data set by name, from the local cache if the hub is unreachable.
+
+    Raises ValueError with the cause, without a remedy.
+    """
     import datasets
     import huggingface_hub
     from datasets import config
@@ -343,10 +355,6 @@ def _load_from_hub(data: DataSection, name: str, subset: str) -> Any:
         return datasets.load_dataset(name, subset or None)
     except Exception as error:  # datasets raises many types
         cause = reason or error
-        raise ValueError(
-            f"data.path={data.path}: neither a local file nor an available data set of the hub "
-            f"({type(cause).__name__}: {' '.join(str(cause).split())}). Check the name (owner/name or owner/name:subset) "
-            "and the network (HF_ENDPOINT, HTTPS_PROXY), give a local file or folder, or use builtin"
-        ) from None
+        raise ValueError(f"{type(cause).__name__}: {' '.join(str(cause).split())}") from None
     finally:
         config.HF_HUB_OFFLINE = offline

@@ -171,6 +171,11 @@ def serving_targets(root: str, application: str) -> Path:
     return expand(root) / "serving" / application / TARGETS
 
 
+def finetune_folder(root: str, task: str, name: str) -> Path:
+    """Return the folder of the fine-tuning results of a run or an artifact on a task."""
+    return expand(root).resolve() / "finetune" / task / name
+
+
 NEWEST = "newest"
 """Name of the export that was written last."""
 

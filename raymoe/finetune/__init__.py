@@ -1,0 +1,1 @@
+"""Fine-tuning of a model on the GLUE tasks: data, training, scores and their comparison."""
