@@ -63,6 +63,8 @@ def test_overrides_apply_and_leave_the_rest() -> None:
         ("run.name=../up", "run.name"),
         ("checkpoint.keep=1", "at least 2"),
         ("data.validation_share=0.9", "between 0 and 0.5"),
+        ("regroup.similarity=cosine", "one of counterfactual, paper, coactivation"),
+        ("regroup.force_kind=random", "has an effect with regroup.force only"),
     ],
 )
 def test_a_bad_override_names_the_field_and_the_remedy(item: str, message: str) -> None:
@@ -79,6 +81,24 @@ def test_a_saved_config_is_checked_as_strictly(change: dict) -> None:
         from_dict(preset("tiny").to_dict() | change)
     with pytest.raises(ValueError):
         from_dict([])
+
+
+def test_private_experts_are_not_refitted_or_folded() -> None:
+    private = override(preset("tiny"), ["model.expert_kind=private", "model.base_width=0"])
+    for refit in ("svd", "weighted"):
+        with pytest.raises(ValueError, match=f"regroup.refit='{refit}' is not allowed: private experts do not depend"):
+            override(private, [f"regroup.refit={refit}"])
+    with pytest.raises(
+        ValueError, match="regroup.start='dense' is not allowed: needs clustered experts with residuals"
+    ):
+        override(private, ["regroup.start=dense"])
+    assert override(private, ["regroup.force=3", "regroup.force_kind=random"]).regroup.force_kind == "random"
+
+
+def test_a_config_without_the_kind_of_a_forced_plan_forces_the_mildest() -> None:
+    old = override(preset("tiny"), ["regroup.force=200"]).to_dict()
+    del old["regroup"]["force_kind"]
+    assert from_dict(old).regroup.force_kind == "mildest"
 
 
 def test_overrides_are_checked_together() -> None:

@@ -66,6 +66,23 @@ def improve(
     return after_E, total
 
 
+def random_swaps(assignment_E: Clusters, max_moves: int, generator: np.random.Generator) -> np.ndarray:
+    """Return an assignment_E with the same cluster sizes after swaps of random experts of different clusters.
+
+    An expert moves at most once. Swaps end at `max_moves`, or when all experts that did not move are in one cluster.
+    """
+    before_E = np.asarray(assignment_E)
+    after_E = before_E.copy()
+    for _ in range(max_moves // 2):
+        stays_E = after_E == before_E
+        pairs = np.argwhere(stays_E[:, None] & stays_E & (before_E[:, None] < before_E))
+        if not len(pairs):
+            break
+        pair = pairs[generator.integers(len(pairs))]
+        after_E[pair] = after_E[pair[::-1]]
+    return after_E
+
+
 def _exchange_gains(
     S_EE: np.ndarray, assignment_E: np.ndarray, load_E: np.ndarray, load_weight: float, n_clusters: int
 ) -> np.ndarray:

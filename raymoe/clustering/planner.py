@@ -7,7 +7,7 @@ from enum import Enum
 
 import numpy as np
 
-from raymoe.clustering.exchange import improve, objective
+from raymoe.clustering.exchange import improve, objective, random_swaps
 from raymoe.clustering.kmeans import align, balanced_kmeans, embed
 from raymoe.clustering.plan import Assignment, Clusters, RemapPlan, moves
 from raymoe.clustering.similarity import NotSampled, similarity
@@ -47,7 +47,7 @@ def make_plan(
 
     Deterministic in its arguments. Balanced k-means proposes; swaps and cycles improve (arXiv 2510.02345,
     section 3.1: every T=100 steps after a burn-in of 200, with α=0.7, δ=0.01). A layer keeps its clusters if
-    it gains less than `min_gain`. With `force`, every layer moves the experts that cost least.
+    it gains less than `min_gain`. With `force`, the plan is of the kind `regroup.force_kind`.
     """
     try:
         S_LEE = similarity(stats, regroup.similarity, regroup.alpha)
@@ -55,14 +55,20 @@ def make_plan(
         return NoPlan(stats.step, NoPlanReason.NOT_SAMPLED, str(error), 0.0)
     planned: list[tuple[int, ...]] = []
     gains: list[float] = []
-    for S_EE, load_E, before_E in zip(S_LEE, stats.count_LE, assignment, strict=True):
-        after_E, gain = _improve_layer(S_EE, load_E, before_E, regroup, n_clusters, seed, force)
+    for layer, (S_EE, load_E, before_E) in enumerate(zip(S_LEE, stats.count_LE, assignment, strict=True)):
+        if force and regroup.force_kind == "random":
+            generator = np.random.default_rng([seed, stats.version, layer])
+            after_E, gain = _swap_randomly(S_EE, load_E, before_E, regroup, n_clusters, generator)
+        else:
+            mildest = force and regroup.force_kind == "mildest"
+            after_E, gain = _improve_layer(S_EE, load_E, before_E, regroup, n_clusters, seed, mildest)
         gains.append(gain)
         kept_E = after_E if force or gain >= regroup.min_gain else np.asarray(before_E)
         planned.append(tuple(kept_E.tolist()))
     changed = sorted({move.layer for move in moves(assignment, planned)})
     if not changed:
-        detail = f"the best layer gains {max(gains):.3g} of min_gain {regroup.min_gain:g}"
+        least = 0 if force else regroup.min_gain
+        detail = f"the best layer gains {max(gains):.3g} of min_gain {least:g}"
         return NoPlan(stats.step, NoPlanReason.NOTHING_TO_GAIN, detail, max(gains))
     return RemapPlan(
         version=stats.version + 1,
@@ -90,6 +96,21 @@ def _improve_layer(
         S_EE, before_E, load_E, proposal_E=proposal_E, max_moves=regroup.max_moves,
         load_weight=regroup.load_weight, n_clusters=n_clusters, force=force,
     )  # fmt: skip
+
+
+def _swap_randomly(
+    S_EE: np.ndarray,
+    load_E: np.ndarray,
+    assignment_E: Clusters,
+    regroup: RegroupSection,
+    n_clusters: int,
+    generator: np.random.Generator,
+) -> tuple[np.ndarray, float]:
+    after_E = random_swaps(assignment_E, regroup.max_moves, generator)
+    was, now = (
+        objective(S_EE, clusters, load_E, regroup.load_weight, n_clusters) for clusters in (assignment_E, after_E)
+    )
+    return after_E, now - was
 
 
 def measured_gain(

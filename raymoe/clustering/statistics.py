@@ -7,8 +7,9 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-GRAMS = ("residual", "answer", "weight")
-"""Inner products between experts: of residuals, of residual outputs on the sample (`answer`), of whole weights."""
+GRAMS = ("residual", "answer", "weight", "coactivation")
+"""Inner products between experts: of residuals, of residual outputs on the sample (`answer`), of whole weights, and of
+the indicators of the sampled tokens that would take an expert (`coactivation`: counts of tokens that take both)."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -181,10 +181,10 @@ class RegroupSection:
     """Path of a `plans.jsonl` whose applied plans are applied again at the same steps. Required by `regroup.mode=replay`."""
     start: Literal["factored", "dense"] = "factored"
     """First weights. `factored`: bases and residuals from step 0. `dense`: independent experts from one common initialization; at the end of the burn-in they are clustered by similarity and factored (mean base, truncated SVD), as in the paper."""
-    similarity: Literal["counterfactual", "paper"] = "counterfactual"
-    """Similarity of two experts. `counterfactual`: of their residuals, and of their outputs on the same sampled tokens. `paper`: of whole weights and of mean routed inputs (equation 1); with factored experts it favors the current clusters."""
+    similarity: Literal["counterfactual", "paper", "coactivation"] = "counterfactual"
+    """Similarity of two experts. `counterfactual`: of their residuals, and of their outputs on the same sampled tokens. `paper`: of whole weights and of mean routed inputs (equation 1); with factored experts it favors the current clusters. `coactivation`: how often a token would take both if it could choose among all experts of the layer, less the frequency by chance."""
     alpha: float = 0.7
-    """Weight of the parameter term in the similarity, 0 to 1 [alpha]. The activation term has the weight 1 - alpha."""
+    """Weight of the parameter term in the similarity, 0 to 1 [alpha]. The activation term has the weight 1 - alpha. Not used by `coactivation`."""
     beta: float = 0.05
     """Weight of a step in the exponentially decayed statistics, less than 1 [beta]."""
     burn_in: int = 200
@@ -209,6 +209,8 @@ class RegroupSection:
     """Residual of a moving expert. `keep`: unchanged. `svd`: the best approximation of the expert's old weights from the new base (truncated SVD). `weighted`: the same, weighted with the inputs of the new cluster."""
     force: int = 0
     """Step from which one plan is applied even without a gain, to test the mechanism. 0: never."""
+    force_kind: Literal["mildest", "best", "random"] = "mildest"
+    """Plan that `regroup.force` applies. `mildest`: in every layer `regroup.max_moves` experts that gain most, or cost least. `best`: the plan with the largest gain, even below `regroup.min_gain`; none while nothing gains. `random`: in every layer random swaps of up to `regroup.max_moves` experts, as a control."""
 
     def __post_init__(self) -> None:
         check_positive(self, "regroup", "beta", "stats_every", "sample", "max_moves")
@@ -221,6 +223,12 @@ class RegroupSection:
             "regroup.replay",
             self.replay,
             "set it together with regroup.mode=replay, and only then",
+        )
+        require(
+            self.force > 0 or self.force_kind == "mildest",
+            "regroup.force_kind",
+            self.force_kind,
+            "it has an effect with regroup.force only: set that to a step",
         )
 
 

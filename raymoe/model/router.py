@@ -68,6 +68,31 @@ def _weights(logits_TG: Tensor, probability_TG: Tensor, bias_G: Tensor, index_TK
     return probability_TG.gather(-1, index_TK)
 
 
+def joint_scores(
+    x_TD: Tensor,
+    cluster_weight_CD: Tensor,
+    cluster_bias_C: Tensor,
+    expert_weight_ED: Tensor,
+    expert_bias_E: Tensor,
+    cluster_E: Tensor,
+) -> Tensor:
+    """Return the scores [T, E] by which a row would select among the experts of all clusters.
+
+    The score is ln p(cluster) + ln p(expert | cluster), up to a constant per row; both probabilities are softmaxes of
+    logits plus selection biases. A logit of stage 2 alone is no score: the softmax of a cluster does not change when a
+    constant is added to its members' logits, so the logits of two clusters have no common scale. The two logarithms have
+    one: their sum is the probability of an expert in the two-stage choice. Biases are part of it, since they are part
+    of the selection: without them, a few experts would take all rows.
+
+    cluster_E: the cluster of each expert.
+    """
+    first_TC = x_TD.to(cluster_weight_CD.dtype) @ cluster_weight_CD.t() + cluster_bias_C
+    second_TE = x_TD.to(expert_weight_ED.dtype) @ expert_weight_ED.t() + expert_bias_E
+    member_CE = torch.arange(len(cluster_bias_C), device=cluster_E.device)[:, None] == cluster_E
+    every_TC = second_TE[:, None].masked_fill(~member_CE, -torch.inf).logsumexp(-1)
+    return second_TE + (first_TC - every_TC)[:, cluster_E]
+
+
 def move_bias(bias_G: Tensor, counts_G: Tensor, rate: float, share_G: Tensor | None = None) -> None:
     """Move selection biases one step toward equal load, in place.
 

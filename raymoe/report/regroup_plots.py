@@ -85,6 +85,8 @@ def decisions(plans: Sequence[Record]) -> list[Decision]:
             row.before = _picture(record.get("similarity"), "before")
             rows.append(row)
             if name == "made":
+                if isinstance(kind := record.get("force_kind"), str):
+                    row.reason = f"forced: {kind}"
                 waiting[key] = row
         elif name in ("applied", "refused"):
             if (row := waiting.pop(key, None)) is None:

@@ -25,7 +25,7 @@ OPEN_ROWS = 20
 
 READING = (
     "A positive measured gain does not show that a plan was useful. Experts adapt to the cluster in which they train, "
-    "so random swaps were also followed by a positive measured gain. To see whether plans help, compare the validation "
+    "so random swaps were also followed by a positive measured gain. Gains of two similarities have different scales. To see whether plans help, compare the validation "
     "loss with that of a run with regroup.mode=off."
 )
 
@@ -59,6 +59,9 @@ def plan_facts(plans: Sequence[Record], applied: Sequence[Decision], trains: Seq
     """Return the number of plans, their gains, the change of similarity and the pause, by title."""
     names = {"made": "Plans made", "applied": "Plans applied", "refused": "Plans refused", "no_plan": "Periods without a plan"}  # fmt: skip
     facts = {title: f"{sum(r.get('name') == name for r in plans):,}" for name, title in names.items()}
+    kinds = {kind for r in plans if isinstance(kind := r.get("similarity_kind"), str)}
+    if kinds:
+        facts["Similarity of experts"] = ", ".join(sorted(kinds))
     measured = [row for row in applied if not math.isnan(row.measured_gain)]
     if measured:
         gains = np.array([row.measured_gain for row in measured])

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raymoe.clustering.exchange import improve, objective
+from raymoe.clustering.exchange import improve, objective, random_swaps
 from tests.support.similar_experts import points
 
 seeds = st.integers(0, 2**32 - 1)
@@ -104,3 +104,21 @@ def test_load_term_prevents_an_unbalanced_swap(load_weight: float, moved: int) -
         S_EE, before_E, load_E, proposal_E=family_E, max_moves=4, load_weight=load_weight, n_clusters=2
     )
     assert (after_E != before_E).sum() == moved
+
+
+@settings(deadline=None, max_examples=50)
+@given(seeds, st.permutations([0] * 5 + [1] * 4 + [2] * 3), st.integers(1, 14))
+def test_random_swaps_keep_sizes_and_move_each_expert_at_most_once(seed: int, before: list[int], most: int) -> None:
+    after_E = random_swaps(before, most, np.random.default_rng(seed))
+    moved = int((after_E != before).sum())
+    np.testing.assert_array_equal(np.bincount(after_E), [5, 4, 3])
+    assert moved <= most and moved % 2 == 0
+    # Swaps end early only where all others are in one cluster.
+    assert moved == most // 2 * 2 or len(set(np.array(before)[after_E == before])) <= 1
+    np.testing.assert_array_equal(random_swaps(before, most, np.random.default_rng(seed)), after_E)
+
+
+def test_random_swaps_reach_all_pairs() -> None:
+    before_E = np.repeat([0, 1], 3)
+    found = {tuple(random_swaps(before_E, 2, np.random.default_rng(seed))) for seed in range(200)}
+    assert len(found) == 9

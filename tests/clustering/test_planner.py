@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,6 +16,7 @@ from raymoe.clustering.plan import RemapPlan, moves, validate
 from raymoe.clustering.planner import NoPlan, NoPlanReason, make_plan, measured_gain
 from raymoe.clustering.statistics import Statistics
 from raymoe.config import RegroupSection
+from raymoe.model.router import joint_scores
 from tests.support.similar_experts import clustered, families, gram, statistics_of, with_swaps
 
 seeds = st.integers(0, 2**32 - 1)
@@ -97,6 +99,110 @@ def test_forced_plan_moves_experts_in_every_layer() -> None:
         assert isinstance(plan, RemapPlan) and plan.forced and plan.expected_gain < 0
         per_layer = np.bincount([move.layer for move in moves(truth_LE, plan.assignment)])
         assert per_layer.tolist() == [max_moves // 2 * 2] * 4
+
+
+def test_a_forced_plan_of_kind_best_ignores_min_gain_but_needs_a_gain() -> None:
+    stats, truth_LE = clustered(0, 3, 16, 4)
+    before_LE = truth_LE.copy()
+    before_LE[1] = with_swaps(truth_LE[1:2], 0)[0]
+    strict = RegroupSection(min_gain=0.9, force=1, force_kind="best")
+    assert isinstance(make_plan(stats, before_LE, regroup=strict, n_clusters=4, seed=0), NoPlan)
+    plan = make_plan(stats, before_LE, regroup=strict, n_clusters=4, seed=0, force=True)
+    assert isinstance(plan, RemapPlan) and plan.forced and plan.expected_gain > 0
+    np.testing.assert_array_equal(plan.assignment, truth_LE)
+    none = make_plan(stats, truth_LE, regroup=strict, n_clusters=4, seed=0, force=True)
+    assert none == NoPlan(200, NoPlanReason.NOTHING_TO_GAIN, "the best layer gains 0 of min_gain 0", 0.0)
+
+
+def test_a_forced_plan_of_kind_random_reports_its_loss() -> None:
+    stats, truth_LE = clustered(0, 4, 32, 4)
+    regroup = RegroupSection(max_moves=4, force=1, force_kind="random")
+    plans = [make_plan(stats, truth_LE, regroup=regroup, n_clusters=4, seed=seed, force=True) for seed in (0, 0, 1)]
+    first, again, other = plans
+    assert isinstance(first, RemapPlan) and isinstance(other, RemapPlan)
+    assert first == again and first.assignment != other.assignment and first.forced
+    assert np.bincount([move.layer for move in moves(truth_LE, first.assignment)]).tolist() == [4] * 4
+    mildest = make_plan(stats, truth_LE, regroup=RegroupSection(), n_clusters=4, seed=0, force=True)
+    assert isinstance(mildest, RemapPlan) and first.expected_gain < mildest.expected_gain < 0
+    measured = measured_gain(stats, truth_LE, first.assignment, regroup=regroup, n_clusters=4)
+    assert measured == pytest.approx(first.expected_gain, abs=1e-9)
+
+
+# Co-activation
+
+COACTIVATION = RegroupSection(similarity="coactivation")
+
+
+def made_up(seed: int, cluster_LE: np.ndarray, family_LE: np.ndarray, k: int, noise: float) -> Statistics:
+    """Return counts of tokens of the same number of families, with routers in which experts of a family fit its tokens.
+
+    A cluster's row of stage 1 is the mean of its experts' rows, as training would approach. Logits of each cluster have
+    an offset of their own, which does not change the two-stage choice.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    counts = []
+    for cluster_E, family_E in zip(map(torch.tensor, cluster_LE), map(torch.tensor, family_LE), strict=True):
+        n = int(family_E.max()) + 1
+        direction_GD = torch.linalg.qr(torch.randn(24, 24, generator=generator))[0][:n]
+        x_TD = 4 * direction_GD.repeat(512 // n, 1) + noise * torch.randn(512 // n * n, 24, generator=generator)
+        rows_ED = direction_GD[family_E] + 0.1 * torch.randn(len(family_E), 24, generator=generator)
+        one_hot_CE = (cluster_E == torch.arange(n)[:, None]).float()
+        first_CD = one_hot_CE @ rows_ED / one_hot_CE.sum(1, keepdim=True)
+        offset_C = 3 * torch.randn(n, generator=generator)
+        scores_TE = joint_scores(x_TD, first_CD, torch.zeros(n), rows_ED, offset_C[cluster_E], cluster_E)
+        taken_TE = torch.zeros_like(scores_TE).scatter(1, scores_TE.topk(k).indices, 1.0)
+        counts.append((taken_TE.t() @ taken_TE).double().numpy())
+    return statistics_of({"coactivation": np.stack(counts)})
+
+
+@settings(deadline=None, max_examples=25)
+@given(seeds, st.sampled_from([(16, 4), (24, 3)]), st.floats(0.9, 1.4))
+def test_experts_that_are_wanted_together_come_together(seed: int, shape: tuple[int, int], noise: float) -> None:
+    """From random clusters, plans end at the families. A token takes at least half of a family."""
+    experts, clusters = shape
+    generator = np.random.default_rng(seed)
+    family_LE, cluster_LE = (
+        np.stack([generator.permutation(np.arange(experts) % clusters) for _ in range(2)]) for _ in range(2)
+    )
+    for period in range(20):
+        stats = made_up(seed + period, cluster_LE, family_LE, 4, noise)
+        plan = make_plan(stats, cluster_LE, regroup=COACTIVATION, n_clusters=clusters, seed=0)
+        if isinstance(plan, NoPlan):
+            break
+        assert plan.expected_gain > 0
+        cluster_LE = np.array(plan.assignment)
+    for found_E, family_E in zip(cluster_LE, family_LE, strict=True):
+        assert len(set(zip(found_E.tolist(), family_E.tolist(), strict=True))) == clusters
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_no_plan_by_coactivation_on_noise(seed: int) -> None:
+    """256 tokens take random experts. Without shrinkage, four moves seem to gain more than `min_gain`."""
+    generator = np.random.default_rng(seed)
+    taken_LTE = generator.random((4, 256, 32)).argsort(-1) < 4
+    stats = statistics_of({"coactivation": gram(taken_LTE.swapaxes(1, 2).astype(float))})
+    assignment = np.tile(np.arange(32) % 4, (4, 1))
+    result = make_plan(stats, assignment, regroup=COACTIVATION, n_clusters=4, seed=0)
+    assert isinstance(result, NoPlan) and result.expected_gain < 0.01
+
+
+def test_most_of_the_gain_that_a_plan_by_coactivation_expects_is_found_on_other_tokens() -> None:
+    """A planner takes the largest of many noisy gains. Two samples of 256 tokens show what remains of them."""
+    expected, measured = [], []
+    for seed in range(20):
+        generator = np.random.default_rng(seed)
+        family_E, before = generator.permutation(np.arange(32) % 4), [np.arange(32) % 4]
+        halves = []
+        for _ in range(2):
+            wish_T = generator.integers(4, size=256)
+            scores_TE = 3.0 * (wish_T[:, None] == family_E) + generator.gumbel(size=(256, 32))
+            taken_TE = (scores_TE.argsort(1).argsort(1) >= 28).astype(float)
+            halves.append(statistics_of({"coactivation": gram(taken_TE.T[None])}))
+        plan = make_plan(halves[0], before, regroup=COACTIVATION, n_clusters=4, seed=0)
+        assert isinstance(plan, RemapPlan)
+        expected.append(plan.expected_gain)
+        measured.append(measured_gain(halves[1], before, plan.assignment, regroup=COACTIVATION, n_clusters=4))
+    assert min(measured) > 0 and 0.75 < np.mean(measured) / np.mean(expected) < 1
 
 
 def test_no_plan_without_samples() -> None:

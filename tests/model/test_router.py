@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from raymoe.config import ModelSection
 from raymoe.model.dispatch import LocalDispatch
 from raymoe.model.experts import ClusteredExperts, Member
-from raymoe.model.router import auxiliary_loss, move_bias, route
+from raymoe.model.router import auxiliary_loss, joint_scores, move_bias, route
 
 
 @pytest.mark.parametrize("k", [1, 2, 3])
@@ -115,3 +115,21 @@ def test_a_ghost_and_its_expert_share_one_load_while_they_move() -> None:
     layer.balance(torch.tensor([1100, 1300]), load, 0.1)
     bias = dict(zip(layer.local_members, layer.expert_bias.tolist(), strict=True))
     assert bias[Member(0, ghost=True)] < 0 < bias[Member(1)] and bias[Member(0)] == 0
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 2**30), st.permutations([0, 0, 0, 1, 1, 3, 3, 3]))
+def test_joint_scores_are_the_probabilities_of_the_two_stage_choice(seed: int, clusters: list[int]) -> None:
+    """Cluster 2 has no experts. An offset of a cluster's stage-2 logits changes nothing."""
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    x, u, v, b, a = draw(5, 6), draw(4, 6), draw(8, 6), draw(4), draw(8)
+    cluster = torch.tensor(clusters)
+    scores = joint_scores(x, u, b, v, a, cluster)
+    first, second = (x @ u.t() + b).softmax(-1), x @ v.t() + a
+    for e, c in enumerate(clusters):
+        within = second[:, cluster == c].softmax(-1)[:, (cluster[:e] == c).sum()]
+        torch.testing.assert_close(
+            (scores - (x @ u.t() + b).logsumexp(-1, keepdim=True))[:, e].exp(), first[:, c] * within
+        )
+    torch.testing.assert_close(joint_scores(x, u, b, v, a + draw(4)[cluster], cluster), scores)

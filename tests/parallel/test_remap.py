@@ -30,6 +30,11 @@ MODEL = ModelSection(
     layers=2, d_model=16, d_expert=12, n_experts=10, n_clusters=4, experts_per_token=2, residual_width=3,
     heads=2, kv_heads=1, vocabulary=29, context=8,
 )  # fmt: skip
+MODELS = {
+    "residual": MODEL,
+    "private": replace(MODEL, expert_kind="private", expert_width=5, clusters_per_token=2),
+    "private with bases": replace(MODEL, expert_kind="private", expert_width=5, base_width=7, gate="biased"),
+}
 START = Membership(((0, 0, 0, 1, 1, 1, 2, 2, 3, 3), (3, 2, 1, 0, 3, 2, 1, 0, 0, 0)), ({}, {}))
 TOKENS = torch.randint(29, (3, 8), generator=torch.Generator().manual_seed(0))
 
@@ -69,11 +74,14 @@ def hash_of(text: str) -> int:
 
 @pytest.mark.parametrize("visits", [1, 2])
 @pytest.mark.parametrize("k", [1, 2])
-@pytest.mark.parametrize("refit", ["keep", "svd", "weighted"])
+@pytest.mark.parametrize(
+    ("kind", "refit"),
+    [("residual", "keep"), ("residual", "svd"), ("residual", "weighted"), ("private", "keep"), ("private with bases", "keep")],
+)  # fmt: skip
 def test_logits_are_unchanged_when_a_plan_is_applied_and_when_its_ghosts_are_removed(
-    k: int, visits: int, refit: Any
+    k: int, visits: int, kind: str, refit: Any
 ) -> None:
-    sharded = shard(replace(MODEL, experts_per_token=k, clusters_per_token=visits), START.assignment)
+    sharded = shard(replace(MODELS[kind], experts_per_token=k, clusters_per_token=visits), START.assignment)
     optimizer = fresh(sharded)
     before = sharded.transformer(TOKENS)
     after = swapped(START, 5)
@@ -131,9 +139,9 @@ def test_factors_weighted_by_inputs_have_a_smaller_error_on_them() -> None:
 # Any sequence, any world
 
 
-def reference(steps: list[tuple[str, int]]) -> tuple[dict[str, Tensor], Membership]:
+def reference(model: ModelSection, steps: list[tuple[str, int]]) -> tuple[dict[str, Tensor], Membership]:
     """Return weights and moments by logical key after the same sequence, computed with dictionaries."""
-    sharded = shard(MODEL, START.assignment)
+    sharded = shard(model, START.assignment)
     optimizer = fresh(sharded)
     state = {k: v.clone() for k, v in (sharded.transformer.logical() | optimizer.logical()).items()}
     membership = START
@@ -152,10 +160,12 @@ def reference(steps: list[tuple[str, int]]) -> tuple[dict[str, Tensor], Membersh
     return state, membership
 
 
-def run_steps(rank: int, world: int, folder: str, before: Any, steps: list[tuple[str, int]]) -> tuple[Any, Any]:
+def run_steps(
+    rank: int, world: int, model: ModelSection, folder: str, before: Any, steps: list[tuple[str, int]]
+) -> tuple[Any, Any]:
     """Load or initialize on `world` processes, apply the steps and save; return the local tensors and the membership."""
     membership, number = before
-    sharded = shard(MODEL, membership.assignment, membership.ghosts)
+    sharded = shard(model, membership.assignment, membership.ghosts)
     optimizer = Optimizer(sharded.transformer, preset("tiny").train)
     gradients = Gradients(sharded)
     if number:
@@ -189,8 +199,12 @@ def run_steps(rank: int, world: int, folder: str, before: Any, steps: list[tuple
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("seed", range(4))
-def test_any_sequence_of_plans_saves_and_worlds_equals_the_reference(seed: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "seed"),
+    [*(("residual", seed) for seed in range(4)), *((kind, seed) for kind in list(MODELS)[1:] for seed in range(2))],
+)
+def test_any_sequence_of_plans_saves_and_worlds_equals_the_reference(kind: str, seed: int, tmp_path: Path) -> None:
+    model = MODELS[kind]
     chance = random.Random(seed)
     store = tmp_path / "stores"
     store.mkdir()
@@ -202,9 +216,9 @@ def test_any_sequence_of_plans_saves_and_worlds_equals_the_reference(seed: int, 
             moving = not moving or chance.random() < 0.3  # also a plan while the ghosts of another exist
             steps.append(("plan", chance.randrange(10**6)) if moving else ("drop", 0))
         script += steps
-        results = processes.run(world, run_steps, str(tmp_path), (membership, number), steps, folder=store)
+        results = processes.run(world, run_steps, model, str(tmp_path), (membership, number), steps, folder=store)
         write_manifest(tmp_path / str(number + 1), step=number, world=world, meta={})
-        expected, membership = reference(script)
+        expected, membership = reference(model, script)
         seen: set[str] = set()
         for held, reached in results:
             assert reached == membership
@@ -258,7 +272,7 @@ def gathered(rank: int, world: int) -> dict[str, np.ndarray]:
     sharded = shard(MODEL, START.assignment)
     sharded.transformer.initialize(3)
     samples = torch.randn(2, 7, 16, generator=torch.Generator().manual_seed(1))
-    return grams(sharded, START.assignment, samples, weights=True)
+    return grams(sharded, START.assignment, samples, ("residual", "answer", "weight"))
 
 
 @pytest.mark.dist
@@ -286,3 +300,47 @@ def test_grams_are_inner_products_on_any_number_of_processes(world: int, tmp_pat
             expected = (stacked @ stacked.t()) / (7 if name == "answer" else 1)
             total = sum(part[name][layer] for part in parts)
             np.testing.assert_allclose(total, expected.numpy(), rtol=2e-4, atol=1e-6)
+
+
+def wanted(rank: int, world: int, kind: str, ghosts: bool) -> np.ndarray:
+    sharded = shard(MODELS[kind], START.assignment, swapped(START, 3).ghosts if ghosts else None)
+    fresh(sharded)
+    samples = torch.randn(2, 60, 16, generator=torch.Generator().manual_seed(1))
+    return grams(sharded, START.assignment, samples, ("coactivation",))["coactivation"]
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("kind", MODELS)
+def test_coactivation_counts_the_choices_of_each_sample_on_any_number_of_processes(kind: str, tmp_path: Path) -> None:
+    """Compare with a loop over samples in float64. Ghosts take no part."""
+    model = MODELS[kind]
+    sharded = shard(model, START.assignment)
+    fresh(sharded)
+    view = {key: tensor.double() for key, tensor in sharded.transformer.logical().items()}
+    samples = torch.randn(2, 60, 16, generator=torch.Generator().manual_seed(1)).double()
+    expected = np.zeros((2, 10, 10))
+    for layer, assignment in enumerate(START.assignment):
+        for x in samples[layer]:
+            first = (view[f"layers.{layer}.router.weight"] @ x + view[f"layers.{layer}.router.bias"]).softmax(0)
+            at = f"layers.{layer}.experts"
+            second = [float(view[f"{at}.{e}.router"] @ x + view[f"{at}.{e}.bias"]) for e in range(10)]
+            score = []
+            for e, c in enumerate(assignment):
+                mates = torch.tensor([second[other] for other in range(10) if assignment[other] == c])
+                score.append(float(first[c] * (second[e] - mates.logsumexp(0)).exp()))
+            taken = np.argsort(score)[-model.clusters_per_token * model.experts_per_token :]
+            expected[layer][np.ix_(taken, taken)] += 1
+    np.testing.assert_array_equal(wanted(0, 1, kind, False), expected)
+    np.testing.assert_array_equal(wanted(0, 1, kind, True), expected)
+    for world in (2, 5):
+        parts = processes.run(world, wanted, kind, False, folder=tmp_path)
+        np.testing.assert_array_equal(sum(parts), expected)
+
+
+def test_coactivation_of_a_diverged_model_is_not_finite() -> None:
+    sharded = shard(MODEL, START.assignment)
+    fresh(sharded)
+    samples = torch.ones(2, 5, 16)
+    samples[1, 3, 2] = torch.nan
+    found = grams(sharded, START.assignment, samples, ("coactivation",))["coactivation"]
+    assert np.isfinite(found[0]).all() and np.isnan(found[1]).any()

@@ -506,7 +506,15 @@ def regrouped(of: Config) -> tuple[list[Record], list[Record]]:
         ),
         record(310, "clusterer_restarted"),
         record(320, "refused", reason="malformed: <b>", plan=["<i>"]),
-        record(330, "made", plan=plan(3, 330, first), seconds=0.1, similarity=None),
+        record(
+            330,
+            "made",
+            plan=plan(3, 330, first),
+            seconds=0.1,
+            similarity=None,
+            similarity_kind="coactivation",
+            force_kind="random",
+        ),
     ]
     for version, made in enumerate((one, two), 1):
         at = {
@@ -543,7 +551,7 @@ def test_regrouping_facts(regrouping: Page) -> None:
         "Mean expected gain": "+0.0150 of the objective", "Mean measured gain": "+0.0020, 2 of 2 plans measured",
         "Measured gain above 0": "1 of 2 plans", "Similarity inside clusters": "0.250 before, 0.500 after, 1 plan",
         "Similarity across clusters": "0.125 before, -0.250 after, 1 plan",
-        "Median pause without probes": "136 ms, 0.30 steps", "Clusterer restarts": "1",
+        "Median pause without probes": "136 ms, 0.30 steps", "Clusterer restarts": "1", "Similarity of experts": "coactivation",
     }  # fmt: skip
     assert {term: regrouping.facts.get(term) for term in expected} == expected
     assert "A positive measured gain does not show that a plan was useful." in regrouping.text
@@ -581,7 +589,7 @@ def test_each_plan_and_decision_is_a_row(regrouping: Page) -> None:
         ["302", "no_plan", *4 * [none], "+0.0030", *4 * [none], "nothing to gain: best"],
         ["310", "clusterer_restarted", *9 * [none], ""],
         ["320", "refused", *9 * [none], "malformed: &lt;b&gt;"],
-        ["330", "made", "3", *3 * [none], "+0.0300", *4 * [none], "gain by 3"],
+        ["330", "made", "3", *3 * [none], "+0.0300", *4 * [none], "forced: random"],
     ]
 
 
@@ -678,7 +686,7 @@ HOSTILE = st.fixed_dictionaries(
     optional={
         "plan": mostly(st.fixed_dictionaries({"version": VERSION, "made_at_step": mostly(st.just(5)), "reason": ANYTHING})),
         "version": VERSION, "similarity": mostly(PICTURES), "reason": ANYTHING, "gain": ANYTHING, "probe": ANYTHING,
-        "moves": ANYTHING, "bytes": ANYTHING, "pause_ms": ANYTHING, "probe_before": ANYTHING, "expected_gain": ANYTHING,
+        "similarity_kind": ANYTHING, "force_kind": ANYTHING, "moves": ANYTHING, "bytes": ANYTHING, "pause_ms": ANYTHING, "probe_before": ANYTHING, "expected_gain": ANYTHING,
     },
 )  # fmt: skip
 

@@ -17,6 +17,7 @@ from prometheus_client import CollectorRegistry
 
 from raymoe.clustering.plan import RemapPlan
 from raymoe.clustering.planner import NoPlan, NoPlanReason
+from raymoe.clustering.similarity import NEEDED
 from raymoe.clustering.statistics import Statistics
 from raymoe.config import Config, override, preset
 from raymoe.metrics import TrainingMetrics
@@ -159,6 +160,45 @@ def test_lockstep_is_deterministic_and_replay_repeats_it_before_and_after_a_resu
         assert [r["step"] for r in plans(resumed, "applied", "overlap_ended")][:2] == [13, 17]
 
 
+PRIVATE = ("model.expert_kind=private", "model.expert_width=5", "model.clusters_per_token=2")
+COACTIVATION = ("regroup.similarity=coactivation", "regroup.force_kind=random")
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("base", [0, 7])
+def test_private_experts_regroup_and_two_workers_equal_one(base: int, tmp_path: Path) -> None:
+    """The plans of one and two workers are equal, and a resume within an overlap continues the run."""
+    changes = (*PRIVATE, f"model.base_width={base}", *COACTIVATION, "train.lr=1e-3", "regroup.min_gain=0")
+    runs = [fresh(tmp_path / name) for name in ("one", "two")]
+    train(0, 1, str(runs[0]), changes)
+    processes.run(2, train, str(runs[1]), changes, folder=tmp_path)
+    np.testing.assert_allclose(losses(runs[0]), losses(runs[1]), rtol=1e-5)
+    applied = [plans(run, "applied") for run in runs]
+    assert applied[0] and applied[0][0]["plan"]["forced"] and applied[0][0]["moves"] == 8
+    assert [r["plan"]["assignment"] for r in applied[0]] == [r["plan"]["assignment"] for r in applied[1]]
+    for record in applied[0]:
+        assert record["probe_after"] == pytest.approx(record["probe_before"], rel=1e-5)
+    (made, *others) = plans(runs[0], "made", "no_plan", "gain_measured")
+    assert made["similarity_kind"] == "coactivation" and made["force_kind"] == "random"
+    assert others and all(r["similarity_kind"] == "coactivation" and "force_kind" not in r for r in others)
+    resumed = copy_at(runs[0], tmp_path / "resumed", 15)
+    processes.run(3, train, str(resumed), changes, folder=tmp_path)
+    np.testing.assert_allclose(losses(resumed), losses(runs[0]), rtol=1e-5)
+    assert [r["plan"]["assignment"] for r in plans(resumed, "applied")] == [
+        r["plan"]["assignment"] for r in applied[0] if r["step"] > 15
+    ]
+
+
+def test_a_resume_with_another_similarity_waits_for_its_sample(tmp_path: Path) -> None:
+    """A checkpoint without counts of co-activation is read; the first plan follows the next sample."""
+    train(0, 1, str(tmp_path), ("train.steps=15", "regroup.force=0"))
+    train(0, 1, str(tmp_path), ("train.steps=25", "regroup.force=20", *COACTIVATION))
+    (made,) = plans(tmp_path, "made")
+    assert (made["step"], made["similarity_kind"]) == (20, "coactivation")
+    train(0, 1, str(tmp_path), ("train.steps=35", "regroup.force=0"))
+    assert plans(tmp_path, "no_plan")[-1]["reason"] == "nothing to gain"
+
+
 def test_a_resume_without_regrouping_ends_the_overlap(tmp_path: Path) -> None:
     train(0, 1, str(tmp_path), ("train.steps=15",))
     result = train(0, 1, str(tmp_path), ("regroup.mode=off", "train.steps=30"))
@@ -174,18 +214,20 @@ def test_train_records_split_the_step_time(tmp_path: Path) -> None:
         assert compute > 0 and communication > 0 and compute + communication <= record["step_ms"]
 
 
-def test_statistics_survive_a_restart(tmp_path: Path) -> None:
+@pytest.mark.parametrize("similarity", ["counterfactual", "paper", "coactivation"])
+def test_statistics_survive_a_restart(similarity: str, tmp_path: Path) -> None:
     """Saved and restored, they equal those of an uninterrupted run."""
-    gathered = []
+    gathered: list[dict[str, np.ndarray]] = []
     for run in (fresh(tmp_path / "whole"), tmp_path / "resumed"):
         if not run.exists():
             copy_at(tmp_path / "whole", run, 15)
-        settings = config("regroup.force=0", "regroup.min_gain=1", "train.steps=20")
+        settings = config("regroup.force=0", "regroup.min_gain=1", "train.steps=20", f"regroup.similarity={similarity}")
         metrics = TrainingMetrics(CollectorRegistry(), run="test", worker="0")
         client = DirectClient(Clusterer(settings.to_dict()))
         trainer = Trainer(settings, Synthetic(31), run, metrics, torch.device("cpu"), client)  # type: ignore[arg-type]
         trainer.train()
         gathered.append(trainer.regrouping.recorder.total.arrays())  # type: ignore[union-attr]
+    assert {key for key in gathered[0] if key.startswith("gram.")} == {f"gram.{name}" for name in NEEDED[similarity]}
     for key, array in gathered[0].items():
         np.testing.assert_allclose(gathered[1][key], array, rtol=1e-5, atol=1e-8, err_msg=key)
 

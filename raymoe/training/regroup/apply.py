@@ -234,10 +234,13 @@ class Regrouping:
             found = decision.no_plan
             self.log(
                 "no_plan", made_at_step=found.made_at_step, reason=found.reason.value, detail=found.detail,
-                expected_gain=found.expected_gain, seconds=decision.seconds,
+                expected_gain=found.expected_gain, seconds=decision.seconds, similarity_kind=self.config.regroup.similarity,
             )  # fmt: skip
         elif isinstance(decision, GainMeasured):
-            self.log("gain_measured", version=decision.version, gain=decision.gain, similarity=decision.similarity)
+            self.log(
+                "gain_measured", version=decision.version, gain=decision.gain, similarity=decision.similarity,
+                similarity_kind=self.config.regroup.similarity,
+            )  # fmt: skip
         else:
             self._queue(decision)
 
@@ -249,5 +252,9 @@ class Regrouping:
             return
         if self.config.regroup.mode == "replay" and plan.version <= self.position.version:
             return  # applied before the checkpoint from which this run resumed
-        self.log("made", plan=plan.to_dict(), seconds=made.seconds, similarity=made.similarity)
+        regroup = self.config.regroup
+        by: dict[str, str] = {} if regroup.mode == "replay" else {"similarity_kind": regroup.similarity}
+        if plan.forced and regroup.mode != "replay":
+            by["force_kind"] = regroup.force_kind
+        self.log("made", plan=plan.to_dict(), seconds=made.seconds, similarity=made.similarity, **by)
         self._offers.append(plan)

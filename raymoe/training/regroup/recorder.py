@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from raymoe.clustering.similarity import NEEDED
 from raymoe.clustering.statistics import Statistics, merge
 from raymoe.config import Config
 from raymoe.model.experts import ClusteredExperts
@@ -127,8 +128,7 @@ class Recorder:
         )  # fmt: skip
         if self._sample:
             self.samples_LND, self._sample = self._sample.gather(), None
-            weights = self.config.regroup.similarity == "paper"
-            found = grams(self.sharded, assignment, self.samples_LND, weights=weights)
+            found = grams(self.sharded, assignment, self.samples_LND, NEEDED[self.config.regroup.similarity])
             count = self.samples_LND.shape[1] if self.sharded.rank == 0 else 0
             seen = replace(seen, gram=found, sampled=count)
         if not all(np.isfinite(array).all() for array in (inputs, *seen.gram.values())):
@@ -155,7 +155,7 @@ class Recorder:
     def _with_same_grams(self) -> Statistics:
         """Return the total with the same grams on every rank. After a diverged step a rank has none and adds zeros."""
         model = self.config.model
-        names = ("residual", "answer", *(["weight"] if self.config.regroup.similarity == "paper" else []))
+        names = NEEDED[self.config.regroup.similarity]
         zeros = np.zeros((model.layers, model.n_experts, model.n_experts))
         return replace(self.total, gram={name: self.total.gram.get(name, zeros) for name in names})
 
