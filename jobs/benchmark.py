@@ -5,7 +5,8 @@
     python jobs/benchmark.py memory    parameters and bytes at rest of a preset; all-to-all payload per token
     python jobs/benchmark.py remap     a forced plan on 2 workers: pause, bytes moved, validation loss against a branch without it
     python jobs/benchmark.py regroup   regrouping on 2 workers: its share of the training time, and its gain when the
-                                       domains of the training text change half-way
+                                       domains of the training text change half-way: live plans of each similarity,
+                                       static clusters and random exchanges (--set model.expert_kind=private)
     python jobs/benchmark.py serve --artifact NAME
                                        tokens/s and latency of the engine alone (--with-peers installs transformers in a
                                        temporary folder and alternates with its `generate`), round trips between
@@ -64,9 +65,14 @@ def regrouping(arguments: argparse.Namespace, parts: list[str]) -> dict[str, Any
 
         result["overhead"] = overhead(arguments.preset or "small", arguments.data, arguments.periods)
     if "shift" in parts:
-        from benchmarks.domain_shift import shift  # imports Ray
+        from benchmarks.domain_shift import shift, shift_config  # imports Ray
 
-        result["shift"] = shift(arguments.data, arguments.seeds, arguments.steps or 1000)
+        steps = arguments.steps or 1000
+        try:
+            shift_config(arguments.set, steps)
+        except ValueError as error:
+            parser().error(str(error))
+        result["shift"] = shift(arguments.data, arguments.seeds, steps, arguments.set)
     return result
 
 
@@ -89,6 +95,13 @@ def parser() -> argparse.ArgumentParser:
         "--steps",
         type=int,
         help="remap: steps before the plan (default: 300); regroup: steps of a run whose domains change (default: 1000)",
+    )
+    parse.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="SECTION.FIELD=VALUE",
+        help="regroup, part shift: a change to the config of all runs, for example model.expert_kind=private (repeatable)",
     )
     parse.add_argument(
         "--periods",

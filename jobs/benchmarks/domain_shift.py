@@ -1,13 +1,15 @@
-"""Plans and gains when the domains of the text change: part `shift` of `jobs/benchmark.py regroup`."""
+"""Plans, gains and perplexity when the domains of the text change: part `shift` of `jobs/benchmark.py regroup`."""
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import statistics
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,10 +19,11 @@ import torch
 
 from benchmarks.engine import report
 from benchmarks.workers import corpus_for, records, trainer
-from raymoe.config import override, preset
+from raymoe.clustering.similarity import NEEDED
+from raymoe.config import Config, override, preset
 from raymoe.data.corpus import Batch, Corpus
 from raymoe.training.regroup.clients import DirectClient
-from raymoe.training.regroup.clusterer import Clusterer
+from raymoe.training.regroup.clusterer import Clusterer, Message
 
 FIRST = ("legal", "novel")
 """Domains of the first half if a corpus has them; otherwise the first half of its domains."""
@@ -70,16 +73,54 @@ class Shift:
         return Batch(tokens, domain, np.ones((len(rows), context), dtype=bool))
 
 
-def shift_run(changes: Sequence[str], corpus: str, at: int, clusterer: type[Clusterer] = Clusterer) -> dict[str, Any]:
-    """Train in one process to the end; return the records of plans and the validation losses."""
+class RandomPlans(Clusterer):
+    """A clusterer that swaps random experts in every period: the control for plans with a purpose."""
+
+    def must_force(self, at: int, last: Message) -> bool:
+        return True
+
+
+@dataclass(frozen=True)
+class Side:
+    """A kind of run: the overrides of its config, and the class that makes its plans."""
+
+    changes: tuple[str, ...]
+    clusterer: type[Clusterer] = Clusterer
+
+
+LIVE = "regroup.mode=lockstep"
+SIDES = {
+    "static": Side(("regroup.mode=off",)),
+    "random": Side((LIVE, "regroup.force=1", "regroup.force_kind=random"), RandomPlans),
+    **{kind: Side((LIVE, f"regroup.similarity={kind}")) for kind in NEEDED},
+    "dense start": Side((LIVE, "regroup.start=dense")),
+}
+"""`static` has random clusters: experts start from independent random weights, so which ones share a cluster is random
+until experts move. `random` also exchanges random experts in every period. `dense start` needs residual experts."""
+CONTROLS = ("static", "dense start")
+"""Sides that also run without a change of domains."""
+
+
+def shift_config(changes: Sequence[str], steps: int) -> Config:
+    """Return the config that all runs have in common. ValueError for a bad change."""
+    return override(preset("tiny"), [*SHIFT_CHANGES, *changes, f"train.steps={steps}"])
+
+
+def shift_run(side: Side, changes: Sequence[str], corpus: str, at: int) -> dict[str, Any]:
+    """Train in one process to the end; return the records of plans, and losses on the domains of the second half."""
     torch.set_num_threads(1)
-    config = override(preset("tiny"), [*SHIFT_CHANGES, *changes])
+    config = override(preset("tiny"), [*SHIFT_CHANGES, *changes, *side.changes])
+    text = Shift(Corpus.open(corpus), at)
     with tempfile.TemporaryDirectory() as folder:
-        client = DirectClient(clusterer(config.to_dict())) if config.regroups else None
-        trainer(config, Shift(Corpus.open(corpus), at), Path(folder), client).train()
-        loss = {r["step"]: r["loss"] for r in records(Path(folder, "metrics.jsonl"), "validation", key="kind")}
+        client = DirectClient(side.clusterer(config.to_dict())) if config.regroups else None
+        trainer(config, text, Path(folder), client).train()
+        validations = records(Path(folder, "metrics.jsonl"), "validation", key="kind")
         plans = records(Path(folder, "plans.jsonl"), "made", "applied", "refused", "no_plan", "gain_measured")
-    return {"plans": plans, "validation": loss, "final": loss[config.train.steps]}
+    late = {
+        r["step"]: statistics.mean(loss for domain, loss in r["domains"].items() if domain in text.halves[1] and loss is not None)
+        for r in validations
+    }  # fmt: skip
+    return {"plans": plans, "validation": {r["step"]: r["loss"] for r in validations}, "late": late}
 
 
 def summarize(run: dict[str, Any], at: int, steps: int) -> dict[str, Any]:
@@ -106,38 +147,80 @@ def summarize(run: dict[str, Any], at: int, steps: int) -> dict[str, Any]:
     return out
 
 
-def shift(data: str, seeds: int, steps: int) -> dict[str, Any]:
-    """Measure plans and gains when the domains change half-way, and in a control without a change."""
-    tasks: dict[str, tuple[list[str], int]] = {}
-    sides = {
-        "dense start": ["regroup.mode=lockstep", "regroup.start=dense"],
-        "factored start": ["regroup.mode=lockstep"],
-        "paper similarity": ["regroup.mode=lockstep", "regroup.similarity=paper"],
-        "off": ["regroup.mode=off"],
+def losses(run: dict[str, Any], at: int, steps: int) -> dict[str, float]:
+    """Return the perplexities of a run: of all domains at the end, and of those of the second half."""
+    return {
+        "perplexity": math.exp(run["validation"][steps]),
+        "late_perplexity": math.exp(run["late"][steps]),
+        "late_perplexity_mean": math.exp(statistics.mean(loss for step, loss in run["late"].items() if step > at)),
     }
+
+
+def shift(data: str, seeds: int, steps: int, changes: Sequence[str] = ()) -> dict[str, Any]:
+    """Measure plans, gains and perplexity when the domains change half-way, and in controls without a change.
+
+    All runs have the same model, tokens and order of tokens; those of one seed have the same initial weights.
+    `changes`: overrides of the config of all runs, for example `model.expert_kind=private`.
+    """
+    config = shift_config(changes, steps)
+    tasks: dict[tuple[str, str, int], tuple[Side, list[str], int]] = {}
     for seed in range(seeds):
         for mix, at in (("shift", steps // 2), ("control", 0)):
-            for side, changes in sides.items():
-                if mix == "shift" or side == "dense start":
-                    tasks[f"{mix} {side} seed {seed}"] = ([f"run.seed={seed}", f"train.steps={steps}", *changes], at)
+            for name, side in SIDES.items():
+                can_start = name != "dense start" or config.model.expert_kind == "residual"
+                if can_start and (mix == "shift" or name in CONTROLS):
+                    tasks[mix, name, seed] = side, [*changes, f"run.seed={seed}", f"train.steps={steps}"], at
+    tokens = steps * config.train.global_batch * config.model.context
+    report(f"regroup  {config.model.expert_kind} experts, {len(tasks)} runs of {steps} steps, {tokens:,} tokens each")
     result: dict[str, Any] = {}
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory(prefix="raymoe-shift-") as folder:
-        corpus = corpus_for(override(preset("tiny"), SHIFT_CHANGES), data, folder)
+        corpus = corpus_for(config, data, folder)
         with ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
-            futures = {task: pool.submit(shift_run, changes, corpus, at) for task, (changes, at) in tasks.items()}
+            futures = {task: pool.submit(shift_run, side, own, corpus, at) for task, (side, own, at) in tasks.items()}
             for task, future in futures.items():
+                mix, name, seed = task
                 run = future.result()
-                row = {"validation": run["final"], **summarize(run, steps // 2, steps)}
-                result[task] = row
-                line = f"regroup  {task:32} validation {row['validation']:.4f}"
-                if "off" not in task:
-                    halves = "; ".join(
-                        f"{half}: {row[half]['made']} plans, {row[half]['applied']} applied, {row[half]['moves']} moves, "
-                        f"{row[half]['none']} none, {row[half]['refused']} refused" for half in ("before", "after")
-                    )  # fmt: skip
-                    line += f"  {halves}  measured gain above 0 in {row['measured_positive']} of {row['measured']}"
-                if row["measured"]:
-                    line += f", mean expected {row['mean_expected']:.4f}, measured {row['mean_measured']:+.4f}"
-                report(line)
+                row = losses(run, steps // 2, steps) | summarize(run, steps // 2, steps)
+                result[f"{mix} {name} seed {seed}"] = row
+                report(f"regroup  {f'{mix}, {name}, seed {seed}':32} {line_of(row)}")
+    for mix in ("shift", "control"):
+        compare(mix, result, seeds)
     return result
+
+
+def line_of(row: dict[str, Any]) -> str:
+    """Return the line of a run: its perplexities, plans and gains."""
+    line = f"perplexity {row['perplexity']:.2f}, second half's domains {row['late_perplexity']:.2f}"
+    halves = [
+        f"{half}: {row[half]['made']} plans, {row[half]['applied']} applied, {row[half]['moves']} moves, "
+        f"{row[half]['none']} none, {row[half]['refused']} refused"
+        for half in ("before", "after") if any(row[half].values())
+    ]  # fmt: skip
+    line += "".join(f"; {half}" for half in halves)
+    if row["measured"]:
+        line += (
+            f"; gain expected {row['mean_expected']:+.4f}, measured {row['mean_measured']:+.4f}, "
+            f"above 0 in {row['measured_positive']} of {row['measured']}"
+        )
+    return line
+
+
+def compare(mix: str, result: dict[str, Any], seeds: int) -> None:
+    """Report the perplexity of each side over seeds, and its difference to the static clusters of the same seed."""
+    for name in SIDES:
+        rows = [result[key] for seed in range(seeds) if (key := f"{mix} {name} seed {seed}") in result]
+        if not rows:
+            continue
+        line = f"regroup  {mix}, {name:15}"
+        for field, title in (("late_perplexity", "at the end"), ("late_perplexity_mean", "mean after the change")):
+            values = [row[field] for row in rows]
+            half = (max(values) - min(values)) / 2
+            line += f"  {title} {statistics.mean(values):.2f} ±{half:.2f}"
+            if name != "static":
+                static = [result[f"{mix} static seed {seed}"][field] for seed in range(seeds)]
+                differences = [value - other for value, other in zip(values, static, strict=True)]
+                line += f" ({statistics.mean(differences):+.2f}, {min(differences):+.2f} to {max(differences):+.2f})"
+        report(line)
+    report(f"regroup  {mix}: perplexity on the domains of the second half, mean ± half the range of {seeds} seeds; "
+           "in parentheses the difference to static of the same seed, mean and range")  # fmt: skip

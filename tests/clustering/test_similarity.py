@@ -112,7 +112,7 @@ def test_coactivation_is_a_correlation_of_choices_times_a_factor(seed: int, k: i
     np.testing.assert_array_equal(np.diag(S), 1)
     np.testing.assert_array_equal(S, S.T)
     assert np.abs(S).max() <= 1 and np.linalg.eigvalsh(S)[0] > -1e-9
-    if ((0 < taken_TE.mean(0)) & (taken_TE.mean(0) < 1)).all():
+    if ((taken_TE.mean(0) > 0) & (taken_TE.mean(0) < 1)).all():
         plain, rest = np.corrcoef(taken_TE.T), ~np.eye(6, dtype=bool)
         factor = max(0.0, 1 - 1 / tokens / plain[rest].var()) if plain[rest].var() > 1e-12 else 0.0
         np.testing.assert_allclose(S[rest], factor * plain[rest], atol=1e-9)

@@ -148,11 +148,11 @@ class Clusterer:
         for rank in range(1, last.world):  # in rank order, so that sums do not depend on the order of arrival
             stats = merge(stats, self._by_rank[rank])
         self._measure_gain(stats, last.assignment)
-        force = 0 < regroup.force <= at and not last.forced
         started = time.perf_counter()
         made = make_plan(
-            stats, last.assignment, regroup=regroup, n_clusters=n_clusters, seed=self.config.run.seed, force=force
-        )
+            stats, last.assignment, regroup=regroup, n_clusters=n_clusters, seed=self.config.run.seed,
+            force=self.must_force(at, last),
+        )  # fmt: skip
         seconds = time.perf_counter() - started
         if isinstance(made, RemapPlan):
             self._before[made.version] = last.assignment
@@ -160,6 +160,10 @@ class Clusterer:
             self._decisions.append(PlanMade(made, seconds, shown))
         else:
             self._decisions.append(NoPlanMade(made, seconds))
+
+    def must_force(self, at: int, last: Message) -> bool:
+        """Return whether the plan of the period that ended at step `at` is the one that `regroup.force` requires."""
+        return 0 < self.config.regroup.force <= at and not last.forced
 
     def _measure_gain(self, stats: Statistics, assignment: Assignment) -> None:
         before = self._before.pop(stats.version, None)
