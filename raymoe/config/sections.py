@@ -79,6 +79,8 @@ class TrainSection:
     """Devices. `auto`: one GPU per worker (NCCL) if the Ray cluster has enough GPUs, else CPUs (gloo). `yes`, `no`: always GPUs, always CPUs."""
     resume: str = ""
     """Name of a run to resume from its newest valid checkpoint. The number of workers may differ. Empty: a new run."""
+    init: str = ""
+    """Run, export or folder of an artifact whose weights a new run starts from, with its model, tokenizer, clusters and selection biases. Step, optimizer and data are new. `model.context`, `gate_scale`, `rope_theta`, `experts_per_token` and `clusters_per_token` may change. Empty: random weights."""
     steps: int = 1000
     """Optimizer steps of the whole run, including those before a resume."""
     global_batch: int = 16
@@ -247,6 +249,8 @@ class Config:
             )
             self._check_plan_timing(regroup.plan_lag, regroup.overlap, regroup.stats_every)
         if regroup.start == "dense":
+            trained = "it clusters experts from one random initialization, and train.init gives trained weights"
+            require(not self.train.init, "regroup.start", "dense", f"{trained}: leave one of them out")
             needs = "needs clustered experts with residuals, and a regroup.mode"
             require(self.regroups and self.model.expert_kind == "residual", "regroup.start", "dense", needs)
             require(

@@ -45,7 +45,7 @@ def prepare(config: Config, progress: bool = True) -> Path:
     """
     data = config.data
     cache = expand(data.cache or Path(config.run.root) / "cache").resolve()  # workers have other folders
-    own_tokenizer = _own_tokenizer(data)
+    own_tokenizer = given_tokenizer(data)
     fingerprint = _fingerprint(config, own_tokenizer)
     if progress and (left_out := skipped(data)):
         print(f"data.path={data.path}: {len(left_out)} files are not read: {in_short(left_out)}", file=sys.stderr)
@@ -59,7 +59,7 @@ def prepare(config: Config, progress: bool = True) -> Path:
     return folder
 
 
-def _own_tokenizer(data: DataSection) -> bytes:
+def given_tokenizer(data: DataSection) -> bytes:
     """Return the content of `data.tokenizer`; empty if none is given."""
     if not data.tokenizer:
         return b""

@@ -38,7 +38,7 @@ from raymoe.training.regroup.clients import ClustererClient
 from raymoe.training.regroup.recorder import sample_inputs
 from raymoe.training.routing import routing_record
 from raymoe.training.run_log import RunLog
-from raymoe.training.state import DataIdentity, Position, find_checkpoint, restore
+from raymoe.training.state import DataIdentity, Position, find_checkpoint, require_initial_weights, restore
 from raymoe.training.step_report import StepReport, rank_and_world, sync_stats
 from raymoe.training.stragglers import Stragglers
 from raymoe.training.validation import probe, validate, validation_record
@@ -63,6 +63,7 @@ class Trainer:
         self.client, self.attempt = client, next_attempt(run)
         self.rank, self.world = rank_and_world()
         checkpoint, skipped = find_checkpoint(run)
+        require_initial_weights(config, checkpoint, run)
         self.position, data = Position.start(config), DataIdentity.of(corpus)
         if checkpoint:
             self.position = Position.of(checkpoint)
@@ -81,9 +82,7 @@ class Trainer:
                 self.regrouping.recorder.restore(checkpoint)
         else:
             self.model.initialize(config.run.seed, common=not self.position.folded)
-        self.log.started(
-            attempt=self.attempt, workers=self.world, checkpoint=checkpoint and checkpoint.folder, skipped=skipped
-        )
+        self.log.started(attempt=self.attempt, workers=self.world, checkpoint=checkpoint, skipped=skipped)
 
     def build(self) -> None:
         """Build this rank's model shard (uninitialized), gradients, optimizer and regrouping. Collective."""

@@ -10,6 +10,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import ray
@@ -33,8 +34,13 @@ class SavedCorpus:
     """None if the folder is gone or damaged."""
 
 
-def save_config(config: Config, run: Path, corpus: Corpus) -> None:
-    """Write config.json (config, corpus and its fingerprint, versions, machine, command line) and config.yaml."""
+def save_config(config: Config, run: Path, corpus: Corpus, init: dict[str, Any] | None = None) -> None:
+    """Write config.json (config, corpus and its fingerprint, versions, machine, command line) and config.yaml.
+
+    init: origin of the initial weights. A resumed run keeps the one that config.json has.
+    """
+    path = RunFolder(run).config
+    init = init or (read_json(path).get("init") if path.is_file() else None)
     about = {
         "config": config.to_dict(),
         "corpus": str(corpus.folder),
@@ -45,6 +51,7 @@ def save_config(config: Config, run: Path, corpus: Corpus) -> None:
         "machine": machine(),
         "command": sys.argv,
         "commit": commit(),
+        **({"init": init} if init else {}),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
     replace_file(RunFolder(run).config, json.dumps(about, indent=1))
@@ -84,6 +91,8 @@ def overview(config: Config, run: Path, corpus: Corpus, gpus: bool) -> str:
         "model": f"{parameters(model):,} parameters, {model.layers} layers, {experts}",
         "steps": f"{train.steps:,} of {train.global_batch * model.context:,} tokens, {tokens:,} in all",
     }
+    if config.train.init:
+        lines["weights"] = f"of {config.train.init} (train.init), with its tokenizer"
     return "\n".join(f"{name:<9} {text}" for name, text in lines.items()) + "\nstarting the workers, about 15 s"
 
 
