@@ -11,6 +11,7 @@ import yaml
 
 from raymoe.config.checks import check_positive, require
 from raymoe.config.home import default_root
+from raymoe.config.mixture import parse_mixture
 from raymoe.config.model_section import ModelSection
 
 Precision = Literal["float32", "bfloat16"]
@@ -83,6 +84,8 @@ class TrainSection:
     """Run, export or folder of an artifact whose weights a new run starts from, with its model, tokenizer, clusters and selection biases. Step, optimizer and data are new. `model.context`, `gate_scale`, `rope_theta`, `experts_per_token` and `clusters_per_token` may change. Empty: random weights."""
     steps: int = 1000
     """Optimizer steps of the whole run, including those before a resume."""
+    mixture: str = ""
+    """Shares of the domains in the training tokens by weight, for example `wiki:2,legal:1`. Others are not drawn; a domain that runs out repeats. Empty: by their size, each window once per epoch."""
     global_batch: int = 16
     """Sequences per optimizer step over all workers. A multiple of `train.grain`."""
     grain: int = 8
@@ -131,6 +134,7 @@ class TrainSection:
             f"{self.workers},{self.max_workers}",
             "MIN,MAX with MIN at most MAX",
         )
+        parse_mixture(self.mixture)
         for name in ("threads", "warmup", "weight_decay", "bias_rate", "max_failures"):
             require(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "must be 0 or more")
         require(0 <= self.final_lr <= 1, "train.final_lr", self.final_lr, "between 0 and 1")

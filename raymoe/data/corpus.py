@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 from tokenizers import Tokenizer
 
+from raymoe.data.mixture import Mixture
 from raymoe.data.tokens import load_tokenizer
 
 CORPUS = "corpus.json"
@@ -133,19 +135,37 @@ class Corpus:
     def _order(self, seed: int, epoch: int, windows: int) -> np.ndarray:
         return np.random.default_rng([seed, epoch]).permutation(windows)
 
-    def batch(self, *, seed: int, step: int, global_batch: int, context: int, rows: range) -> Batch:
+    def mixture(self, weights: Mapping[str, float], *, seed: int, context: int) -> Mixture:
+        """Return the order of windows with these shares of domains. Raises ValueError if the text does not allow it."""
+        return self._mixture(tuple(weights.items()), seed, context)
+
+    @lru_cache(maxsize=2)  # noqa: B019 - a run has one mixture
+    def _mixture(self, weights: tuple[tuple[str, float], ...], seed: int, context: int) -> Mixture:
+        windows = np.diff(self._bounds(context)).tolist()
+        return Mixture(dict(weights), dict(zip(self.domains, windows, strict=True)), seed)
+
+    def batch(
+        self, *, seed: int, step: int, global_batch: int, context: int, rows: range,
+        mixture: Mapping[str, float] | None = None,
+    ) -> Batch:  # fmt: skip
         """Return the sequences `rows` of a step: a pure function of the arguments, equal on every rank.
 
-        Each epoch visits all windows once, in its own order.
+        Each epoch visits all windows once, in its own order. mixture: weights of the domains (`Mixture`) instead.
         """
         bounds, total = self._bounds(context), self.windows(context)
+        order = self.mixture(mixture, seed=seed, context=context) if mixture else None
         tokens = np.empty((len(rows), context + 1), dtype=np.int64)
         domain = np.empty(len(rows), dtype=np.int64)
         for i, row in enumerate(rows):
-            epoch, at = divmod(step * global_batch + row, total)
-            window = self._order(seed, epoch, total)[at]
-            domain[i] = np.searchsorted(bounds, window, side="right") - 1
-            start = (window - bounds[domain[i]]) * context
+            position = step * global_batch + row
+            if order:
+                domain[i], window = order.at(position)
+                start = window * context
+            else:
+                epoch, at = divmod(position, total)
+                window = self._order(seed, epoch, total)[at]
+                domain[i] = np.searchsorted(bounds, window, side="right") - 1
+                start = (window - bounds[domain[i]]) * context
             tokens[i] = self.stream("train", self.domains[domain[i]])[start : start + context + 1]
         return Batch(tokens, domain, np.ones((len(rows), context), dtype=bool))
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from raymoe.config import Config
+from raymoe.config.mixture import parse_mixture
 from raymoe.data.corpus import Batch, Corpus
 
 
@@ -24,6 +25,7 @@ class Grains:
     def __init__(self, config: Config, corpus: Corpus, device: torch.device, rank: int, world: int) -> None:
         self.config, self.corpus, self.device = config, corpus, device
         self.rank, self.world = rank, world
+        self._mixture = parse_mixture(config.train.mixture)
 
     def training(self, step: int) -> Iterator[tuple[range, Batch]]:
         """Yield the grains of a step, each with its sequences of the global batch."""
@@ -32,10 +34,18 @@ class Grains:
 
     def read(self, step: int, rows: range) -> Batch:
         """Return sequences `rows` of the global batch of a step."""
+        mixed = {"mixture": self._mixture} if self._mixture else {}
         return self.corpus.batch(
             seed=self.config.run.seed, step=step, global_batch=self.config.train.global_batch,
-            context=self.config.model.context, rows=rows,
+            context=self.config.model.context, rows=rows, **mixed,
         )  # fmt: skip
+
+    def epochs(self, step: int) -> dict[str, float]:
+        """Return how often each domain of `train.mixture` was visited before a step; empty without a mixture."""
+        if not self._mixture:
+            return {}
+        order = self.corpus.mixture(self._mixture, seed=self.config.run.seed, context=self.config.model.context)
+        return order.epochs(step * self.config.train.global_batch)
 
     def validation(self, limit: int | None) -> Iterator[tuple[range, Batch]]:
         """Yield the grains of the validation windows (`Corpus.validation`)."""

@@ -18,6 +18,7 @@ from ray.exceptions import RayActorError
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from raymoe.config import Config
+from raymoe.config.mixture import parse_mixture
 from raymoe.data.corpus import Corpus
 from raymoe.data.prepare import prepare
 from raymoe.ops.ray_connection import RayConnection, RayTarget, connect, current_ray, find_ray
@@ -112,6 +113,8 @@ def check_inputs(config: Config, run: Path) -> tuple[Corpus, Mirror | None]:
             f"data.path={config.data.path} gives corpus {corpus.fingerprint}, and {config.run.name} was trained on corpus "
             f"{saved.fingerprint}, which is no longer at {saved.folder}: restore the text or that folder, or start a new run"
         )
+    if weights := parse_mixture(config.train.mixture):
+        corpus.mixture(weights, seed=config.run.seed, context=config.model.context)  # raises ValueError
     return corpus, mirror
 
 

@@ -218,6 +218,8 @@ class Trainer:
         """Write one train record: means since the last one, loads and stragglers. Collective."""
         position, fields = self.position, self.window.record(self.device)
         routing = routing_record(self.model, self.window.routing_HLQ, self.device)
+        if epochs := self.grains.epochs(position.step):
+            fields["epochs"] = epochs
         self.window = Window()
         rate = learning_rate(self.config.train, position.step - 1)
         self.log.record(

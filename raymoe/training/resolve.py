@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
+from operator import attrgetter
 from pathlib import Path
 
 from raymoe.config import Config, ModelSection, expand, from_dict, override
@@ -135,10 +136,11 @@ def _resume(config: Config, assignments: list[str]) -> Config:
         raise ValueError(
             f"train.init={resumed.train.init} starts a new run, and train.resume={name} continues one: leave out one of them"
         )
-    if resumed.run.seed != base.run.seed or resumed.train.global_batch != base.train.global_batch:
+    fixed = ("run.seed", "train.global_batch", "train.mixture")
+    if any(attrgetter(field)(resumed) != attrgetter(field)(base) for field in fixed):
         raise ValueError(
-            "a resumed run keeps run.seed and train.global_batch, which determine the tokens of each step: drop these "
-            "overrides, or start a new run"
+            "a resumed run keeps run.seed, train.global_batch and train.mixture, which determine the tokens of each step: "
+            "drop these overrides, or start a new run"
         )
     _check_steps_left(resumed, folder)
     return resumed

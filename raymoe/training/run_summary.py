@@ -18,6 +18,7 @@ import torch
 
 import raymoe
 from raymoe.config import Config, ModelSection, repeatable_yaml
+from raymoe.config.mixture import parse_mixture
 from raymoe.data.corpus import Corpus
 from raymoe.model.transformer import Transformer
 from raymoe.storage.files import read_json, replace_file
@@ -91,6 +92,9 @@ def overview(config: Config, run: Path, corpus: Corpus, gpus: bool) -> str:
         "model": f"{parameters(model):,} parameters, {model.layers} layers, {experts}",
         "steps": f"{train.steps:,} of {train.global_batch * model.context:,} tokens, {tokens:,} in all",
     }
+    if weights := parse_mixture(config.train.mixture):
+        total = sum(weights.values())
+        lines["mixture"] = ", ".join(f"{domain} {weight / total:.1%}" for domain, weight in weights.items())
     if config.train.init:
         lines["weights"] = f"of {config.train.init} (train.init), with its tokenizer"
     return "\n".join(f"{name:<9} {text}" for name, text in lines.items()) + "\nstarting the workers, about 15 s"
