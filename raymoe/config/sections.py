@@ -46,7 +46,11 @@ class DataSection:
     path: str = "builtin"
     """Text to train on: `builtin`, the name of a data set on the Hugging Face hub (for example `wikitext-103`), or a local file or folder (txt, jsonl, parquet, arrow)."""
     text_field: str = "text"
-    """Column of the text in jsonl, parquet, arrow and hub data."""
+    """Column of the text in jsonl, parquet, arrow and hub data. The default is `messages` with `data.format=chat`."""
+    format: Literal["text", "chat"] = "text"
+    """Content of a row. `text`: plain text. `chat`: a column `messages` of objects with `role` and `content` (OpenAI format), rendered by a chat template; only the assistant's answers are targets of the loss and of validation."""
+    chat_template: str = ""
+    """Path of a Jinja chat template (Hugging Face format). Empty: that of the weights of `train.init`, else `role: content` lines whose answers end with end-of-text. The run and its exports store it, and the server uses it."""
     domain_field: str = ""
     """Column of the domain label. Empty: the domain is the name of the file or folder."""
     validation_share: float = 0.05
@@ -60,6 +64,11 @@ class DataSection:
 
     def __post_init__(self) -> None:
         require(bool(self.path), "data.path", self.path, "must name a data set, file, folder or builtin")
+        chat = self.format == "chat"
+        require(not chat or self.path != "builtin", "data.format", "chat", "the builtin text has no conversations")
+        require(
+            chat or not self.chat_template, "data.chat_template", self.chat_template, "set it with data.format=chat"
+        )
         require(0 < self.validation_share < 0.5, "data.validation_share", self.validation_share, "between 0 and 0.5")
         require(0 <= self.tune_share < 0.5, "data.tune_share", self.tune_share, "0, or between 0 and 0.5")
 

@@ -42,16 +42,21 @@ class StoredModel(StoredWeights):
             transformer.load_logical(self.source.read(list(transformer.logical())))
         return transformer.eval()
 
-    def text(self, path: str | None, text_field: str = "text") -> tuple[dict[str, Text], int]:
-        """Return the text of a `data.path` by domain, and the id of end-of-text.
+    def text(
+        self, path: str | None, text_field: str = "text", form: Literal["text", "chat"] = "text"
+    ) -> tuple[dict[str, Text], int]:
+        """Return the text of a `data.path` by domain, and the id of end-of-text. form: its `data.format`.
 
         The default is the validation set of the run. Raises ValueError or FileNotFoundError.
         """
         if path is None:
-            corpus = Corpus.open(self.corpus or prepare(self.config))
+            corpus = Corpus.open(self.corpus or prepare(weights.with_files_in(self.config, self.folder)))
             return corpus.validation_text(), corpus.end_of_text
         tokenizer = load_tokenizer(self.tokenizer.read_bytes(), str(self.tokenizer), self.config.model.vocabulary)
-        section = replace(self.config.data, path=path, text_field=text_field, domain_field="")
+        template = str(self.chat_template) if form == "chat" and self.chat_template else ""
+        section = replace(
+            self.config.data, path=path, text_field=text_field, format=form, chat_template=template, domain_field=""
+        )
         return read_text(section, tokenizer), tokenizer.token_to_id(END_OF_TEXT) or 0
 
 

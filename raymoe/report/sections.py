@@ -70,7 +70,7 @@ def schedule_section(trains: Sequence[Record]) -> str:
         lines_plot("Learning rate", "", "learning rate", rate, from_zero=True),
         lines_plot("Gradient norm", "Of all parameters, before clipping.", "norm", norm, from_zero=True),
         lines_plot(
-            "Epochs of each domain", "Passes over its text, with train.mixture.", "epochs", epochs, from_zero=True
+            "Epochs of each domain", "Visits of its windows, with train.mixture.", "epochs", epochs, from_zero=True
         ),
     ]
     return section("Schedule and gradients", figures)

@@ -17,11 +17,12 @@ from urllib.parse import urlsplit
 
 from pyarrow import ArrowException, fs
 
+from raymoe.data.document import CHAT_TEMPLATE_FILE
 from raymoe.storage.checkpoint import Checkpoint, CorruptCheckpoint
 from raymoe.storage.manifest import MANIFEST
 from raymoe.storage.run_folder import RunFolder
 
-RECORDS = ("config.json", "metrics.jsonl", "plans.jsonl", "report.html", "tokenizer.json", "chat_template.jinja")
+RECORDS = ("config.json", "metrics.jsonl", "plans.jsonl", "report.html", "tokenizer.json", CHAT_TEMPLATE_FILE)
 
 
 class Mirror:

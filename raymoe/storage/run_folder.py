@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from raymoe.config import expand
+from raymoe.data.document import CHAT_TEMPLATE_FILE
 
 MANIFEST = "manifest.json"
 TARGETS = "prometheus_targets.json"
-CHAT_TEMPLATE = "chat_template.jinja"
-"""Jinja template of conversations, in the folder of a run or of an artifact."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ class RunFolder:
     @property
     def chat_template(self) -> Path:
         """Chat template of a run that was trained on conversations."""
-        return self.path / CHAT_TEMPLATE
+        return self.path / CHAT_TEMPLATE_FILE
 
     @property
     def checkpoints(self) -> Path:

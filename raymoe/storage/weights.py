@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from raymoe.config import Config, from_dict
+from raymoe.config import Config, expand, from_dict
 from raymoe.data.corpus import TOKENIZER, Corpus
+from raymoe.data.document import CHAT_TEMPLATE_FILE
 from raymoe.data.prepare import prepare
 from raymoe.storage.artifact import Artifact
 from raymoe.storage.artifact_encoding import decode_tensors
@@ -19,7 +20,7 @@ from raymoe.storage.artifact_layout import Place, check_assignment, layout
 from raymoe.storage.checkpoint import Checkpoint, CorruptCheckpoint, newest, step_folder
 from raymoe.storage.files import read_json
 from raymoe.storage.manifest import MANIFEST
-from raymoe.storage.run_folder import CHAT_TEMPLATE, RunFolder, find_model, run_folder
+from raymoe.storage.run_folder import RunFolder, find_model, run_folder
 
 
 @dataclass
@@ -43,7 +44,7 @@ class StoredWeights:
     @property
     def chat_template(self) -> Path | None:
         """Template of the conversations that the model was trained on; None without one."""
-        path = self.folder / CHAT_TEMPLATE
+        path = self.folder / CHAT_TEMPLATE_FILE
         return path if path.is_file() else None
 
     @property
@@ -106,11 +107,21 @@ def open_checkpoint(root: str, name: str, step: int | None = None) -> tuple[Stor
         check_assignment(config.model, assignment)
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise CorruptCheckpoint(checkpoint.folder / MANIFEST, f"does not describe a run: {error}") from None
-    corpus = _corpus_of(about, checkpoint.meta, config)
+    corpus = _corpus_of(about, checkpoint.meta, with_files_in(config, folder.path))
     stored = StoredWeights(
         name, folder.path, config, assignment, version, corpus / TOKENIZER, checkpoint, checkpoint.step, corpus
     )
     return stored, skipped
+
+
+def with_files_in(config: Config, folder: Path) -> Config:
+    """Return `config` with the tokenizer and the chat template in `folder` in place of paths that no longer exist."""
+    data = config.data
+    for field, name in (("tokenizer", TOKENIZER), ("chat_template", CHAT_TEMPLATE_FILE)):
+        path = getattr(data, field)
+        if path and not expand(path).is_file() and (folder / name).is_file():
+            data = replace(data, **{field: str(folder / name)})
+    return replace(config, data=data)
 
 
 def _corpus_of(about: Mapping[str, Any], meta: Mapping[str, Any], config: Config) -> Path:

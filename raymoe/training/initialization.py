@@ -33,18 +33,28 @@ def initial_weights(config: Config) -> StoredWeights | None:
     for reason in skipped:
         print(f"train.init={config.train.init}: skipped {reason}", file=sys.stderr)
     check_model(config.model, weights.config.model, config.train.init)
+    model = config.model
+    smallest = min((row.count(c) for row in weights.assignment for c in range(model.n_clusters)), default=0)
+    if model.has_members and model.experts_per_token > smallest:
+        raise ValueError(
+            f"model.experts_per_token={model.experts_per_token} is not allowed: a cluster of train.init="
+            f"{config.train.init} has {smallest} experts; choose at most that"
+        )
     return weights
 
 
 def with_files_of(config: Config, weights: StoredWeights | None) -> Config:
-    """Return `config` with the tokenizer of the weights, to prepare its text.
+    """Return `config` with the tokenizer of the weights and, for conversations, their chat template if they have one.
 
     Raises ValueError if `data.tokenizer` is another tokenizer.
     """
     if weights is None:
         return config
     check_tokenizer(config, weights)
-    return replace(config, data=replace(config.data, tokenizer=str(weights.tokenizer)))
+    data = replace(config.data, tokenizer=str(weights.tokenizer))
+    if data.format == "chat" and not data.chat_template and weights.chat_template:
+        data = replace(data, chat_template=str(weights.chat_template))
+    return replace(config, data=data)
 
 
 def check_tokenizer(config: Config, weights: StoredWeights) -> None:
@@ -63,7 +73,7 @@ def check_tokenizer(config: Config, weights: StoredWeights) -> None:
 
 
 def copy_initial_files(config: Config, weights: StoredWeights, run: Path, corpus: Corpus) -> Config:
-    """Write the checkpoint of step 0 and the tokenizer into the run's folder; return `config` with that tokenizer.
+    """Write the checkpoint of step 0, the tokenizer and the chat template into the run's folder; return `config` with them.
 
     One file of the source is in memory at a time. The checkpoint has no moments. Raises ValueError or OSError.
     """
@@ -74,6 +84,10 @@ def copy_initial_files(config: Config, weights: StoredWeights, run: Path, corpus
     assert found == expected, "a field of the model in FREE changes the weights"
     shutil.copyfile(weights.tokenizer, folder.tokenizer)
     config = replace(config, data=replace(config.data, tokenizer=str(folder.tokenizer)))
+    if weights.chat_template:
+        shutil.copyfile(weights.chat_template, folder.chat_template)
+        if config.data.format == "chat" and not config.data.chat_template:
+            config = replace(config, data=replace(config.data, chat_template=str(folder.chat_template)))
     target, parts = step_folder(folder.checkpoints, 0), weights.parts()
     for i, places in enumerate(parts):
         write_shard(target, i, len(parts), weights.read(places))

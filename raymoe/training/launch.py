@@ -127,7 +127,7 @@ def join_ray(config: Config, target: RayTarget) -> RayConnection:
     return connect(target, config.train.workers, config.run.name)
 
 
-def start_folder(config: Config, run: Path, corpus: Corpus, weights: StoredWeights | None) -> tuple[Config, str]:
+def start_folder(config: Config, run: Path, corpus: Corpus, weights: StoredWeights | None = None) -> tuple[Config, str]:
     """Create the run's folder, or reset the requests of an earlier launch in it; return the config and a new nonce.
 
     weights: initial weights of a new run, which are copied. The config then names the copy of their tokenizer.
@@ -140,6 +140,8 @@ def start_folder(config: Config, run: Path, corpus: Corpus, weights: StoredWeigh
         except BaseException:
             shutil.rmtree(run, ignore_errors=True)  # it holds no step
             raise
+    if corpus.chat_template:
+        replace_file(folder.chat_template, corpus.chat_template)
     save_config(config, run, corpus, weights.about() if weights else None)
     for stale in (folder.stop_request, folder.checkpoint_request, folder.failures):
         stale.unlink(missing_ok=True)

@@ -21,7 +21,6 @@ from torch import Tensor
 from raymoe.config import Config
 from raymoe.data.corpus import Corpus
 from raymoe.metrics import TrainingMetrics
-from raymoe.model.loss import linear_cross_entropy
 from raymoe.model.observation import Loads, Observation
 from raymoe.model.transformer import Transformer
 from raymoe.parallel.fold import fold
@@ -169,7 +168,7 @@ class Trainer:
     def forward_backward(self, step: int) -> tuple[float, float, RoutingLoad, StepReport]:
         """Compute the gradients of a step, reduced and clipped. Return loss, gradient norm, load and report of all ranks."""
         train, started = self.config.train, time.perf_counter()
-        tokens = train.global_batch * self.config.model.context
+        tokens, counted = train.global_batch * self.config.model.context, self.grains.targets(step)
         self.gradients.zero()
         loss, checksum, loads = torch.zeros((), device=self.device), 0, Loads.zeros(self.model.model)
         recorder = self.regrouping.recorder if self.regrouping else None
@@ -183,7 +182,7 @@ class Trainer:
             inputs, targets = self.grains.tensors(batch)
             with self.grains.autocast():
                 hidden = self.model.hidden(inputs, seen=seen)
-                part = linear_cross_entropy(hidden.flatten(0, 1), self.model.head_weight, targets.flatten()) / tokens
+                part = self.grains.loss(hidden, self.model.head_weight, targets, batch) / counted
             objective = part
             for auxiliary in seen.auxiliary:
                 objective = objective + self.config.aux_loss * auxiliary / tokens

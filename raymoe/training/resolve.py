@@ -147,10 +147,13 @@ def _resume(config: Config, assignments: list[str]) -> Config:
 
 
 def _with_own_files(config: Config, run: RunFolder) -> Config:
-    """Return `config` with the paths of the run's own tokenizer, which are others if the run was copied or moved."""
-    if not config.train.init or not run.tokenizer.is_file():
-        return config
-    return replace(config, data=replace(config.data, tokenizer=str(run.tokenizer)))
+    """Return `config` with the run's own tokenizer and chat template: their paths change if the run is copied or moved."""
+    data = config.data
+    if config.train.init and run.tokenizer.is_file():
+        data = replace(data, tokenizer=str(run.tokenizer))
+    if data.chat_template and run.chat_template.is_file():
+        data = replace(data, chat_template=str(run.chat_template))
+    return replace(config, data=data)
 
 
 def _check_steps_left(config: Config, folder: Path) -> None:

@@ -92,6 +92,11 @@ def overview(config: Config, run: Path, corpus: Corpus, gpus: bool) -> str:
         "model": f"{parameters(model):,} parameters, {model.layers} layers, {experts}",
         "steps": f"{train.steps:,} of {train.global_batch * model.context:,} tokens, {tokens:,} in all",
     }
+    if corpus.masked:
+        counted = sum(part["counted"] for part in corpus.about["splits"]["train"].values())
+        lines["targets"] = (
+            f"{counted:,} training tokens of answers ({counted / splits['train']:.0%}); the rest is context"
+        )
     if weights := parse_mixture(config.train.mixture):
         total = sum(weights.values())
         lines["mixture"] = ", ".join(f"{domain} {weight / total:.1%}" for domain, weight in weights.items())
@@ -141,9 +146,9 @@ def versions() -> dict[str, str]:
 
 
 def bytes_per_token(corpus: Corpus, split: str) -> float:
-    """Return the mean size of a token of a split in UTF-8 bytes; 0 if unknown."""
+    """Return the mean size of a token of a split that counts in UTF-8 bytes; 0 if unknown."""
     parts = corpus.about["splits"][split].values()
-    tokens = sum(part["tokens"] for part in parts)
+    tokens = sum(part.get("counted", part["tokens"]) for part in parts)
     return sum(part.get("bytes", 0) for part in parts) / tokens if tokens else 0.0
 
 
