@@ -101,16 +101,21 @@ def perplexity(
     stride: int | None = None,
     batch: int = 8,
     progress: Callable[[int], Any] | None = None,
+    counted: np.ndarray | None = None,
 ) -> Perplexity:
     """Perplexity of `stream`, an array of token ids [N], under `logits`: int64 CPU tokens [B, S] -> [B, S, V].
 
     Every token of the stream is a target once; its first is predicted from `first`, the end-of-text id.
-    n_bytes: UTF-8 bytes of the text, 0 if unknown. `stride` defaults to `context`. Log-softmax in float32, sums in float64. `progress` is called with
+    counted [N]: not 0 for the targets that count; all by default. The others are read as context only.
+    n_bytes: UTF-8 bytes of the text that counts, 0 if unknown. `stride` defaults to `context`. Log-softmax in float32, sums in float64. `progress` is called with
     the number of tokens scored since its last call. Raises ValueError for an empty stream or a bad stride.
     """
     if not len(stream):
         raise ValueError("cannot measure perplexity on an empty stream: give a text of at least one token")
     stride = context if stride is None else stride
+    counted = np.ones(len(stream), dtype=bool) if counted is None else counted.astype(bool)
+    if not counted.any():
+        raise ValueError("cannot measure perplexity without a target that counts: give a text with answers")
     nll = 0.0
     # Only windows of equal length share a batch, so that nothing is padded.
     for length, equal in groupby(windows(len(stream), context, stride), lambda window: window.stop - window.start):
@@ -121,10 +126,11 @@ def perplexity(
             out_BSV = logits(torch.from_numpy(inputs_BS))
             targets_BS = torch.from_numpy(stream[at_BS].astype(np.int64)).to(out_BSV.device)
             nll_T = F.cross_entropy(out_BSV.float().flatten(0, 1), targets_BS.flatten(), reduction="none")
-            nll += nll_T.cpu()[torch.from_numpy(scored_BS).flatten()].double().sum().item()
+            counted_T = torch.from_numpy(scored_BS & counted[at_BS]).flatten()
+            nll += nll_T.cpu()[counted_T].double().sum().item()
             if progress:
                 progress(int(scored_BS.sum()))
-    return Perplexity(nll, len(stream), n_bytes, context, stride)
+    return Perplexity(nll, int(counted.sum()), n_bytes, context, stride)
 
 
 # Load: counts [groups] of one layer, or [layers, groups] to average over layers. A layer without load counts as 0.

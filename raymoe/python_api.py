@@ -55,7 +55,8 @@ def train(config: str | Config = "small", *overrides: str) -> Run:
     """Train a model and return the run. Joins the Ray cluster of this machine or RAY_ADDRESS, else starts one.
 
     config: the name of a preset, or a Config. overrides: `section.field=value`, as for the command `raymoe train`;
-    `train.resume=NAME` resumes a run.
+    `train.resume=NAME` resumes a run, and `train.init=NAME` starts from the weights of another model. A Config then
+    changes the fields of that model in which it differs from its preset.
     Raises ValueError or OSError before the start, and TooManyFailures if the run fails repeatedly.
     """
     from raymoe.data.sources import check_source
@@ -63,6 +64,9 @@ def train(config: str | Config = "small", *overrides: str) -> Run:
 
     if isinstance(config, Config):
         name, fields = parse_yaml(config.to_yaml())
+        if config.train.init or any(item.startswith("train.init=") for item in overrides):
+            defaults = parse_yaml(preset(name).to_yaml())[1]
+            fields = [item for item in fields if not (item.startswith("model.") and item in defaults)]
         resolved = resolve(preset(name), [*fields, *overrides])
     else:
         resolved = resolve(preset(config), list(overrides))

@@ -41,6 +41,9 @@ class Shift:
     With `at=0` training has all domains throughout. The tokens of a step are a function of (seed, step).
     """
 
+    masked = False
+    """All tokens count as targets."""
+
     def __init__(self, corpus: Corpus, at: int) -> None:
         self.corpus, self.at, self.domains = corpus, at, corpus.domains
         self.validation, self.validation_windows = corpus.validation, corpus.validation_windows

@@ -42,6 +42,10 @@ def parser(program: str | None = None) -> argparse.ArgumentParser:
         "--data", help="text to read completely, in any form of data.path (default: the run's validation set)"
     )
     parse.add_argument("--text-field", default="text", help="column or key of the text (default: %(default)s)")
+    parse.add_argument(
+        "--format", choices=["text", "chat"], default="text",
+        help="chat: --data has messages, rendered by the model's chat template; only answers are scored (default: text)",
+    )  # fmt: skip
     parse.add_argument("--step", type=int, help="evaluate the checkpoint of this step (default: the newest valid one)")
     parse.add_argument(
         "--residuals",
@@ -74,7 +78,7 @@ def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
         stored, skipped = open_any(arguments.root, arguments.name, arguments.step)
         for reason in skipped:
             print(f"skipped checkpoint: {reason}", file=sys.stderr)
-        texts, end_of_text = stored.text(arguments.data, arguments.text_field)
+        texts, end_of_text = stored.text(arguments.data, arguments.text_field, arguments.format)
         model = stored.model(arguments.residuals)
         progress("read model and text", 1, 1)
         total = sum(len(text.tokens) for text in texts.values())

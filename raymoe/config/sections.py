@@ -11,6 +11,7 @@ import yaml
 
 from raymoe.config.checks import check_positive, require
 from raymoe.config.home import default_root
+from raymoe.config.mixture import parse_mixture
 from raymoe.config.model_section import ModelSection
 
 Precision = Literal["float32", "bfloat16"]
@@ -45,7 +46,11 @@ class DataSection:
     path: str = "builtin"
     """Text to train on: `builtin`, the name of a data set on the Hugging Face hub (for example `wikitext-103`), or a local file or folder (txt, jsonl, parquet, arrow)."""
     text_field: str = "text"
-    """Column of the text in jsonl, parquet, arrow and hub data."""
+    """Column of the text in jsonl, parquet, arrow and hub data. The default is `messages` with `data.format=chat`."""
+    format: Literal["text", "chat"] = "text"
+    """Content of a row. `text`: plain text. `chat`: a column `messages` of objects with `role` and `content` (OpenAI format), rendered by a chat template; only the assistant's answers are targets of the loss and of validation."""
+    chat_template: str = ""
+    """Path of a Jinja chat template (Hugging Face format). Empty: that of the weights of `train.init`, else `role: content` lines whose answers end with end-of-text. The run and its exports store it, and the server uses it."""
     domain_field: str = ""
     """Column of the domain label. Empty: the domain is the name of the file or folder."""
     validation_share: float = 0.05
@@ -59,6 +64,11 @@ class DataSection:
 
     def __post_init__(self) -> None:
         require(bool(self.path), "data.path", self.path, "must name a data set, file, folder or builtin")
+        chat = self.format == "chat"
+        require(not chat or self.path != "builtin", "data.format", "chat", "the builtin text has no conversations")
+        require(
+            chat or not self.chat_template, "data.chat_template", self.chat_template, "set it with data.format=chat"
+        )
         require(0 < self.validation_share < 0.5, "data.validation_share", self.validation_share, "between 0 and 0.5")
         require(0 <= self.tune_share < 0.5, "data.tune_share", self.tune_share, "0, or between 0 and 0.5")
 
@@ -79,8 +89,12 @@ class TrainSection:
     """Devices. `auto`: one GPU per worker (NCCL) if the Ray cluster has enough GPUs, else CPUs (gloo). `yes`, `no`: always GPUs, always CPUs."""
     resume: str = ""
     """Name of a run to resume from its newest valid checkpoint. The number of workers may differ. Empty: a new run."""
+    init: str = ""
+    """Run, export or folder of an artifact whose weights a new run starts from, with its model, tokenizer, clusters and selection biases. Step, optimizer and data are new. `model.context`, `gate_scale`, `rope_theta`, `experts_per_token` and `clusters_per_token` may change. Empty: random weights."""
     steps: int = 1000
     """Optimizer steps of the whole run, including those before a resume."""
+    mixture: str = ""
+    """Shares of the domains in the training tokens by weight, for example `wiki:2,legal:1`. Others are not drawn; a domain that runs out repeats. Empty: by their size, each window once per epoch."""
     global_batch: int = 16
     """Sequences per optimizer step over all workers. A multiple of `train.grain`."""
     grain: int = 8
@@ -129,6 +143,7 @@ class TrainSection:
             f"{self.workers},{self.max_workers}",
             "MIN,MAX with MIN at most MAX",
         )
+        parse_mixture(self.mixture)
         for name in ("threads", "warmup", "weight_decay", "bias_rate", "max_failures"):
             require(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "must be 0 or more")
         require(0 <= self.final_lr <= 1, "train.final_lr", self.final_lr, "between 0 and 1")
@@ -255,6 +270,8 @@ class Config:
             )
             self._check_plan_timing(regroup.plan_lag, regroup.overlap, regroup.stats_every)
         if regroup.start == "dense":
+            trained = "it clusters experts from one random initialization, and train.init gives trained weights"
+            require(not self.train.init, "regroup.start", "dense", f"{trained}: leave one of them out")
             needs = "needs clustered experts with residuals, and a regroup.mode"
             require(self.regroups and self.model.expert_kind == "residual", "regroup.start", "dense", needs)
             require(

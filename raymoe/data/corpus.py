@@ -2,13 +2,14 @@
 
 Packing: the documents of a domain are joined by `<|endoftext|>` and cut into windows of context+1 tokens that
 overlap by one, so that each token is a target once. Attention crosses document borders inside a window and never
-domain borders. `raymoe.data.prepare` writes the folder.
+domain borders. Conversations are packed in the same way; only the tokens of their answers count as targets. `raymoe.data.prepare` writes the folder.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +18,8 @@ import numpy as np
 import pyarrow as pa
 from tokenizers import Tokenizer
 
+from raymoe.data.document import CHAT_TEMPLATE_FILE
+from raymoe.data.mixture import Mixture
 from raymoe.data.tokens import load_tokenizer
 
 CORPUS = "corpus.json"
@@ -42,7 +45,9 @@ class Text(NamedTuple):
     tokens: np.ndarray
     """[N] unsigned integers."""
     bytes: int
-    """UTF-8 bytes of the text; 0 if unknown."""
+    """UTF-8 bytes of the text that counts; 0 if unknown."""
+    counted: np.ndarray | None = None
+    """[N]: not 0 for the tokens that count. None: all."""
 
 
 def is_complete(folder: Path) -> bool:
@@ -68,7 +73,7 @@ class Corpus:
         self.end_of_text: int = about["end_of_text"]
         self.fingerprint: str = about["fingerprint"]
         """Identifies the text, its split and its tokenizer."""
-        self._streams: dict[tuple[str, str], np.ndarray] = {}
+        self._streams: dict[tuple[str, str, str], np.ndarray] = {}
 
     @classmethod
     def open(cls, folder: Path | str) -> Corpus:
@@ -91,16 +96,38 @@ class Corpus:
         file = self.folder / TOKENIZER
         return load_tokenizer(file.read_bytes(), str(file), self.vocabulary)
 
+    @cached_property
+    def chat_template(self) -> str:
+        """Template of the conversations; empty for a corpus of plain text."""
+        return (
+            (self.folder / CHAT_TEMPLATE_FILE).read_text(encoding="utf-8")
+            if CHAT_TEMPLATE_FILE in self.about["files"]
+            else ""
+        )
+
+    @property
+    def masked(self) -> bool:
+        """Whether only some tokens count as targets: the answers of conversations."""
+        return CHAT_TEMPLATE_FILE in self.about["files"]
+
     def stream(self, split: str, domain: str) -> np.ndarray:
         """Return all tokens of a domain, memory-mapped. Raises ValueError if the shard is damaged."""
-        key = (split, domain)
+        return self._column(split, domain, "tokens")
+
+    def counted(self, split: str, domain: str) -> np.ndarray | None:
+        """Return 1 for each token of a domain that counts as a target, memory-mapped uint8; None if all count."""
+        return self._column(split, domain, "counted") if self.masked else None
+
+    def _column(self, split: str, domain: str, name: str) -> np.ndarray:
+        key = (split, domain, name)
         if key not in self._streams:
             file = self.folder / self.about["splits"][split][domain]["file"]
+            types = (pa.uint8(),) if name == "counted" else (pa.uint16(), pa.uint32())
             try:
-                column = pa.ipc.open_file(pa.memory_map(str(file))).read_all().column("tokens")
+                column = pa.ipc.open_file(pa.memory_map(str(file))).read_all().column(name)
                 column.validate()  # offsets of a damaged shard may point anywhere
-                if column.type not in (pa.uint16(), pa.uint32()) or column.num_chunks > 1:
-                    raise ValueError(f"tokens of type {column.type} in {column.num_chunks} pieces")
+                if column.type not in types or column.num_chunks > 1:
+                    raise ValueError(f"{name} of type {column.type} in {column.num_chunks} pieces")
             except (pa.ArrowException, OSError, KeyError, ValueError) as error:
                 raise ValueError(
                     f"{file} is damaged ({error}): delete {self.folder} and start the run again to rebuild it"
@@ -114,7 +141,10 @@ class Corpus:
 
     def validation_text(self) -> dict[str, Text]:
         """Return the held-out text of each domain that has some."""
-        texts = {d: Text(self.stream("validation", d), self.bytes("validation", d)) for d in self.domains}
+        texts = {
+            d: Text(self.stream("validation", d), self.bytes("validation", d), self.counted("validation", d))
+            for d in self.domains
+        }
         return {domain: text for domain, text in texts.items() if len(text.tokens)}
 
     # Training windows: complete ones only.
@@ -133,21 +163,43 @@ class Corpus:
     def _order(self, seed: int, epoch: int, windows: int) -> np.ndarray:
         return np.random.default_rng([seed, epoch]).permutation(windows)
 
-    def batch(self, *, seed: int, step: int, global_batch: int, context: int, rows: range) -> Batch:
+    def mixture(self, weights: Mapping[str, float], *, seed: int, context: int) -> Mixture:
+        """Return the order of windows with these shares of domains. Raises ValueError if the text does not allow it."""
+        return self._mixture(tuple(weights.items()), seed, context)
+
+    @lru_cache(maxsize=2)  # noqa: B019 - a run has one mixture
+    def _mixture(self, weights: tuple[tuple[str, float], ...], seed: int, context: int) -> Mixture:
+        windows = np.diff(self._bounds(context)).tolist()
+        return Mixture(dict(weights), dict(zip(self.domains, windows, strict=True)), seed)
+
+    def batch(
+        self, *, seed: int, step: int, global_batch: int, context: int, rows: range,
+        mixture: Mapping[str, float] | None = None,
+    ) -> Batch:  # fmt: skip
         """Return the sequences `rows` of a step: a pure function of the arguments, equal on every rank.
 
-        Each epoch visits all windows once, in its own order.
+        Each epoch visits all windows once, in its own order. mixture: weights of the domains (`Mixture`) instead.
         """
         bounds, total = self._bounds(context), self.windows(context)
+        order = self.mixture(mixture, seed=seed, context=context) if mixture else None
         tokens = np.empty((len(rows), context + 1), dtype=np.int64)
         domain = np.empty(len(rows), dtype=np.int64)
+        mask = np.ones((len(rows), context), dtype=bool)
         for i, row in enumerate(rows):
-            epoch, at = divmod(step * global_batch + row, total)
-            window = self._order(seed, epoch, total)[at]
-            domain[i] = np.searchsorted(bounds, window, side="right") - 1
-            start = (window - bounds[domain[i]]) * context
-            tokens[i] = self.stream("train", self.domains[domain[i]])[start : start + context + 1]
-        return Batch(tokens, domain, np.ones((len(rows), context), dtype=bool))
+            position = step * global_batch + row
+            if order:
+                domain[i], window = order.at(position)
+                start = window * context
+            else:
+                epoch, at = divmod(position, total)
+                window = self._order(seed, epoch, total)[at]
+                domain[i] = np.searchsorted(bounds, window, side="right") - 1
+                start = (window - bounds[domain[i]]) * context
+            name = self.domains[domain[i]]
+            tokens[i] = self.stream("train", name)[start : start + context + 1]
+            if (counted := self.counted("train", name)) is not None:
+                mask[i] = counted[start + 1 : start + context + 1]
+        return Batch(tokens, domain, mask)
 
     # Validation windows, including the last partial one of each domain, padded and masked.
 
@@ -174,7 +226,9 @@ class Corpus:
         tokens = np.full((len(chosen), context + 1), self.end_of_text, dtype=np.int64)
         mask = np.zeros((len(chosen), context), dtype=bool)
         for i, (domain, start) in enumerate(chosen):
-            part = self.stream("validation", self.domains[domain])[start : start + context + 1]
+            name = self.domains[domain]
+            part = self.stream("validation", name)[start : start + context + 1]
             tokens[i, : len(part)] = part
-            mask[i, : len(part) - 1] = True
+            counted = self.counted("validation", name)
+            mask[i, : len(part) - 1] = True if counted is None else counted[start + 1 : start + len(part)]
         return Batch(tokens, np.array([d for d, _ in chosen], dtype=np.int64), mask)

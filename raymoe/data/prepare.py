@@ -23,8 +23,10 @@ from tqdm import tqdm
 
 from raymoe.config import Config, DataSection, expand
 from raymoe.data.corpus import CORPUS, TOKENIZER, Corpus, Text, is_complete
-from raymoe.data.sources import Document, digest, documents, in_short, skipped
-from raymoe.data.tokens import END_OF_TEXT, encode, load_tokenizer, train_tokenizer, vocabulary_size
+from raymoe.data.document import CHAT_TEMPLATE_FILE, Document
+from raymoe.data.rows import template_text
+from raymoe.data.sources import digest, documents, in_short, skipped
+from raymoe.data.tokens import END_OF_TEXT, encode_counted, load_tokenizer, train_tokenizer, vocabulary_size
 
 FORMAT = 3
 """Version of the folder's content. Raise it when the content changes."""
@@ -45,7 +47,7 @@ def prepare(config: Config, progress: bool = True) -> Path:
     """
     data = config.data
     cache = expand(data.cache or Path(config.run.root) / "cache").resolve()  # workers have other folders
-    own_tokenizer = _own_tokenizer(data)
+    own_tokenizer = given_tokenizer(data)
     fingerprint = _fingerprint(config, own_tokenizer)
     if progress and (left_out := skipped(data)):
         print(f"data.path={data.path}: {len(left_out)} files are not read: {in_short(left_out)}", file=sys.stderr)
@@ -59,7 +61,7 @@ def prepare(config: Config, progress: bool = True) -> Path:
     return folder
 
 
-def _own_tokenizer(data: DataSection) -> bytes:
+def given_tokenizer(data: DataSection) -> bytes:
     """Return the content of `data.tokenizer`; empty if none is given."""
     if not data.tokenizer:
         return b""
@@ -78,6 +80,8 @@ def _fingerprint(config: Config, own_tokenizer: bytes) -> str:
     ]  # fmt: skip
     if data.tune_share:  # 0 keeps the fingerprints of earlier versions
         parts.append(f"tune_share={data.tune_share}")
+    if data.format == "chat":  # other fingerprints are those of version 0.1
+        parts += ["chat", template_text(data)]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
@@ -130,6 +134,8 @@ def _write(config: Config, folder: Path, fingerprint: str, own_tokenizer: bytes,
         "format": FORMAT, "fingerprint": fingerprint, "source": data.path, "packing": PACKING, "domains": domains,
         "vocabulary": vocabulary_size(tokenizer), "end_of_text": tokenizer.token_to_id(END_OF_TEXT), "splits": {},
     }  # fmt: skip
+    if data.format == "chat":
+        (folder / CHAT_TEMPLATE_FILE).write_text(template_text(data), encoding="utf-8")
     kind = np.uint16 if vocabulary <= 2**16 else np.uint32
     total = sum(len(d.text) for part in splits.values() for d in part)
     interval = 0.1 if sys.stderr.isatty() else 10.0  # seconds; a log gets few lines
@@ -139,26 +145,31 @@ def _write(config: Config, folder: Path, fingerprint: str, own_tokenizer: bytes,
         for split, part in splits.items():
             texts = _by_domain(part)
             about["splits"][split] = {
-                domain: _write_shard(folder / f"{split}-{i:03d}.arrow", tokenizer, texts[domain], kind, bar)
+                domain: _write_shard(
+                    folder / f"{split}-{i:03d}.arrow", tokenizer, texts[domain], kind, bar, data.format == "chat"
+                )
                 for i, domain in enumerate(domains)
             }
     about["files"] = {p.name: p.stat().st_size for p in sorted(folder.iterdir())}
     (folder / CORPUS).write_text(json.dumps(about, indent=1))
 
 
-def _write_shard(file: Path, tokenizer: Tokenizer, texts: list[Document], kind: type, bar: Any) -> dict[str, Any]:
-    """Write the tokens of one domain. Returns its entry in corpus.json."""
-    tokens = encode(tokenizer, texts, kind, bar.update)
+def _write_shard(
+    file: Path, tokenizer: Tokenizer, texts: list[Document], kind: type, bar: Any, chat: bool
+) -> dict[str, Any]:
+    """Write the tokens of one domain and, for conversations, which of them count. Returns its entry in corpus.json."""
+    tokens, counted = encode_counted(tokenizer, texts, kind, bar.update)
     with pa.OSFile(str(file), "wb") as sink:
-        table = pa.table({"tokens": pa.array(tokens)})
+        table = pa.table({"tokens": pa.array(tokens)} | ({"counted": pa.array(counted)} if chat else {}))
         with pa.ipc.new_file(sink, table.schema) as writer:
             writer.write_table(table)
-    return {"file": file.name, "tokens": len(tokens), "bytes": _size(texts)}
+    entry = {"file": file.name, "tokens": len(tokens), "bytes": _size(texts)}
+    return entry | ({"counted": int(counted.sum())} if chat else {})
 
 
 def _size(texts: Iterable[Document]) -> int:
-    """Return the UTF-8 bytes of these documents."""
-    return sum(len(document.text.encode()) for document in texts)
+    """Return the UTF-8 bytes of these documents that count."""
+    return sum(document.bytes for document in texts)
 
 
 def _by_domain(texts: Iterable[Document]) -> defaultdict[str, list[Document]]:
@@ -195,7 +206,7 @@ def _split(data: DataSection, found: Iterable[Document], seed: int) -> dict[str,
             free[document.domain].append(document)
         named["train"] = []
     for domain, texts in sorted(free.items()):
-        train, held = _hold_out(texts, data.validation_share, f"{seed}/{domain}")
+        train, held = _hold_out(texts, data.validation_share, f"{seed}/{domain}", whole=data.format == "chat")
         named["train"] += train
         named["validation"] += held
     known = {d.domain for d in named["train"]}
@@ -205,11 +216,14 @@ def _split(data: DataSection, found: Iterable[Document], seed: int) -> dict[str,
     return named
 
 
-def _hold_out(texts: list[Document], share: float, salt: str) -> tuple[list[Document], list[Document]]:
+def _hold_out(
+    texts: list[Document], share: float, salt: str, *, whole: bool = False
+) -> tuple[list[Document], list[Document]]:
     """Split documents into kept and held-out ones of about `share` of the characters.
 
     Documents are taken in an order that depends on `salt` alone, as long as that brings the held-out size nearer to
-    the share. If more than half of it is missing then, the tail of the longest remaining document is cut off.
+    the share. If more than half of it is missing then, the tail of the longest remaining document is cut off, unless
+    documents must stay whole.
     """
     order = sorted(range(len(texts)), key=lambda i: hashlib.sha256(f"{salt}/{i}".encode()).digest())
     target = missing = share * sum(len(d.text) for d in texts)
@@ -218,7 +232,8 @@ def _hold_out(texts: list[Document], share: float, salt: str) -> tuple[list[Docu
         if len(texts[i].text) < 2 * missing:
             held.add(i)
             missing -= len(texts[i].text)
-    cut = max(set(order) - held, key=lambda i: (len(texts[i].text), i)) if 2 * missing > target else None
+    short = 2 * missing > target and not whole
+    cut = max(set(order) - held, key=lambda i: (len(texts[i].text), i)) if short else None
     kept, out = [], []
     for i, document in enumerate(texts):
         if i == cut or (i + 1 < len(texts) and (i in held) != (i + 1 in held)):
@@ -245,7 +260,7 @@ def _tuning_split(train: list[Document], share: float) -> dict[str, list[Documen
 def _cut_tail(texts: list[Document], share: float) -> tuple[list[Document], list[Document]]:
     """Split documents, in their order, into the first ones and about the last `share` of the characters.
 
-    The document at the border is cut.
+    The document at the border is cut; a conversation stays whole, in the first part.
     """
     missing = round(share * sum(len(d.text) for d in texts))
     first = len(texts)
@@ -253,7 +268,7 @@ def _cut_tail(texts: list[Document], share: float) -> tuple[list[Document], list
         first -= 1
         missing -= len(texts[first].text)
     kept, tail = texts[:first], texts[first:]
-    if first and missing:
+    if first and missing and not texts[first - 1].pieces:
         document = kept.pop()
         at = _border(document.text, missing)
         kept.append(document._replace(text=document.text[:at]))
@@ -286,7 +301,11 @@ def read_text(data: DataSection, tokenizer: Tokenizer) -> dict[str, Text]:
         if any(d.split == split for d in found):
             found = [d for d in found if d.split == split]
             break
-    return {
-        domain: Text(encode(tokenizer, texts)[: -1 if texts[-1].last else None], _size(texts))
-        for domain, texts in sorted(_by_domain(found).items())
-    }
+    read: dict[str, Text] = {}
+    for domain, texts in sorted(_by_domain(found).items()):
+        tokens, counted = encode_counted(tokenizer, texts)
+        if data.format == "chat":
+            read[domain] = Text(tokens, _size(texts), counted)
+        else:
+            read[domain] = Text(tokens[: -1 if texts[-1].last else None], _size(texts))
+    return read

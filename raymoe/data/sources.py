@@ -10,13 +10,15 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raymoe.config import DataSection, expand
 from raymoe.data import builtin
+from raymoe.data.document import Document
+from raymoe.data.rows import RowReader, column, columns
 from raymoe.data.text_files import GZIP, decoding_errors, inner_name, open_text
 
 PIECE = 16384
@@ -41,6 +43,7 @@ OTHER = (".csv", ".tsv", ".zip", ".html", ".xml", ".pdf")
 FORMATS = "txt, md, jsonl, json (one object per line), their .gz, parquet and arrow"
 ABOUT_THE_DATA = re.compile(r"(readme|licen[sc]e|notice|copying|changelog|authors)(\.(md|txt|rst))?", re.IGNORECASE)
 """Names of files in a folder that describe the data and are not part of it."""
+NO_CONVERSATIONS = "plain text has no conversations (data.format=chat)"
 LISTED = 8
 """Maximum number of skipped files that a message names."""
 SPLITS = {
@@ -53,30 +56,20 @@ SPLITS = {
 }
 
 
-class Document(NamedTuple):
-    """A text of one domain."""
-
-    domain: str
-    split: str | None
-    """`train`, `validation` or `test` if the source names it."""
-    text: str
-    last: bool = True
-    """Whether end-of-text follows. False between the pieces of one file."""
-
-
 def documents(data: DataSection, *, test: bool = False) -> Iterator[Document]:
     """Yield all documents of `data.path`, without its test split unless `test` is set.
 
     Raises ValueError or FileNotFoundError, with the remedy, if the source is missing, damaged or without text.
     """
+    rows = RowReader(data)
     if data.path == "builtin":
         found: Iterator[Document] = (Document(domain, None, text) for domain, text in builtin.documents())
     elif _local(data.path):
         files, _ = _files(data)
         root = expand(data.path)
-        found = (document for file in files for document in _read_file(file, data, root))
+        found = (document for file in files for document in _read_file(file, rows, root))
     else:
-        found = _hub(data)
+        found = _hub(rows)
     empty = True
     for document in found:
         if document.text and (test or document.split != "test"):
@@ -106,8 +99,9 @@ def digest(data: DataSection) -> str:
 def check_source(data: DataSection) -> None:
     """Raise FileNotFoundError or ValueError if `data` names local files that are missing or unsupported.
 
-    Reads no more than the first line of .json files.
+    Reads no more than the first line of .json files, and the chat template.
     """
+    RowReader(data)
     if data.path != "builtin" and _local(data.path):
         _files(data)
     if data.tokenizer and not expand(data.tokenizer).is_file():
@@ -154,6 +148,8 @@ def _files(data: DataSection) -> tuple[list[Path], list[str]]:
             raise ValueError(
                 f"data.path={data.path}: {root.suffix} files are not supported: convert it to one of {FORMATS}"
             )
+        if data.format == "chat" and _kind(root) in TEXT:
+            raise ValueError(f"data.path={data.path}: {NO_CONVERSATIONS}: give jsonl, parquet or arrow with messages")
         return [root], []
     files: list[Path] = []
     passed: list[str] = []
@@ -178,8 +174,10 @@ def _reason_to_skip(file: Path, data: DataSection) -> str:
         return "unsupported format"
     if kind in TEXT and ABOUT_THE_DATA.fullmatch(inner_name(file)):
         return "describes the data"
+    if kind in TEXT and data.format == "chat":
+        return NO_CONVERSATIONS
     if kind == ".json" and not _is_json_lines(file, data):
-        return f"not one JSON object per line with {data.text_field!r}"
+        return f"not one JSON object per line with {column(data)!r}"
     return ""
 
 
@@ -189,7 +187,7 @@ def _is_json_lines(file: Path, data: DataSection) -> bool:
             row = json.loads(lines.readline(FIRST_LINE))
     except (ValueError, RecursionError, OSError, EOFError):
         return False
-    return isinstance(row, dict) and data.text_field in row
+    return isinstance(row, dict) and column(data) in row
 
 
 def _labels(file: Path, root: Path) -> tuple[str, str | None]:
@@ -204,14 +202,15 @@ def _labels(file: Path, root: Path) -> tuple[str, str | None]:
     return domain or "text", splits[0] if splits and root.is_dir() else None
 
 
-def _read_file(file: Path, data: DataSection, root: Path) -> Iterator[Document]:
+def _read_file(file: Path, rows: RowReader, root: Path) -> Iterator[Document]:
+    data = rows.data
     domain, split = _labels(file, root)
     kind = _kind(file)
     if file.stat().st_size == 0:
         raise ValueError(f"{file} is empty: remove it or give it text")
     if kind in TABLES:
         for place, row in _table(file, kind, data):
-            yield _document(row, data, domain, split, place)
+            yield rows.document(row, domain, split, place)
         return
     with decoding_errors(file):
         if kind in TEXT:
@@ -219,7 +218,7 @@ def _read_file(file: Path, data: DataSection, root: Path) -> Iterator[Document]:
                 yield from _pieces(iter(lambda: content.read(BLOCK), ""), domain, split)
         else:
             for place, row in _json_lines(file, data):
-                yield _document(row, data, domain, split, place)
+                yield rows.document(row, domain, split, place)
 
 
 def _pieces(blocks: Iterable[str], domain: str, split: str | None) -> Iterator[Document]:
@@ -254,7 +253,7 @@ def _json_lines(file: Path, data: DataSection) -> Iterator[tuple[str, dict[str, 
                 raise ValueError(
                     f"{place} is not a JSON object: write one object per line, for example with jq -c '.[]'"
                 )
-            _columns(row, data, place)
+            columns(row, data, place)
             yield place, row
 
 
@@ -266,8 +265,8 @@ def _table(file: Path, kind: str, data: DataSection) -> Iterator[tuple[str, dict
     try:
         if kind == ".parquet":
             table = pq.ParquetFile(file)
-            columns = _columns(table.schema_arrow.names, data, str(file))
-            batches = table.iter_batches(columns=columns)
+            names = columns(table.schema_arrow.names, data, str(file))
+            batches = table.iter_batches(columns=names)
         else:
             source = pa.memory_map(str(file))
             try:
@@ -276,42 +275,21 @@ def _table(file: Path, kind: str, data: DataSection) -> Iterator[tuple[str, dict
             except pa.ArrowInvalid:  # `datasets` saves the streaming format
                 source.seek(0)
                 batches = reader = pa.ipc.open_stream(source)
-            columns = _columns(reader.schema.names, data, str(file))
+            names = columns(reader.schema.names, data, str(file))
         for batch in batches:
-            batch = batch.select(columns)
+            batch = batch.select(names)
             batch.validate(full=True)
             yield from ((str(file), row) for row in batch.to_pylist())
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{file} is not a readable {kind[1:]} file: {error}") from None
 
 
-def _columns(present: Iterable[str], data: DataSection, place: str) -> list[str]:
-    """Return the columns to read. Raises ValueError if one is missing."""
-    wanted = {"data.text_field": data.text_field, "data.domain_field": data.domain_field}
-    for option, column in wanted.items():
-        if column and column not in present:
-            raise ValueError(f"{place} has no {column!r}: set {option} to one of {', '.join(map(repr, present))}")
-    return list(dict.fromkeys(column for column in wanted.values() if column))
-
-
-def _document(row: dict[str, Any], data: DataSection, domain: str, split: str | None, place: str) -> Document:
-    """Return a row as a document. A null text is an empty document."""
-    text = row[data.text_field]
-    if not isinstance(text, str | None):
-        raise ValueError(f"{place}: {data.text_field!r} is {type(text).__name__}, not text: set data.text_field")
-    text = text or ""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{place} has half a surrogate pair at character {error.start}: remove it") from None
-    return Document(str(row[data.domain_field]) if data.domain_field else domain, split, text)
-
-
 # The hub
 
 
-def _hub(data: DataSection) -> Iterator[Document]:
+def _hub(rows: RowReader) -> Iterator[Document]:
     """Yield the documents of a hub data set with its own splits. Reads the local cache if the hub is unreachable."""
+    data = rows.data
     name, _, subset = data.path.partition(":")
     name, subset = HUB_NAMES.get(name, (name, subset))
     domain = name.rsplit("/", 1)[-1]
@@ -323,17 +301,17 @@ def _hub(data: DataSection) -> Iterator[Document]:
             "(owner/name or owner/name:subset) and the network (HF_ENDPOINT, HTTPS_PROXY), give a local file or folder, "
             "or use builtin"
         ) from None
-    for key, rows in sets.items():
+    for key, table in sets.items():
         split, place = SPLITS.get(str(key)), f"{data.path} {key}"
-        columns = _columns(rows.column_names, data, place)
-        batches: Any = rows.select_columns(columns).iter(1000)
+        names = columns(table.column_names, data, place)
+        batches: Any = table.select_columns(names).iter(1000)
         if name.endswith("/wikitext"):  # its rows are the lines of one text; blank lines lack their line end
             lines = ("".join(line or " \n" for line in batch[data.text_field]) for batch in batches)
             yield from _pieces(lines, domain, split)
             continue
         for batch in batches:
-            for values in zip(*(batch[column] for column in columns), strict=True):
-                yield _document(dict(zip(columns, values, strict=True)), data, domain, split, place)
+            for values in zip(*(batch[name] for name in names), strict=True):
+                yield rows.document(dict(zip(names, values, strict=True)), domain, split, place)
 
 
 def load_from_hub(name: str, subset: str) -> Any:

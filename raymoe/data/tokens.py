@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from raymoe.data.sources import Document
+from raymoe.data.document import END_OF_TEXT, Document, Piece
 
-END_OF_TEXT = "<|endoftext|>"
 ENCODED_AT_ONCE = 4_000_000
 """Approximate characters that are encoded in parallel. Encodings take a hundred times their memory for a moment."""
 
@@ -74,27 +73,46 @@ def encode(
     kind: type = np.uint32,
     progress: Callable[[int], Any] | None = None,
 ) -> np.ndarray:
-    """Return the token ids of documents joined by end-of-text, encoded in parallel over documents.
+    """Return the token ids of documents joined by end-of-text [N]: see `encode_counted`."""
+    return encode_counted(tokenizer, texts, kind, progress)[0]
 
-    Pieces of one file are not separated. `progress` receives the characters encoded since its last call.
+
+def encode_counted(
+    tokenizer: Tokenizer,
+    texts: Iterable[Document],
+    kind: type = np.uint32,
+    progress: Callable[[int], Any] | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the token ids of documents joined by end-of-text [N], and 1 for each that counts as a target [N] uint8.
+
+    Documents are encoded in parallel. All tokens of a plain text count; pieces of one file are not separated.
+    `progress` receives the characters encoded since its last call.
     Raises ValueError if a given tokenizer cannot encode the text.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     end = np.array([tokenizer.token_to_id(END_OF_TEXT)], dtype=kind)
-    parts: list[np.ndarray] = []
+    parts: list[np.ndarray] = [np.zeros(0, dtype=kind)]
+    runs: list[tuple[int, bool]] = []
     for batch in _batches(texts):
+        pieces = [piece for document in batch for piece in document.pieces or _whole(document)]
         try:
-            encodings = tokenizer.encode_batch_fast([d.text for d in batch], add_special_tokens=False)
+            encodings = tokenizer.encode_batch_fast([piece.text for piece in pieces], add_special_tokens=False)
         except BaseException as error:
             what = "the tokenizer cannot encode this text: give another data.tokenizer"
             raise _as_value_error(error, what) from None
-        for document, encoding in zip(batch, encodings, strict=True):
+        for piece, encoding in zip(pieces, encodings, strict=True):
             parts.append(np.array(encoding.ids, dtype=kind))
-            if document.last:
+            if piece.end:
                 parts.append(end)
+            runs.append((len(encoding.ids) + piece.end, piece.counted))
         if progress:
             progress(sum(len(d.text) for d in batch))
-    return np.concatenate(parts) if parts else np.zeros(0, dtype=kind)
+    lengths, counted = [length for length, _ in runs], [counts for _, counts in runs]
+    return np.concatenate(parts), np.repeat(np.array(counted, dtype=np.uint8), np.array(lengths, dtype=np.int64))
+
+
+def _whole(document: Document) -> tuple[Piece]:
+    return (Piece(document.text, document.last, True),)
 
 
 def _batches(texts: Iterable[Document]) -> Iterator[list[Document]]:

@@ -73,7 +73,7 @@ def export(
     written = lambda done, total: progress("quantize and write", done, total)  # noqa: E731
     with stage_artifact(
         target, config=stored.config.to_dict(), tensors=tensors, assignment=assignment, version=stored.version,
-        tokenizer=stored.tokenizer, progress=written,
+        tokenizer=stored.tokenizer, chat_template=stored.chat_template, progress=written,
     ) as staged:  # fmt: skip
         del tensors, model
         artifact = Artifact.open(staged.folder)
@@ -129,12 +129,17 @@ def _shortened(corpus: Corpus, tokens: int) -> dict[str, Text]:
     if share == 1:
         return texts
     return {
-        domain: _cut(corpus, text.tokens[: max(2, int(share * len(text.tokens)))]) for domain, text in texts.items()
-    }
+        domain: cut
+        for domain, text in texts.items()
+        if (cut := _cut(corpus, text, max(2, int(share * len(text.tokens)))))
+    } or texts
 
 
-def _cut(corpus: Corpus, tokens: Any) -> Text:
-    return Text(tokens, len(corpus.tokenizer.decode(tokens.tolist()).encode()))
+def _cut(corpus: Corpus, text: Text, size: int) -> Text | None:
+    """Return the first `size` tokens of a text; None if none of them counts."""
+    tokens, counted = text.tokens[:size], None if text.counted is None else text.counted[:size]
+    scored = tokens if counted is None else tokens[counted.astype(bool)]
+    return Text(tokens, len(corpus.tokenizer.decode(scored.tolist()).encode()), counted) if len(scored) else None
 
 
 def _finite(value: float) -> float | None:

@@ -78,7 +78,7 @@ def judge(
     domains = {
         domain: perplexity(
             logits, text.tokens, n_bytes=text.bytes, context=context or model.model.context, stride=stride,
-            batch=batch, first=end_of_text, progress=progress,
+            batch=batch, first=end_of_text, progress=progress, counted=text.counted,
         )
         for domain, text in texts.items()
     }  # fmt: skip

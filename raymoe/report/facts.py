@@ -28,6 +28,9 @@ def result_facts(
     }
     kind = str(model.get("experts", "–"))
     facts = {"Preset": str(config.get("preset", "–")), "Experts per layer": kind + groups.get(kind, "")}
+    if init := _dict(about.get("init")):
+        step = f", step {show(init.get('step'), ',.0f')}" if "step" in init else ""
+        facts["Started from"] = f"{init.get('kind', '')} {init.get('folder', '–')}{step}".strip()
     parameters = about.get("parameters")
     for what, count in (parameters if isinstance(parameters, dict) else {"": parameters}).items():
         if not math.isnan(number(count)):

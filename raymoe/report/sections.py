@@ -64,9 +64,14 @@ def _over(trains: Sequence[Record], position: np.ndarray, losses: dict[str, Line
 
 def schedule_section(trains: Sequence[Record]) -> str:
     rate, norm = {"rate": over_steps(trains, "lr")}, {"norm": over_steps(trains, "grad_norm")}
+    names = dict.fromkeys(domain for record in trains for domain in _keys(record.get("epochs")))
+    epochs = {name: over_steps(trains, "epochs", name) for name in names}
     figures = [
         lines_plot("Learning rate", "", "learning rate", rate, from_zero=True),
         lines_plot("Gradient norm", "Of all parameters, before clipping.", "norm", norm, from_zero=True),
+        lines_plot(
+            "Epochs of each domain", "Visits of its windows, with train.mixture.", "epochs", epochs, from_zero=True
+        ),
     ]
     return section("Schedule and gradients", figures)
 

@@ -197,8 +197,7 @@ class Api:
         self.created = int(artifact.folder.stat().st_mtime)
         self.tokenizer = artifact.tokenizer()
         self.length = settings.length or artifact.model.context
-        template = artifact.folder / "chat_template.jinja"
-        self.chat_template = template.read_text() if template.is_file() else None
+        self.chat_template = artifact.chat_template()
         registry = CollectorRegistry()
         self.metrics = ApiMetrics(registry, model=self.name)
         self.trunks = TrunkPool(

@@ -6,6 +6,7 @@
                                         experts in INT4 (`KEY.packed`, `.scale`, `.minimum`), its experts' router
                                         rows in float32
     tokenizer.json
+    chat_template.jinja                 of a model that was trained on conversations
 
 A flat model stores its experts in cluster_000 in float16; a dense model has a trunk only. Bases in float16 and
 residuals in INT4 are the paper's heterogeneous precision; private experts rest in INT4 too.
@@ -24,6 +25,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from raymoe.config import ModelSection, from_dict
+from raymoe.data.document import CHAT_TEMPLATE_FILE
 from raymoe.data.tokens import load_tokenizer
 from raymoe.storage.artifact_encoding import Residuals, decode_tensors
 from raymoe.storage.artifact_layout import TRUNK, Place, check_assignment, cluster_file, int4_entries, layout
@@ -93,6 +95,13 @@ class Artifact:
     def tokenizer(self) -> Tokenizer:
         """Load the tokenizer that the model was trained with. Raises CorruptArtifact, or ValueError if it is invalid."""
         return load_tokenizer(self.tokenizer_path.read_bytes(), str(self.tokenizer_path), self.model.vocabulary)
+
+    def chat_template(self) -> str | None:
+        """Return the chat template, whose checksum is verified if the manifest lists it; None without one."""
+        path = self.folder / CHAT_TEMPLATE_FILE
+        if CHAT_TEMPLATE_FILE in self.manifest.get("files", dict):
+            self.manifest.verify(CHAT_TEMPLATE_FILE)
+        return path.read_text(encoding="utf-8") if path.is_file() else None
 
     def tensors(self, residuals: Residuals = "int4") -> dict[str, Tensor]:
         """Return every logical tensor in float32. `zero` replaces residuals or private experts by zeros.

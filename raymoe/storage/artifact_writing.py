@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from raymoe.config import from_dict
+from raymoe.data.document import CHAT_TEMPLATE_FILE
 from raymoe.storage.artifact import FORMAT_VERSION, TOKENIZER
 from raymoe.storage.artifact_encoding import encode_tensors
 from raymoe.storage.artifact_layout import Place, check_assignment, int4_entries, layout
@@ -51,6 +52,7 @@ def stage_artifact(
     assignment: Sequence[Sequence[int]],
     version: int,
     tokenizer: Path,
+    chat_template: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[StagedArtifact]:
     """Write the artifact of a model's logical tensors beside `target`; remove it at the end unless it was published.
@@ -78,7 +80,7 @@ def stage_artifact(
             "assignment": [list(row) for row in assignment],
             "version": version,
             "metrics": {},
-            "files": _write_files(partial, places, tensors, tokenizer, progress),
+            "files": _write_files(partial, places, tensors, tokenizer, chat_template, progress),
             "tensors": {key: stored._asdict() for place in places for key, stored in place.stored().items()},
             "int4": int4_entries(places),
         }
@@ -100,6 +102,7 @@ def _write_files(
     places: Sequence[Place],
     tensors: Mapping[str, Tensor],
     tokenizer: Path,
+    chat_template: Path | None,
     progress: Callable[[int, int], None] | None,
 ) -> dict[str, Any]:
     """Write all files but the manifest. Returns their manifest entries."""
@@ -110,9 +113,11 @@ def _write_files(
             progress(i, len(names))
         stored = encode_tensors([place for place in places if place.file == name], tensors)
         entries[name] = write_tensors(folder / name, stored)
-    with durable_write(folder / TOKENIZER) as copy:
-        shutil.copyfile(tokenizer, copy)
-    entries[TOKENIZER] = describe_file(folder / TOKENIZER)
+    copies = {TOKENIZER: tokenizer} | ({CHAT_TEMPLATE_FILE: chat_template} if chat_template else {})
+    for name, source in copies.items():
+        with durable_write(folder / name) as copy:
+            shutil.copyfile(source, copy)
+        entries[name] = describe_file(folder / name)
     if progress:
         progress(len(names), len(names))
     return entries

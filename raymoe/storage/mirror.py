@@ -1,6 +1,6 @@
 """Copies of runs at a URI that pyarrow's file systems support: s3://, gs://, hdfs:// or file://.
 
-    URI/NAME/config.json, metrics.jsonl, plans.jsonl, report.html
+    URI/NAME/config.json, metrics.jsonl, plans.jsonl, report.html, tokenizer.json, chat_template.jinja
              checkpoints/step_00000200/…    as in the run's folder; manifest.json is copied last
 
 The run's folder gets every checkpoint, the mirror some of them. Credentials come from the environment variables of
@@ -17,11 +17,12 @@ from urllib.parse import urlsplit
 
 from pyarrow import ArrowException, fs
 
+from raymoe.data.document import CHAT_TEMPLATE_FILE
 from raymoe.storage.checkpoint import Checkpoint, CorruptCheckpoint
 from raymoe.storage.manifest import MANIFEST
 from raymoe.storage.run_folder import RunFolder
 
-RECORDS = ("config.json", "metrics.jsonl", "plans.jsonl", "report.html")
+RECORDS = ("config.json", "metrics.jsonl", "plans.jsonl", "report.html", "tokenizer.json", CHAT_TEMPLATE_FILE)
 
 
 class Mirror:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from raymoe.config import expand
+from raymoe.data.document import CHAT_TEMPLATE_FILE
 
 MANIFEST = "manifest.json"
 TARGETS = "prometheus_targets.json"
@@ -49,6 +50,16 @@ class RunFolder:
     def comparison(self) -> Path:
         """Table that compares the run with other models, as JSON: `title`, `head`, `rows` and `note`."""
         return self.path / "comparison.json"
+
+    @property
+    def tokenizer(self) -> Path:
+        """Tokenizer of a run that started from the weights of another model."""
+        return self.path / "tokenizer.json"
+
+    @property
+    def chat_template(self) -> Path:
+        """Chat template of a run that was trained on conversations."""
+        return self.path / CHAT_TEMPLATE_FILE
 
     @property
     def checkpoints(self) -> Path:
@@ -164,6 +175,22 @@ def run_folder(root: str, name: str) -> Path:
 def artifact_folder(root: str, name: str) -> Path:
     """Return the folder of the export of run `name`."""
     return expand(root).resolve() / "exports" / name
+
+
+def find_model(root: str, name: str) -> tuple[Path, bool]:
+    """Return the folder of a stored model, and whether it is an artifact.
+
+    `name` is the folder of an artifact, else a run, else the export of a run that was removed. Reads no weights.
+    Raises FileNotFoundError.
+    """
+    folder, export, run = expand(name), artifact_folder(root, name), RunFolder(run_folder(root, name))
+    if (folder / MANIFEST).is_file():
+        return folder.resolve(), True
+    if not run.path.is_dir() and (export / MANIFEST).is_file():
+        return export, True
+    if not run.config.is_file():
+        raise FileNotFoundError(f"there is no run {name!r}: {run.config} does not exist (run.root={root})")
+    return run.path, False
 
 
 def serving_targets(root: str, application: str) -> Path:

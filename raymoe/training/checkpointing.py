@@ -222,7 +222,8 @@ class Checkpointing:
     def check_space(self) -> None:
         """Raise Unrecoverable if the disk has no room for the checkpoints that the run keeps. Collective."""
         size = self._size()
-        missing = max(1, self.config.checkpoint.keep + 1 - len(complete_steps(self.folder)))
+        complete = [step for step in complete_steps(self.folder) if step]  # initial weights (step 0) have no moments
+        missing = max(1, self.config.checkpoint.keep + 1 - len(complete))
         needed, free = missing * size, self.free_bytes(self.folder)
         if any_rank(self.rank == 0 and free < needed, self.device):
             raise Unrecoverable(

@@ -18,6 +18,7 @@ from ray.exceptions import RayActorError
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from raymoe.config import Config
+from raymoe.config.mixture import parse_mixture
 from raymoe.data.corpus import Corpus
 from raymoe.data.prepare import prepare
 from raymoe.ops.ray_connection import RayConnection, RayTarget, connect, current_ray, find_ray
@@ -26,8 +27,10 @@ from raymoe.storage.mirror import Mirror
 from raymoe.storage.run_folder import RunFolder, run_folder
 from raymoe.storage.run_lock import own_run
 from raymoe.storage.scrape_targets import write_targets
+from raymoe.storage.weights import StoredWeights
 from raymoe.training.elastic import ELASTIC_SETTINGS, RAY_TRAIN_SETTINGS, Elastic, release_workers
 from raymoe.training.failures import TooManyFailures, record_failure, stop_reason
+from raymoe.training.initialization import copy_initial_files, initial_weights, with_files_of
 from raymoe.training.progress import Progress
 from raymoe.training.regroup.clients import ReplayClient, start_clusterer
 from raymoe.training.run_report import write_report
@@ -65,11 +68,12 @@ def launch(config: Config, target: RayTarget | None = None) -> tuple[Path, int]:
     with own_run(run):
         if not config.train.resume and run.exists():
             raise FileExistsError(f"{run} exists: choose another run.name, or set train.resume={config.run.name}")
-        corpus, mirror = check_inputs(config, run)
+        weights = initial_weights(config)
+        corpus, mirror = check_inputs(with_files_of(config, weights), run)
         print(f"ray       {join_ray(config, target)}", flush=True)
         gpus = wants_gpus(config)
         check_capacity(config, gpus)
-        nonce = start_folder(config, run, corpus)
+        config, nonce = start_folder(config, run, corpus, weights)
         print(overview(config, run, corpus, gpus), flush=True)
         try:
             outcome, received = train(config, run, corpus, nonce, gpus)
@@ -109,6 +113,8 @@ def check_inputs(config: Config, run: Path) -> tuple[Corpus, Mirror | None]:
             f"data.path={config.data.path} gives corpus {corpus.fingerprint}, and {config.run.name} was trained on corpus "
             f"{saved.fingerprint}, which is no longer at {saved.folder}: restore the text or that folder, or start a new run"
         )
+    if weights := parse_mixture(config.train.mixture):
+        corpus.mixture(weights, seed=config.run.seed, context=config.model.context)  # raises ValueError
     return corpus, mirror
 
 
@@ -121,16 +127,27 @@ def join_ray(config: Config, target: RayTarget) -> RayConnection:
     return connect(target, config.train.workers, config.run.name)
 
 
-def start_folder(config: Config, run: Path, corpus: Corpus) -> str:
-    """Create the run's folder, or reset the requests of an earlier launch in it; return a new nonce."""
+def start_folder(config: Config, run: Path, corpus: Corpus, weights: StoredWeights | None = None) -> tuple[Config, str]:
+    """Create the run's folder, or reset the requests of an earlier launch in it; return the config and a new nonce.
+
+    weights: initial weights of a new run, which are copied. The config then names the copy of their tokenizer.
+    """
     folder = RunFolder(run)
     run.mkdir(parents=True, exist_ok=True)
-    save_config(config, run, corpus)
+    if weights:
+        try:
+            config = copy_initial_files(config, weights, run, corpus)
+        except BaseException:
+            shutil.rmtree(run, ignore_errors=True)  # it holds no step
+            raise
+    if corpus.chat_template:
+        replace_file(folder.chat_template, corpus.chat_template)
+    save_config(config, run, corpus, weights.about() if weights else None)
     for stale in (folder.stop_request, folder.checkpoint_request, folder.failures):
         stale.unlink(missing_ok=True)
     nonce = uuid.uuid4().hex
     replace_file(folder.driver_nonce, nonce)
-    return nonce
+    return config, nonce
 
 
 def finish_folder(config: Config, run: Path, mirror: Mirror | None) -> None:

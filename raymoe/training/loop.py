@@ -21,7 +21,6 @@ from torch import Tensor
 from raymoe.config import Config
 from raymoe.data.corpus import Corpus
 from raymoe.metrics import TrainingMetrics
-from raymoe.model.loss import linear_cross_entropy
 from raymoe.model.observation import Loads, Observation
 from raymoe.model.transformer import Transformer
 from raymoe.parallel.fold import fold
@@ -38,7 +37,7 @@ from raymoe.training.regroup.clients import ClustererClient
 from raymoe.training.regroup.recorder import sample_inputs
 from raymoe.training.routing import routing_record
 from raymoe.training.run_log import RunLog
-from raymoe.training.state import DataIdentity, Position, find_checkpoint, restore
+from raymoe.training.state import DataIdentity, Position, find_checkpoint, require_initial_weights, restore
 from raymoe.training.step_report import StepReport, rank_and_world, sync_stats
 from raymoe.training.stragglers import Stragglers
 from raymoe.training.validation import probe, validate, validation_record
@@ -63,6 +62,7 @@ class Trainer:
         self.client, self.attempt = client, next_attempt(run)
         self.rank, self.world = rank_and_world()
         checkpoint, skipped = find_checkpoint(run)
+        require_initial_weights(config, checkpoint, run)
         self.position, data = Position.start(config), DataIdentity.of(corpus)
         if checkpoint:
             self.position = Position.of(checkpoint)
@@ -81,9 +81,7 @@ class Trainer:
                 self.regrouping.recorder.restore(checkpoint)
         else:
             self.model.initialize(config.run.seed, common=not self.position.folded)
-        self.log.started(
-            attempt=self.attempt, workers=self.world, checkpoint=checkpoint and checkpoint.folder, skipped=skipped
-        )
+        self.log.started(attempt=self.attempt, workers=self.world, checkpoint=checkpoint, skipped=skipped)
 
     def build(self) -> None:
         """Build this rank's model shard (uninitialized), gradients, optimizer and regrouping. Collective."""
@@ -170,7 +168,7 @@ class Trainer:
     def forward_backward(self, step: int) -> tuple[float, float, RoutingLoad, StepReport]:
         """Compute the gradients of a step, reduced and clipped. Return loss, gradient norm, load and report of all ranks."""
         train, started = self.config.train, time.perf_counter()
-        tokens = train.global_batch * self.config.model.context
+        tokens, counted = train.global_batch * self.config.model.context, self.grains.targets(step)
         self.gradients.zero()
         loss, checksum, loads = torch.zeros((), device=self.device), 0, Loads.zeros(self.model.model)
         recorder = self.regrouping.recorder if self.regrouping else None
@@ -184,7 +182,7 @@ class Trainer:
             inputs, targets = self.grains.tensors(batch)
             with self.grains.autocast():
                 hidden = self.model.hidden(inputs, seen=seen)
-                part = linear_cross_entropy(hidden.flatten(0, 1), self.model.head_weight, targets.flatten()) / tokens
+                part = self.grains.loss(hidden, self.model.head_weight, targets, batch) / counted
             objective = part
             for auxiliary in seen.auxiliary:
                 objective = objective + self.config.aux_loss * auxiliary / tokens
@@ -219,6 +217,8 @@ class Trainer:
         """Write one train record: means since the last one, loads and stragglers. Collective."""
         position, fields = self.position, self.window.record(self.device)
         routing = routing_record(self.model, self.window.routing_HLQ, self.device)
+        if epochs := self.grains.epochs(position.step):
+            fields["epochs"] = epochs
         self.window = Window()
         rate = learning_rate(self.config.train, position.step - 1)
         self.log.record(

@@ -1,4 +1,7 @@
-"""The config of a launch: name, root, and the saved config of a resumed run. Imports neither torch nor Ray."""
+"""The config of a launch: name, root, and the config of a resumed run or of initial weights.
+
+Imports neither torch nor Ray before the names are checked.
+"""
 
 from __future__ import annotations
 
@@ -6,26 +9,33 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict, replace
+from operator import attrgetter
 from pathlib import Path
 
-from raymoe.config import Config, expand, from_dict, override
+from raymoe.config import Config, ModelSection, expand, from_dict, override
+from raymoe.config.overrides import check_key
 from raymoe.storage.files import read_json
-from raymoe.storage.run_folder import RunFolder, run_folder
+from raymoe.storage.run_folder import MANIFEST, RunFolder, find_model, run_folder
 from raymoe.storage.run_lock import check_free, own_run
 
 PACKAGE_CACHE = "runtime_resources"
 """Folder of a Ray session into which Ray unpacks the working directories of jobs."""
+
+FREE = ("context", "gate_scale", "rope_theta", "experts_per_token", "clusters_per_token")
+"""Fields of the model that a run may change when it starts from the weights of another: no weight depends on them."""
 
 
 def resolve(config: Config, assignments: Iterable[str]) -> Config:
     """Return the complete config of this launch: overrides applied, run named, root checked.
 
     With `train.resume=NAME` the saved config of that run is the base and the overrides apply on top. A run
-    that exists only at `checkpoint.storage` is copied from there first.
+    that exists only at `checkpoint.storage` is copied from there first. With `train.init=NAME` the model section of
+    those weights is the base.
     Raises RunInUse, FileNotFoundError, FileExistsError or ValueError.
     """
     assignments = list(assignments)
-    config = override(config, assignments)
+    config = override(_with_initial_model(config, assignments), assignments)
     check_root(config.run.root, Path.cwd(), os.environ)
     if config.train.resume:
         return _resume(config, assignments)
@@ -39,6 +49,52 @@ def resolve(config: Config, assignments: Iterable[str]) -> Config:
             f"{folder} exists: choose another run.name, or continue the run with train.resume={config.run.name}"
         )
     return config
+
+
+def _with_initial_model(config: Config, assignments: list[str]) -> Config:
+    """Return `config` with the model of the weights that `train.init` names, to which the overrides then apply.
+
+    Raises ValueError for an override of the model that does not fit the weights, FileNotFoundError for a wrong name.
+    """
+    keys = [item.partition("=")[0] for item in assignments]
+    names = ("run.root", "train.init", "train.resume")
+    named = override(config, [item for key, item in zip(keys, assignments, strict=True) if key in names])
+    if not named.train.init or named.train.resume:
+        return config
+    for key in keys:
+        check_key(key)
+    check_source_name(named.run.root, named.train.init)
+    from raymoe.storage.weights import open_weights  # imports torch
+
+    weights, _ = open_weights(named.run.root, named.train.init)
+    based = replace(config, model=weights.config.model, regroup=replace(config.regroup, mode="off", replay=""))
+    changes = [item for key, item in zip(keys, assignments, strict=True) if key.startswith("model.")]
+    check_model(override(based, changes).model, weights.config.model, named.train.init)
+    return replace(config, model=weights.config.model)
+
+
+def check_source_name(root: str, name: str) -> None:
+    """Raise FileNotFoundError unless `name` is an artifact, or a run with a complete checkpoint. Reads no weights."""
+    try:
+        folder, is_artifact = find_model(root, name)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"train.init={name} is no artifact, and {error}; check the name and run.root") from None
+    if not is_artifact and not any(RunFolder(folder).checkpoints.glob(f"step_*/{MANIFEST}")):
+        raise FileNotFoundError(
+            f"train.init={name}: the run has no complete checkpoint in {RunFolder(folder).checkpoints}"
+        )
+
+
+def check_model(model: ModelSection, source: ModelSection, name: str) -> None:
+    """Raise ValueError with the first field of `model` that the weights of `source` do not allow."""
+    dense = model.experts == "dense"  # its width is that of the active experts
+    for field, value in asdict(model).items():
+        stored = getattr(source, field)
+        if value != stored and (field not in FREE or (dense and field == "experts_per_token")):
+            raise ValueError(
+                f"model.{field}={value} is not allowed: the weights of train.init={name} have model.{field}={stored}; "
+                "leave out the override"
+            )
 
 
 def check_root(root: str, working_dir: Path, environment: Mapping[str, str]) -> None:
@@ -71,18 +127,33 @@ def _resume(config: Config, assignments: list[str]) -> Config:
             print(f"skipped: {reason}", file=sys.stderr)
     if not saved.is_file():
         raise FileNotFoundError(f"no run to resume at {folder}: it has no config.json; check run.root and the name")
-    base = from_dict(read_json(saved).get("config"))
+    base = _with_own_files(from_dict(read_json(saved).get("config")), RunFolder(folder))
     resumed = override(base, [*assignments, f"run.name={name}"])
     for section in ("model", "data"):
         if getattr(resumed, section) != getattr(base, section):
             raise ValueError(f"a resumed run keeps its {section}: drop the {section}.* overrides, or start a new run")
-    if resumed.run.seed != base.run.seed or resumed.train.global_batch != base.train.global_batch:
+    if resumed.train.init != base.train.init:
         raise ValueError(
-            "a resumed run keeps run.seed and train.global_batch, which determine the tokens of each step: drop these "
-            "overrides, or start a new run"
+            f"train.init={resumed.train.init} starts a new run, and train.resume={name} continues one: leave out one of them"
+        )
+    fixed = ("run.seed", "train.global_batch", "train.mixture")
+    if any(attrgetter(field)(resumed) != attrgetter(field)(base) for field in fixed):
+        raise ValueError(
+            "a resumed run keeps run.seed, train.global_batch and train.mixture, which determine the tokens of each step: "
+            "drop these overrides, or start a new run"
         )
     _check_steps_left(resumed, folder)
     return resumed
+
+
+def _with_own_files(config: Config, run: RunFolder) -> Config:
+    """Return `config` with the run's own tokenizer and chat template: their paths change if the run is copied or moved."""
+    data = config.data
+    if config.train.init and run.tokenizer.is_file():
+        data = replace(data, tokenizer=str(run.tokenizer))
+    if data.chat_template and run.chat_template.is_file():
+        data = replace(data, chat_template=str(run.chat_template))
+    return replace(config, data=data)
 
 
 def _check_steps_left(config: Config, folder: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from raymoe.config import Config
 from raymoe.metrics import TrainingMetrics
+from raymoe.storage.checkpoint import Checkpoint
 from raymoe.storage.run_folder import RunFolder
 from raymoe.training.journal import Journal
 from raymoe.training.state import Position
@@ -61,11 +62,17 @@ class RunLog:
         position = self.position
         self.record("assignment", **fields, version=position.version, assignment=position.membership.assignment)
 
-    def started(self, *, attempt: int, workers: int, checkpoint: Path | None, skipped: list[str]) -> None:
+    def started(self, *, attempt: int, workers: int, checkpoint: Checkpoint | None, skipped: list[str]) -> None:
         """Record how this worker group starts: skipped checkpoints, then resumed or restarted if it is not the first.
 
-        A worker group may be lost before the first checkpoint, and then the next one restarts from step 0.
+        A worker group may be lost before the first checkpoint, and then the next one restarts from step 0: with random
+        weights, or with those of the checkpoint of step 0 (`train.init`).
         """
+        if checkpoint and not checkpoint.step:
+            if attempt == 1:
+                origin = checkpoint.meta["init"]
+                self.event(name="initialized", source=origin["folder"], source_step=origin["step"])
+            checkpoint = None
         for reason in skipped:
             self.event(name="checkpoint_skipped", reason=reason)
         if checkpoint or attempt > 1:
@@ -75,7 +82,7 @@ class RunLog:
                 workers=workers,
                 redone_steps=self.redone_steps,
                 skipped_steps=self.position.skipped,
-                **({"checkpoint": str(checkpoint)} if checkpoint else {}),
+                **({"checkpoint": str(checkpoint.folder)} if checkpoint else {}),
             )
         if not checkpoint:
             self.assignment()

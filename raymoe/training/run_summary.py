@@ -10,6 +10,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import ray
@@ -17,6 +18,7 @@ import torch
 
 import raymoe
 from raymoe.config import Config, ModelSection, repeatable_yaml
+from raymoe.config.mixture import parse_mixture
 from raymoe.data.corpus import Corpus
 from raymoe.model.transformer import Transformer
 from raymoe.storage.files import read_json, replace_file
@@ -33,8 +35,13 @@ class SavedCorpus:
     """None if the folder is gone or damaged."""
 
 
-def save_config(config: Config, run: Path, corpus: Corpus) -> None:
-    """Write config.json (config, corpus and its fingerprint, versions, machine, command line) and config.yaml."""
+def save_config(config: Config, run: Path, corpus: Corpus, init: dict[str, Any] | None = None) -> None:
+    """Write config.json (config, corpus and its fingerprint, versions, machine, command line) and config.yaml.
+
+    init: origin of the initial weights. A resumed run keeps the one that config.json has.
+    """
+    path = RunFolder(run).config
+    init = init or (read_json(path).get("init") if path.is_file() else None)
     about = {
         "config": config.to_dict(),
         "corpus": str(corpus.folder),
@@ -45,6 +52,7 @@ def save_config(config: Config, run: Path, corpus: Corpus) -> None:
         "machine": machine(),
         "command": sys.argv,
         "commit": commit(),
+        **({"init": init} if init else {}),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
     replace_file(RunFolder(run).config, json.dumps(about, indent=1))
@@ -84,6 +92,16 @@ def overview(config: Config, run: Path, corpus: Corpus, gpus: bool) -> str:
         "model": f"{parameters(model):,} parameters, {model.layers} layers, {experts}",
         "steps": f"{train.steps:,} of {train.global_batch * model.context:,} tokens, {tokens:,} in all",
     }
+    if corpus.masked:
+        counted = sum(part["counted"] for part in corpus.about["splits"]["train"].values())
+        lines["targets"] = (
+            f"{counted:,} training tokens of answers ({counted / splits['train']:.0%}); the rest is context"
+        )
+    if weights := parse_mixture(config.train.mixture):
+        total = sum(weights.values())
+        lines["mixture"] = ", ".join(f"{domain} {weight / total:.1%}" for domain, weight in weights.items())
+    if config.train.init:
+        lines["weights"] = f"of {config.train.init} (train.init), with its tokenizer"
     return "\n".join(f"{name:<9} {text}" for name, text in lines.items()) + "\nstarting the workers, about 15 s"
 
 
@@ -128,9 +146,9 @@ def versions() -> dict[str, str]:
 
 
 def bytes_per_token(corpus: Corpus, split: str) -> float:
-    """Return the mean size of a token of a split in UTF-8 bytes; 0 if unknown."""
+    """Return the mean size of a token of a split that counts in UTF-8 bytes; 0 if unknown."""
     parts = corpus.about["splits"][split].values()
-    tokens = sum(part["tokens"] for part in parts)
+    tokens = sum(part.get("counted", part["tokens"]) for part in parts)
     return sum(part.get("bytes", 0) for part in parts) / tokens if tokens else 0.0
 
 

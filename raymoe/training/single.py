@@ -28,8 +28,10 @@ def train_here(config: Config, run: Path, corpus: Corpus, stop: Path | None = No
     Returns, and writes to `outcome.json`, the step reached, whether a stop was requested (`RunFolder.stop_request`,
     which then holds a checkpoint, or a file `stop` that exists before the first step) and the peak memory in MiB. The
     clusterer runs in this process, so the time of a step contains its work.
-    Raises RunInUse, and the errors of `Trainer`.
+    Raises RunInUse, ValueError for a run that starts from stored weights, and the errors of `Trainer`.
     """
+    if config.train.init:
+        raise ValueError(f"train.init={config.train.init} is not supported in an experiment: use raymoe train")
     folder = RunFolder(run)
     with own_run(run):
         start_folder(config, run, corpus)

@@ -151,12 +151,21 @@ def find_checkpoint(run: Path) -> tuple[Checkpoint | None, list[str]]:
     return (Checkpoint.open(Path(path), verify=False) if path else None), skipped
 
 
+def require_initial_weights(config: Config, checkpoint: Checkpoint | None, run: Path) -> None:
+    """Raise Unrecoverable if a run that starts from stored weights has lost them: random weights are not those."""
+    if config.train.init and checkpoint is None:
+        raise Unrecoverable(
+            f"{RunFolder(run).checkpoints} has no valid checkpoint, not even the one of step 0 with the weights of "
+            f"train.init={config.train.init}: bring the folder back and resume, or start a new run"
+        )
+
+
 def restore(checkpoint: Checkpoint, sharded: Sharded, optimizer: Optimizer) -> None:
-    """Read this rank's weights, selection biases and moments by logical key.
+    """Read this rank's weights, selection biases and moments by logical key. Initial weights (step 0) have no moments.
 
     Raises ValueError if a tensor has another shape than the config requires.
     """
-    views = sharded.transformer.logical() | optimizer.logical()
+    views = sharded.transformer.logical() | (optimizer.logical() if checkpoint.step else {})
     tensors = checkpoint.read(views)
     for key, view in views.items():
         if tensors[key].shape != view.shape:

@@ -548,3 +548,13 @@ def test_the_first_format_is_still_read() -> None:
 
 if __name__ == "__main__":
     make_golden()
+
+
+def test_the_chat_template_is_stored_and_verified(tmp_path: Path) -> None:
+    assert Artifact.open(export(tmp_path)).chat_template() is None
+    template = tmp_path / "own.jinja"
+    template.write_text("{{ messages }}")
+    folder = export(tmp_path, name="chat", chat_template=template)
+    assert Artifact.open(folder).chat_template() == "{{ messages }}"
+    (folder / "chat_template.jinja").write_text("{{ message }}")
+    refused(folder, "chat_template.jinja", "bytes|sha256")

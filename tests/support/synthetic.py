@@ -13,6 +13,7 @@ class Synthetic:
     domains = ("up", "down")
     fingerprint = "synthetic"
     tokenizer_fingerprint = "synthetic"
+    masked = False
 
     def __init__(self, vocabulary: int) -> None:
         self.vocabulary = vocabulary

@@ -76,6 +76,7 @@ def a_run(root: Path, *, steps: int = 20, done: int = 10) -> bytes:
         (["train.steps=5"], "train.steps=5 is not allowed: first has completed 10 steps"),
         (["model.layers=3"], "keeps its model"),
         (["run.seed=3"], "keeps run.seed"),
+        (["train.mixture=a:1"], "keeps run.seed, train.global_batch and train.mixture"),
     ],
 )
 def test_a_resume_without_sense_is_refused_and_changes_nothing(
@@ -191,6 +192,13 @@ def test_a_missing_file_is_refused_before_ray_and_leaves_nothing(tmp_path: Path,
     with pytest.raises(FileNotFoundError, match=r"nothing\.txt"):
         launch(config_of(tmp_path, tmp_path / "nothing.txt"))
     assert "connect" not in without_ray and not (tmp_path / "first").exists()
+
+
+def test_a_mixture_of_unknown_domains_is_refused_before_ray(text: Path, tmp_path: Path, without_ray: list[str]) -> None:
+    with pytest.raises(ValueError, match="names the domain 'other', and the text has text"):
+        launch(config_of(tmp_path, text, "train.mixture=other:1"))
+    assert "connect" not in without_ray and not (tmp_path / "first").exists()
+    launch(config_of(tmp_path, text, "train.mixture=text:1"))
 
 
 def test_a_resume_continues_with_its_own_corpus_or_names_both(

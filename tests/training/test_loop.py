@@ -292,3 +292,23 @@ def test_schedule_and_decay() -> None:
         "down_in",
         "down_out",
     }
+
+
+def test_a_mixture_changes_the_shares_and_records_the_epochs(tmp_path: Path) -> None:
+    from raymoe.data.corpus import Corpus as Prepared
+    from tests.data.test_corpus import prepared, prose
+
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "early.txt").write_text(prose("abcdef", 300))
+    (tmp_path / "text" / "late.txt").write_text(prose("uvwxyz", 60))
+    corpus: Prepared = prepared(tmp_path / "text", tmp_path / "cache")
+    settings = config("model.vocabulary=300", "model.context=16", "train.steps=30", "train.mixture=late:3,early:1")
+    (tmp_path / "run").mkdir()
+    metrics = TrainingMetrics(CollectorRegistry(), run="test", worker="0")
+    trainer = Trainer(settings, corpus, tmp_path / "run", metrics, torch.device("cpu"))
+    late = sum((trainer.grains.read(step, range(8)).domain == 1).sum() for step in range(30))
+    assert late == pytest.approx(180, abs=1.5)
+    trainer.train()
+    epochs = [r["epochs"] for r in records(tmp_path / "run", "train")]
+    windows = (len(corpus.stream("train", "late")) - 1) // 16
+    assert epochs[-1]["late"] == late / windows and set(epochs[0]) == {"early", "late"}

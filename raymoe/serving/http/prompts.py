@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Iterable, Sequence
 
-from jinja2 import TemplateError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer, decoders
 
+from raymoe.data import chat
 from raymoe.data.tokens import END_OF_TEXT, vocabulary_size
 from raymoe.serving.http.bodies import Message
 from raymoe.serving.http.errors import ClientError
@@ -87,24 +85,15 @@ def _byte_alphabet() -> dict[str, int]:
 
 
 class ChatTemplate:
-    """Converts messages to a prompt with a Jinja template, in a sandbox that runs no code of the template.
+    """Converts messages to a prompt, with the template and the rendering of training (`raymoe.data.chat`).
 
-    `text` is a Hugging Face chat template; None selects DEFAULT_TEMPLATE. Only the template produces the
-    end-of-text token: in a message the same characters are ordinary text. Raises ValueError for an invalid template.
+    `text` is a Hugging Face chat template; None selects DEFAULT_TEMPLATE. Raises ValueError for an invalid template.
     """
 
     def __init__(self, text: str | None, codec: Codec) -> None:
         self.text = DEFAULT_TEMPLATE if text is None else text
         self._codec = codec
-        self._mark = f"\ue000{secrets.token_hex(16)}\ue000"  # replaces the token in the text; clients cannot guess it
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
-        environment.globals["raise_exception"] = _raise_template_error
-        try:
-            self._template = environment.from_string(self.text.replace(END_OF_TEXT, self._mark))
-        except TemplateError as error:
-            raise ValueError(f"chat_template is not a valid Jinja template: {error}") from None
+        self._template = chat.ChatTemplate(self.text)
 
     def tokens(self, messages: Sequence[Message], length: int) -> tuple[int, ...]:
         """Return the prompt of `messages`. Raises ClientError, also for a prompt that cannot fit in `length` tokens."""
@@ -112,12 +101,9 @@ class ChatTemplate:
             raise ClientError("messages is empty: send at least one message", "messages")
         plain = [{"role": message.role, "content": _content(message)} for message in messages]
         try:
-            text = self._template.render(
-                messages=plain, add_generation_prompt=True, eos_token=self._mark, bos_token=self._mark
-            )
-        except Exception as error:  # a template may raise anything
+            parts = self._template.render(plain, add_generation_prompt=True)
+        except ValueError as error:
             raise ClientError(f"The chat template rejects these messages: {error}", "messages") from None
-        parts = text.split(self._mark)
         self._codec.check_length("".join(parts), length, "messages")
         tokens = self._codec.encode(parts[0])
         for part in parts[1:]:
@@ -125,10 +111,6 @@ class ChatTemplate:
         if not tokens:
             raise ClientError("The chat template produces an empty prompt for these messages", "messages")
         return tuple(tokens)
-
-
-def _raise_template_error(message: str) -> None:
-    raise TemplateError(message)
 
 
 def _content(message: Message) -> str:
