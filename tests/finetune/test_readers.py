@@ -74,8 +74,8 @@ def test_each_task_is_read_in_its_layout(name: str, above: bool, tmp_path: Path)
 
 
 def test_windows_line_ends_and_other_separators_of_unicode_are_read(tmp_path: Path) -> None:
-    write(tmp_path, "sst2", "sentence\tlabel\r\nan odd\u2028text\t1\r\na cat\t0")
-    assert read(tmp_path, "sst2").train == [("an odd\u2028text", None, 1), ("a cat", None, 0)]
+    write(tmp_path, "sst2", "sentence\tlabel\r\nan odd\u2028te\rxt\t1\r\na cat\t0")
+    assert read(tmp_path, "sst2").train == [("an odd\u2028te\rxt", None, 1), ("a cat", None, 0)]
 
 
 @pytest.mark.parametrize(
