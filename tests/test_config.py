@@ -63,6 +63,7 @@ def test_overrides_apply_and_leave_the_rest() -> None:
         ("run.name=../up", "run.name"),
         ("checkpoint.keep=1", "at least 2"),
         ("data.validation_share=0.9", "between 0 and 0.5"),
+        ("data.tune_share=0.5", "0, or between 0 and 0.5"),
     ],
 )
 def test_a_bad_override_names_the_field_and_the_remedy(item: str, message: str) -> None:
