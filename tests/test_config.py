@@ -65,6 +65,7 @@ def test_overrides_apply_and_leave_the_rest() -> None:
         ("data.validation_share=0.9", "between 0 and 0.5"),
         ("regroup.similarity=cosine", "one of counterfactual, paper, coactivation"),
         ("regroup.force_kind=random", "has an effect with regroup.force only"),
+        ("data.tune_share=0.5", "0, or between 0 and 0.5"),
     ],
 )
 def test_a_bad_override_names_the_field_and_the_remedy(item: str, message: str) -> None:

@@ -159,6 +159,33 @@ def test_the_held_out_share_is_close_and_disjoint(tmp_path: Path, texts: list[st
     assert {text for text in held if text} <= {text[-len(part) :] for text in texts for part in held if part}
 
 
+@pytest.mark.parametrize("texts", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("share", [0.05, 0.3])
+def test_the_tuning_split_is_the_end_of_the_training_text_of_each_domain(
+    tmp_path: Path, texts: list[str], share: float
+) -> None:
+    folder = tmp_path / "text"
+    folder.mkdir()
+    jsonl(folder / "d.jsonl", texts)
+    (folder / "other.txt").write_text(prose("uvwxyz", 400))
+    plain, tuned = prepared(folder, tmp_path), prepared(folder, tmp_path, f"data.tune_share={share}")
+    assert plain.tokenizer.to_str() == tuned.tokenizer.to_str(), "the same tokens with and without it"
+    for domain in plain.domains:
+        train = decoded(plain, "train", domain)
+        kept, tail = (decoded(tuned, split, domain) for split in ("train", "validation"))
+        border = "" if kept + tail == train else END_OF_TEXT  # the document at the border is cut
+        assert kept.removesuffix(border) + tail == train
+        assert len(tail) / len(train) == pytest.approx(share, rel=0.15)
+        held = decoded(plain, "validation", domain)
+        assert not any(line in kept + tail for line in held.splitlines() if len(line) > 50), "never read"
+        assert tuned.bytes("validation", domain) == len(tail.replace(END_OF_TEXT, ""))
+
+
+def test_without_a_tuning_split_the_fingerprint_is_that_of_earlier_versions(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "d.jsonl", [prose("abcdef", 30, i) for i in range(30)])
+    assert prepare(config(path, tmp_path), progress=False).name == "4f5e4bec21d72a65"
+
+
 def test_a_big_file_is_held_out_in_pieces_and_every_border_is_marked(tmp_path: Path) -> None:
     folder = tmp_path / "text" / "domain"
     folder.mkdir(parents=True)
@@ -446,7 +473,14 @@ def test_preparing_is_deterministic(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", ["run.seed=1", "model.vocabulary=301", "data.validation_share=0.1", "data.domain_field=kind"]
+    "change",
+    [
+        "run.seed=1",
+        "model.vocabulary=301",
+        "data.validation_share=0.1",
+        "data.tune_share=0.1",
+        "data.domain_field=kind",
+    ],
 )
 def test_options_that_matter_make_another_corpus(tmp_path: Path, change: str) -> None:
     path = jsonl(tmp_path / "d.jsonl", [prose("abcdef", 30, i) for i in range(30)], kind="k")
