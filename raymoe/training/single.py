@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import sys
 from pathlib import Path
@@ -28,7 +29,8 @@ def train_here(config: Config, run: Path, corpus: Corpus, stop: Path | None = No
     Returns, and writes to `outcome.json`, the step reached, whether a stop was requested (`RunFolder.stop_request`,
     which then holds a checkpoint, or a file `stop` that exists before the first step) and the peak memory in MiB. The
     clusterer runs in this process, so the time of a step contains its work.
-    Raises RunInUse, ValueError for a run that starts from stored weights, and the errors of `Trainer`.
+    Raises RunInUse, ValueError for a run that starts from stored weights, the errors of `Trainer`, and
+    FloatingPointError if the last validation loss is not finite.
     """
     if config.train.init:
         raise ValueError(f"train.init={config.train.init} is not supported in an experiment: use raymoe train")
@@ -42,6 +44,9 @@ def train_here(config: Config, run: Path, corpus: Corpus, stop: Path | None = No
         try:
             trainer = Trainer(config, corpus, run, metrics, torch.device("cpu"), _client(config))
             result = trainer.train()
+            loss = trainer.position.validation.get(result["step"], math.nan)
+            if not result["stopped"] and not math.isfinite(loss):  # a resumed run may count too few skipped steps
+                raise FloatingPointError("the validation loss after the last step is not finite: lower train.lr")
         finally:
             finish_folder(config, run, None)
         outcome = {"step": result["step"], "stopped": result["stopped"], "peak_rss_mb": peak_rss_mb()}

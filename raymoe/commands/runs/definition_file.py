@@ -88,7 +88,13 @@ def parse_experiment(text: str, name: str, overrides: Sequence[str] = ()) -> Exp
     top = _known(compose(text), "the experiment", TOP)
     if "variants" not in top:
         raise ValueError("the experiment has no `variants`: give at least one")
-    check_keys(overrides)
+    with _inside("--set"):
+        for item in overrides:
+            key, equals, _ = item.partition("=")
+            if not equals:
+                raise ValueError(f"{item!r} is not an override: write section.field=value, for example train.steps=100")
+            check_key(key)
+        check_keys(overrides)
     with _inside("base"):
         base_nodes = dict(pairs(top["base"], "base")) if "base" in top else {}
         base_name = scalar(base_nodes.pop("preset"), "preset") if "preset" in base_nodes else "screen"

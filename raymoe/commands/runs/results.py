@@ -89,7 +89,7 @@ def run_result(run: Path) -> Record:
         "steps": config.train.steps,
         "step": trains[-1]["step"] if trains else 0,
         "tokens_per_step": tokens,
-        "finished": bool(final and final["step"] == config.train.steps),
+        "finished": bool(final and final["step"] == config.train.steps and math.isfinite(find(final, "perplexity"))),
         "curve": _curve(about, trains, [r for r in records if r.get("kind") == "validation"], tokens),
         "perplexity": _number(find(final, "perplexity")),
         "bits_per_byte": _number(bits_per_byte(about, final)) if final else None,
