@@ -179,3 +179,17 @@ def test_measures_follow_their_definitions(counts: list[int]) -> None:
     assert load_max_vio(array) == pytest.approx(max(counts) / np.mean(counts) - 1, abs=1e-9)
     assert load_variance(array) == pytest.approx(np.mean((share - share.mean()) ** 2), abs=1e-12)
     assert load_cv(7 * array) == pytest.approx(load_cv(array)) and isinstance(load_cv(array), float)
+
+
+def test_only_counted_targets_are_scored_and_all_are_context() -> None:
+    text = stream(50)
+    counted = np.arange(50) % 3 == 1
+    nll = [
+        perplexity(causal_logits, text, n_bytes=1, context=8, first=FIRST, counted=np.arange(50) == i).nll
+        for i in range(50)
+    ]
+    found = perplexity(causal_logits, text, n_bytes=1, context=8, first=FIRST, counted=counted, batch=3)
+    assert found.tokens == counted.sum() and found.nll == pytest.approx(np.array(nll)[counted].sum(), rel=1e-6)
+    assert sum(nll) == pytest.approx(perplexity(causal_logits, text, n_bytes=1, context=8, first=FIRST).nll, rel=1e-6)
+    with pytest.raises(ValueError, match="without a target that counts"):
+        perplexity(causal_logits, text, n_bytes=1, context=8, first=FIRST, counted=np.zeros(50, dtype=bool))

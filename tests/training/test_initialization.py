@@ -44,7 +44,8 @@ STILL = ["train.lr=1e-30", "train.bias_rate=0", "train.weight_decay=0"]
 def write_source(root: Path, *more: str) -> StoredTensors:
     """Write the run `first` with random weights and biases and, if clustered, clusters other than the default."""
     config = write_run(root, *more)
-    rows = ((2, 0, 1, 1, 0, 2), (0, 1, 2, 0, 1, 2)) if config.model.experts == "clustered" else None
+    moved = config.model.experts == "clustered" and config.model.n_clusters == 3
+    rows = ((2, 0, 1, 1, 0, 2), (0, 1, 2, 0, 1, 2)) if moved else None
     assignment = rows or config.model.default_assignment()
     model = Transformer(config.model, assignment)
     model.initialize(3)
@@ -120,6 +121,19 @@ def test_the_width_of_a_dense_layer_cannot_change(tmp_path: Path) -> None:
         resolved(tmp_path, "model.experts_per_token=1")
 
 
+def test_a_cluster_must_have_the_experts_that_a_token_takes(tmp_path: Path) -> None:
+    write_source(tmp_path, "model.experts_per_token=1", "model.n_experts=6", "model.n_clusters=2")
+    checkpoint = step_folder(RunFolder(tmp_path / "first").checkpoints, 9) / "manifest.json"
+    content = json.loads(checkpoint.read_text())
+    content["meta"]["assignment"] = [[0, 1, 1, 1, 1, 1]] * 2
+    checkpoint.write_text(json.dumps(content))
+    initial_weights(resolved(tmp_path))
+    with pytest.raises(
+        ValueError, match="experts_per_token=2 is not allowed: a cluster of train.init=first has 1 experts"
+    ):
+        initial_weights(resolved(tmp_path, "model.experts_per_token=2"))
+
+
 def test_what_contradicts_initial_weights_is_refused(tmp_path: Path) -> None:
     write_source(tmp_path)
     with pytest.raises(ValueError, match="regroup.start='dense' is not allowed.*train.init gives trained weights"):
@@ -155,9 +169,11 @@ def test_a_bad_override_is_refused_by_the_command(tmp_path: Path, capsys: pytest
 # The weights travel
 
 
-@pytest.mark.parametrize("kind", ["clustered", "flat", "dense"])
+@pytest.mark.parametrize(
+    "kind", ["experts=clustered", "expert_kind=private", "residual_width=0", "experts=flat", "experts=dense"]
+)
 def test_steps_that_change_nothing_give_the_logits_of_the_source(kind: str, tmp_path: Path) -> None:
-    expected = write_source(tmp_path, f"model.experts={kind}")
+    expected = write_source(tmp_path, f"model.{kind}")
     config, run, corpus = started(resolved(tmp_path, *STILL))
     before = train(0, 1, config, run, corpus.folder)
     assert before.keys() == expected.keys() and all(torch.equal(before[key], expected[key]) for key in expected)
