@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from raymoe.report.comparison_plots import grid_plot, pareto_plot
+from raymoe.report.comparison_plots import grid_plot, legend_labels, pareto_plot
 from raymoe.report.elements import details, paragraph, section, table, terms
 from raymoe.report.intervals import HEAD, QUARTERS, Summary, at_quarter, note, paired_ratio, summarize, table_rows
 from raymoe.report.plots import Line, Record, find, lines_plot, show
@@ -28,7 +28,7 @@ def render_comparison(results: Record) -> str:
         + _failures(results)
         + _result(summaries, labels.get(reference, reference))
         + _curves(runs, labels, reference)
-        + _pareto(summaries)
+        + _pareto(summaries, legend_labels(labels))
         + _sweep(results)
         + _variants(runs, labels)
         + _runs(runs, labels)
@@ -78,6 +78,7 @@ def _result(summaries: Sequence[Summary], reference: str) -> str:
 
 
 def _curves(runs: Sequence[Record], labels: Mapping[str, str], reference: str) -> str:
+    labels = legend_labels(labels)
     by_label = {label: [r for r in runs if r["variant"] == name] for name, label in labels.items()}
     ratios = {label: _ratio_line(found, by_label[labels[reference]]) for label, found in by_label.items()}
     figures = [
@@ -117,15 +118,15 @@ def _ratio_line(results: Sequence[Record], reference: Sequence[Record]) -> Line:
     return np.array([tokens * q / 4 for q in QUARTERS]), np.array([r.mean for r in ratios])
 
 
-def _pareto(summaries: Sequence[Summary]) -> str:
+def _pareto(summaries: Sequence[Summary], short: Mapping[str, str]) -> str:
     lead = (
         "Lower left is better. The line connects the variants that no other variant is better than in both respects. A "
         "training step takes about 6 floating-point operations per token and active parameter, without attention scores."
     )
     figures = [
-        pareto_plot("Perplexity over parameters", "parameters, M", summaries, lambda s: s.parameters / 1e6),
-        pareto_plot("Perplexity over active parameters", "active parameters, M", summaries, lambda s: s.active_parameters / 1e6),
-        pareto_plot("Perplexity over training time", "training time, s", summaries, lambda s: s.seconds.mean),
+        pareto_plot("Perplexity over parameters", "parameters, M", summaries, short, lambda s: s.parameters / 1e6),
+        pareto_plot("Perplexity over active parameters", "active parameters, M", summaries, short, lambda s: s.active_parameters / 1e6),
+        pareto_plot("Perplexity over training time", "training time, s", summaries, short, lambda s: s.seconds.mean),
     ]  # fmt: skip
     return section("Quality and cost", figures, lead if any(figures) else "")
 
@@ -145,7 +146,7 @@ def _sweep(results: Record) -> str:
     lead = f"Settings are chosen by {score.replace('_', ' ')} on the tuning split: {share}, seed {sweep['seed']}."
     if sweep["at_edge"]:
         lead += f" Chosen at an end of the grid, where a larger grid may have a better value: {'; '.join(sweep['at_edge'])}."
-    figures = [grid_plot(key, sweep["runs"], labels, score) for key in sweep["grid"]]
+    figures = [grid_plot(key, sweep["runs"], legend_labels(labels), score) for key in sweep["grid"]]
     content = table(("model", "settings", "steps", score.replace("_", " "), ""), rows)
     return section("Choice of settings", figures, lead, f'<div class="card wide">{content}</div>')
 

@@ -11,8 +11,22 @@ from matplotlib.ticker import NullLocator, StrMethodFormatter
 from raymoe.report.intervals import Summary
 from raymoe.report.plots import DASHES, GRID, INK, MARKERS, SERIES, Record, find, legend, plot_figure, plot_label, show
 
+LEGEND = 28
+"""Characters of a label in a legend (`plots.plot_label`)."""
 
-def pareto_plot(title: str, unit: str, summaries: Sequence[Summary], cost: Callable[[Summary], float]) -> str:
+
+def legend_labels(labels: Mapping[str, str]) -> dict[str, str]:
+    """Return distinct labels of at most LEGEND characters by variant. A long one keeps its start and its end."""
+    found: dict[str, str] = {}
+    for n, (name, label) in enumerate(labels.items(), 1):
+        short = label if len(label) <= LEGEND else f"{label[:12]}…{label[13 - LEGEND :]}"
+        found[name] = short if short not in found.values() else f"{n}: {short[: LEGEND - 5]}"
+    return found
+
+
+def pareto_plot(
+    title: str, unit: str, summaries: Sequence[Summary], labels: Mapping[str, str], cost: Callable[[Summary], float]
+) -> str:
     """Plot the final perplexity of each variant over a cost; nothing without two variants.
 
     A variant keeps its color and marker in all plots of a page.
@@ -27,8 +41,9 @@ def pareto_plot(title: str, unit: str, summaries: Sequence[Summary], cost: Calla
         for i, s, x in points:
             final = s.quarters[-1]
             axes.errorbar(
-                x, final.mean, yerr=final.half if math.isfinite(final.half) else None, label=plot_label(s.label),
-                color=SERIES[i % len(SERIES)], marker=marker(i), linestyle="", markersize=7, elinewidth=1, capsize=3,
+                x, final.mean, yerr=final.half if math.isfinite(final.half) else None, label=plot_label(labels[s.name]),
+                color=SERIES[i % len(SERIES)], marker=marker(i), linestyle="", markersize=7,
+                fillstyle=("full", "none")[i // len(SERIES) % 2], elinewidth=1, capsize=3,
             )  # fmt: skip
         best = frontier([(x, s.quarters[-1].mean) for _, s, x in points])
         axes.plot(*zip(*best, strict=True), color=INK, linewidth=1, linestyle=":", zorder=0)

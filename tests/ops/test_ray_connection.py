@@ -110,6 +110,15 @@ def test_a_ray_on_this_machine_is_found_and_the_record_of_an_ended_one_is_not(
     assert find_ray({}) == RayTarget("")
 
 
+def test_a_ray_that_does_not_start_in_time_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    def init(*_: object, **__: object) -> None:
+        raise Exception("The current node timed out during startup.")  # as Ray raises it
+
+    monkeypatch.setattr(ray_connection.ray, "init", init)
+    with pytest.raises(ConnectionError, match=r"Ray did not start: The current node timed out during startup\."):
+        connect(RayTarget(""), 1)
+
+
 def test_a_local_ray_ignores_the_hangup_of_its_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     during = []
 

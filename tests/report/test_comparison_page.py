@@ -10,7 +10,7 @@ from typing import Any
 from raymoe.commands.runs.comparison import compared, grouped
 from raymoe.config import override, preset
 from raymoe.report.comparison_page import mean_line, render_comparison
-from raymoe.report.comparison_plots import frontier
+from raymoe.report.comparison_plots import LEGEND, frontier, legend_labels
 from tests.support.recorded_runs import record_run
 
 
@@ -97,3 +97,11 @@ def test_a_mean_line_has_the_steps_that_all_runs_have() -> None:
 
 def test_the_frontier_has_the_points_that_no_other_is_better_than() -> None:
     assert frontier([(3, 5), (1, 9), (2, 9.5), (2, 6), (4, 5)]) == [(1, 9), (2, 6), (3, 5)]
+
+
+def test_labels_of_a_legend_are_short_and_distinct() -> None:
+    labels = {f"{s}{a}": f"live, similarity={s}, alpha={a}" for s in ("counterfactual", "paper") for a in (0, 0.5, 1)}
+    labels |= {"x": "y" * 40, "z": "y" * 41, "a": "short"}
+    found = legend_labels(labels)
+    assert len(set(found.values())) == len(labels) and max(map(len, found.values())) <= LEGEND
+    assert found["a"] == "short" and found["counterfactual0.5"] == "live, simila…tual, alpha=0.5"
