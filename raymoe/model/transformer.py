@@ -235,11 +235,9 @@ class Transformer(nn.Module):
         common: all experts of a layer start with the same matrices; their router rows differ.
 
         Matrices are normal with std 1/√fan-in, times 1/√(2·layers) if they write to the residual stream, times
-        `RESIDUAL_START` for the outer factors, times `output_gain` if they write the output of a layer of experts.
-        Norms are one, biases zero, embeddings and routers have std 0.02.
+        `RESIDUAL_START` for the outer factors. Norms are one, biases zero, embeddings and routers have std 0.02.
         """
         output_scale = (2 * self.model.layers) ** -0.5
-        gain = output_gain(self.model)
         views = self.logical()
         for key, _, _, fan_in in self.slices():
             leaf = key.rsplit(".", 1)[-1]
@@ -247,10 +245,8 @@ class Transformer(nn.Module):
                 views[key].fill_(1.0 if leaf.endswith("norm") else 0.0)
                 continue
             std = 0.02 if key in ("embedding", "head") or "router" in key else fan_in**-0.5
-            if leaf == "output" or leaf in LAYER_OUTPUTS:
+            if leaf in ("output", "base_down", "down", "down_out", "private_down"):
                 std *= output_scale
-            if leaf in LAYER_OUTPUTS:
-                std *= gain
             if leaf in RESIDUALS and leaf.endswith("out"):
                 std *= RESIDUAL_START
             stream = re.sub(r"\.experts\.\d+\.", ".experts.", key) if common else key
@@ -258,35 +254,6 @@ class Transformer(nn.Module):
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
             values = torch.empty(views[key].shape).normal_(0.0, std, generator=generator)
             views[key].copy_(values)
-
-
-LAYER_OUTPUTS = ("base_down", "down", "down_out", "private_down")
-"""Matrices that write the output of a feed-forward layer."""
-
-
-def output_gain(model: ModelSection) -> float:
-    """Return the factor on `LAYER_OUTPUTS` with which a layer's output starts as large as that of flat experts with K=2.
-
-    At the start every choice is even, so a cluster's weight is 1/C (1/2 with `gate=sigmoid`; 1/P if normalized over
-    several) and an expert's is 1/K. The outputs of independent networks add as squares. The K residual experts of a
-    cluster share its base and so add as one network.
-    """
-    k = model.experts_per_token
-    if model.experts == "dense":
-        return 1.0
-    if model.experts == "flat":
-        weight = 1 / model.n_experts if model.gate == "biased" else 1 / k
-        if model.gate == "sigmoid" and k == 1:
-            weight = 0.5
-        return (0.5 / (k * (weight * model.gate_scale) ** 2)) ** 0.5
-    p = model.clusters_per_token
-    weight = 1 / model.n_clusters
-    if model.gate == "sigmoid":
-        weight = 1 / p if p > 1 else 0.5
-    networks = 1.0
-    if model.expert_kind == "private":
-        networks = 1 / k + (model.cluster_base_width > 0)
-    return (0.5 / (p * (weight * model.gate_scale) ** 2 * networks)) ** 0.5
 
 
 RESIDUAL_START = 0.3
