@@ -93,6 +93,8 @@ def test_private_experts_are_not_refitted_or_folded() -> None:
         ValueError, match="regroup.start='dense' is not allowed: needs clustered experts with residuals"
     ):
         override(private, ["regroup.start=dense"])
+    with pytest.raises(ValueError, match="needs clustered experts with residuals, model.gate=softmax"):
+        override(preset("tiny"), ["regroup.start=dense", "model.gate=sigmoid"])
     assert override(private, ["regroup.force=3", "regroup.force_kind=random"]).regroup.force_kind == "random"
 
 

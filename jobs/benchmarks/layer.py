@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.timing import interleaved
-from raymoe.config import preset
+from raymoe.config import ModelSection, preset
+from raymoe.model import private_math
 from raymoe.model.dispatch import LocalDispatch
 from raymoe.model.experts import ClusteredExperts, DenseFFN, FlatExperts
 
@@ -37,16 +38,25 @@ class GroupedMM(nn.Module):
         return torch.zeros_like(x_TD).index_add(0, order // k, weighted.float())
 
 
+def private_model(model: ModelSection) -> ModelSection:
+    """Return 24 private experts of F/4 in 2 clusters, 8 active: the active width of two flat experts."""
+    return replace(model, expert_kind="private", n_experts=24, n_clusters=2, experts_per_token=8)
+
+
+def private_layer(model: ModelSection) -> ClusteredExperts:
+    return ClusteredExperts(model, model.default_assignment()[0], LocalDispatch(model.n_clusters))
+
+
 def layer(rounds: int) -> dict[str, Any]:
     """Measure one layer on one thread, relative to a dense FFN of the same active width."""
     torch.set_num_threads(1)
+    result: dict[str, Any] = {"private": arithmetic(rounds)}
     shapes = {
         "tiny": (2048, preset("tiny").model),
         "small": (2048, preset("small").model),
         "D=256 F=1024 E=32": (4096, replace(preset("small").model, d_expert=1024)),
         "D=256 F=1024 E=32 K=4": (4096, replace(preset("small").model, d_expert=1024, experts_per_token=4)),
     }
-    result: dict[str, Any] = {}
     for name, (tokens, model) in shapes.items():
         flat = FlatExperts(replace(model, experts="flat"), LocalDispatch(model.n_experts))
         modules: dict[str, nn.Module] = {
@@ -54,6 +64,8 @@ def layer(rounds: int) -> dict[str, Any]:
             "bases alone": ClusteredExperts(
                 replace(model, residual_width=0), model.default_assignment()[0], LocalDispatch(model.n_clusters)
             ),
+            "private": private_layer(private_model(model)),
+            "private, all active": private_layer(replace(private_model(model), experts_per_token=12)),
             "flat": flat,
             "flat, torch grouped_mm": GroupedMM(flat),
             "dense": DenseFFN(replace(model, experts="dense")),
@@ -78,4 +90,31 @@ def layer(rounds: int) -> dict[str, Any]:
                 side["of_dense"] = side["median_ms"] / dense
             result[f"{name} {precision}"] = times
             print(f"{name:24}{precision:10}" + "  ".join(f"{n} {t['of_dense']:.2f}" for n, t in times.items()))
+    return result
+
+
+def arithmetic(rounds: int) -> dict[str, Any]:
+    """Measure both forms of the private experts' arithmetic by the ratio of experts to active experts (`WIDEST`)."""
+    result: dict[str, Any] = {}
+    for k in (12, 10, 8, 6):
+        module = private_layer(replace(private_model(preset("small").model), experts_per_token=k))
+        torch.manual_seed(0)
+        for p in module.parameters():
+            nn.init.normal_(p, std=0.05)
+        x = torch.randn(2048, module.model.d_model, requires_grad=True)
+
+        def run(widest: float, module: nn.Module = module, x: Tensor = x) -> None:
+            private_math.WIDEST = widest
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                y = module(x)
+            y.backward(torch.ones_like(y))
+            module.zero_grad(set_to_none=True)
+            x.grad = None
+
+        usual = private_math.WIDEST
+        times = interleaved({"wide": lambda run=run: run(float("inf")), "pairs": lambda run=run: run(0.0)}, rounds)
+        private_math.WIDEST = usual
+        ratio = times["wide"]["median_ms"] / times["pairs"]["median_ms"]
+        result[f"{k} of 12"] = times
+        print(f"private, {k} of 12 active, bfloat16: wide products take {ratio:.2f} of sorted pairs")
     return result

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.layer import private_model
 from benchmarks.timing import interleaved
 from raymoe.config import Config, preset
 from raymoe.model.loss import linear_cross_entropy
@@ -32,6 +33,7 @@ def _step_times(rank: int, world: int, config: Config, rounds: int) -> dict[str,
     model, train = config.model, config.train
     variants = {
         "clustered": model,
+        "private": private_model(model),
         "flat": replace(model, experts="flat"),
         "bases alone": replace(model, residual_width=0),
         "flat, E=C, K=1": replace(model, experts="flat", n_experts=model.n_clusters, experts_per_token=1),

@@ -41,7 +41,7 @@ class ModelSection:
     gate: Literal["softmax", "biased", "sigmoid"] = "softmax"
     """Weight of a chosen group, a cluster or a flat expert. `softmax`: over all clusters, or over the chosen flat experts. `biased`: softmax over all groups of logits plus selection biases, so that a group that its bias selects is not weighted down. `sigmoid`: of its logit, normalized over several chosen groups."""
     gate_scale: float = 1.0
-    """Factor on the output of a layer of experts. Clustered outputs are weighted with the probability of their cluster, and are small at first."""
+    """Factor on the output of a clustered layer. Its outputs are weighted with the probability of their cluster, and are small at first."""
     heads: int = 4
     """Query heads of the attention."""
     kv_heads: int = 2

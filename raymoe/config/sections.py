@@ -272,8 +272,9 @@ class Config:
         if regroup.start == "dense":
             trained = "it clusters experts from one random initialization, and train.init gives trained weights"
             require(not self.train.init, "regroup.start", "dense", f"{trained}: leave one of them out")
-            needs = "needs clustered experts with residuals, and a regroup.mode"
-            require(self.regroups and self.model.expert_kind == "residual", "regroup.start", "dense", needs)
+            needs = "needs clustered experts with residuals, model.gate=softmax, and a regroup.mode"
+            folds = self.regroups and self.model.expert_kind == "residual" and self.model.gate == "softmax"
+            require(folds, "regroup.start", "dense", needs)
             require(
                 0 < regroup.burn_in < self.train.steps,
                 "regroup.burn_in",

@@ -70,7 +70,8 @@ class ClusteredExperts(nn.Module):
 
     assignment [E]: the cluster of each expert. ghosts: the moving experts. The clusters in
     `dispatch.local_groups` are in this process, with their members, router rows and biases. A cluster
-    with fewer than K members uses them all. A cluster without members outputs zeros.
+    with fewer than K members uses them all. A cluster without members outputs zeros, or with private experts the output
+    of its base.
     """
 
     expert_bias: Tensor
@@ -234,8 +235,7 @@ class FlatExperts(nn.Module):
             seen.record_inputs(rows_TD)
             seen.record_experts(choice, self.model.n_experts)
         outputs_TKD = self.dispatch(rows_TD, choice.index_TK, partial(self.compute, seen=seen))
-        weight_TK = choice.weight_TK * self.model.gate_scale
-        return torch.einsum("tk,tkd->td", weight_TK, outputs_TKD.to(weight_TK.dtype))
+        return torch.einsum("tk,tkd->td", choice.weight_TK, outputs_TKD.to(choice.weight_TK.dtype))
 
     def compute(self, rows_ND: Tensor, counts: list[int], seen: LayerObservation | None = None) -> Tensor:
         """Compute the outputs [N, D] of the local experts. Rows are sorted by expert, `counts` rows each."""
