@@ -107,8 +107,9 @@ def perplexity(
 
     Every token of the stream is a target once; its first is predicted from `first`, the end-of-text id.
     counted [N]: not 0 for the targets that count; all by default. The others are read as context only.
-    n_bytes: UTF-8 bytes of the text that counts, 0 if unknown. `stride` defaults to `context`. Log-softmax in float32, sums in float64. `progress` is called with
-    the number of tokens scored since its last call. Raises ValueError for an empty stream or a bad stride.
+    n_bytes: UTF-8 bytes of the text that counts, 0 if unknown. `stride` defaults to `context`. Log-softmax in float32,
+    sums in float64. `progress` is called with the number of tokens scored since its last call. Raises ValueError for a
+    stream without a target that counts, or a bad stride.
     """
     if not len(stream):
         raise ValueError("cannot measure perplexity on an empty stream: give a text of at least one token")

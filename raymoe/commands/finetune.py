@@ -40,7 +40,7 @@ def parser(program: str | None = None) -> argparse.ArgumentParser:
     parse.add_argument("--root", default=default_root(), help="folder of runs and exports (default: %(default)s)")
     parse.add_argument(
         "--init", choices=["pretrained", "random", "both"], default="pretrained",
-        help="first weights; random: without pre-training, as a control (default: %(default)s)",
+        help="initial weights; random: without pre-training, as a control (default: %(default)s)",
     )  # fmt: skip
     parse.add_argument("--seeds", type=int, default=5, help="fine-tune with seeds 0 to N-1 (default: %(default)s)")
     parse.add_argument("--epochs", type=int, default=3, help="default: %(default)s")

@@ -41,7 +41,7 @@ class ChatTemplate:
         environment.globals["raise_exception"] = _raise_template_error
         try:
             self._template = environment.from_string(text.replace(END_OF_TEXT, self._mark))
-        except TemplateError as error:
+        except Exception as error:  # the compiler also raises SyntaxError, RecursionError and others
             raise ValueError(f"chat_template is not a valid Jinja template: {error}") from None
 
     def render(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool) -> list[str]:

@@ -2,7 +2,8 @@
 
 Packing: the documents of a domain are joined by `<|endoftext|>` and cut into windows of context+1 tokens that
 overlap by one, so that each token is a target once. Attention crosses document borders inside a window and never
-domain borders. Conversations are packed in the same way; only the tokens of their answers count as targets. `raymoe.data.prepare` writes the folder.
+domain borders. Conversations are packed in the same way; only the tokens of their answers count as targets.
+`raymoe.data.prepare` writes the folder.
 """
 
 from __future__ import annotations
@@ -99,11 +100,7 @@ class Corpus:
     @cached_property
     def chat_template(self) -> str:
         """Template of the conversations; empty for a corpus of plain text."""
-        return (
-            (self.folder / CHAT_TEMPLATE_FILE).read_text(encoding="utf-8")
-            if CHAT_TEMPLATE_FILE in self.about["files"]
-            else ""
-        )
+        return (self.folder / CHAT_TEMPLATE_FILE).read_text(encoding="utf-8") if self.masked else ""
 
     @property
     def masked(self) -> bool:

@@ -10,8 +10,8 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from raymoe.data.sources import Document
-from raymoe.data.tokens import END_OF_TEXT, encode
+from raymoe.data.document import END_OF_TEXT, Document
+from raymoe.data.tokens import encode
 from raymoe.finetune.tasks import Example
 
 POOL = 50
@@ -38,8 +38,9 @@ class Encoded:
 def encode_examples(tokenizer: Tokenizer, examples: Sequence[Example], context: int) -> Encoded:
     """Return `<|endoftext|> first` or `<|endoftext|> first <|endoftext|> second` of each example.
 
-    End-of-text starts a document in training; with it, the sequence of an empty sentence has a token too. A longer
-    sequence than the context loses the last tokens of its sentences, those of the longer one first. Raises ValueError for a context below 3.
+    End-of-text starts a document in training; with it, the sequence of an empty sentence has a token too. A sequence
+    that exceeds the context loses the last tokens of its sentences, those of the longer one first. Raises ValueError
+    for a context below 3.
     """
     if context < 3:
         raise ValueError(f"model.context={context} is not allowed for fine-tuning: two sentences need at least 3")

@@ -13,12 +13,13 @@ import numpy as np
 from raymoe.data.tokens import load_tokenizer
 from raymoe.export.open import StoredModel
 from raymoe.finetune.batches import Encoded, encode_examples
-from raymoe.finetune.metrics import Interval, interval, majority, paired_difference
+from raymoe.finetune.metrics import majority, paired_difference
 from raymoe.finetune.readers import TaskData
 from raymoe.finetune.results import Results, SeedResult
 from raymoe.finetune.tasks import Task
 from raymoe.finetune.train import Settings, draw, run_seed
 from raymoe.model.transformer import Transformer
+from raymoe.report.intervals import Interval
 from raymoe.storage.files import CorruptFile
 
 Progress = Callable[[str, int, int], Any]
@@ -55,7 +56,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Row:
-    """All seeds of a model with one first weights."""
+    """The results of all seeds for one model and one kind of initial weights."""
 
     label: str
     stored: StoredModel
@@ -72,7 +73,8 @@ def finetune_model(
 ) -> list[Row]:  # fmt: skip
     """Fine-tune a model with each of the settings and seeds, and store each result. Stored ones are not repeated.
 
-    name: of the model in tables.     The settings may differ in the first weights only. Raises ValueError, OSError or FloatingPointError.
+    name: of the model in tables. The settings may differ in the initial weights only. Raises ValueError, OSError or
+    FloatingPointError.
     """
     candidate, rows = Candidate(stored, data, all_settings[0]), []
     for settings in all_settings:
@@ -123,16 +125,12 @@ def _model(task: Task, row: Row, first: Row | None) -> dict[str, Any]:
         "seeds": [result.to_dict() | {"stored": result.stored} for result in row.results],
         "scores": {
             score: {
-                **_interval(interval(row.values(score))),
-                "difference": _interval(paired_difference(row.values(score), first.values(score))) if first else None,
+                **Interval.of(row.values(score)).to_dict(),
+                "difference": paired_difference(row.values(score), first.values(score)).to_dict() if first else None,
             }
             for score in task.scores
         },
     }
-
-
-def _interval(found: Interval) -> dict[str, float | None]:
-    return {"mean": found.mean, "half_width_95": found.half_width}
 
 
 def table(task: Task, result: Mapping[str, Any]) -> str:
@@ -172,5 +170,5 @@ def table(task: Task, result: Mapping[str, Any]) -> str:
 def _text(found: Mapping[str, Any] | None, sign: str = "") -> str:
     if found is None:
         return "-"
-    width = found["half_width_95"]
+    width = found["half_width"]
     return f"{100 * found['mean']:{sign}.2f}" + ("" if width is None else f" ±{100 * width:.2f}")

@@ -1,14 +1,14 @@
-"""Scores of predictions, majority baselines, and confidence intervals over seeds."""
+"""Scores of predictions, majority baselines, and differences paired by seed."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
 
 import numpy as np
 
 from raymoe.finetune.tasks import Task, score_name
+from raymoe.report.intervals import Interval
 
 Array = np.ndarray
 
@@ -78,25 +78,6 @@ def majority(task: Task, train_label_N: Array, labels: Mapping[str, Array]) -> d
     return score(task, {split: np.full(len(label_N), constant) for split, label_N in labels.items()}, labels)
 
 
-class Interval(NamedTuple):
-    """A mean over seeds and the half-width of its 95 % confidence interval, None for one seed."""
-
-    mean: float
-    half_width: float | None
-
-
-def interval(values: Sequence[float]) -> Interval:
-    """Return the mean and its 95 % interval by Student's t with n-1 degrees of freedom. Raises ValueError if empty."""
-    if not values:
-        raise ValueError("an interval needs at least one value: give at least one seed")
-    mean = math.fsum(values) / len(values)
-    if len(values) == 1:
-        return Interval(mean, None)
-    from scipy.stats import t  # late import: 35 MB
-
-    return Interval(mean, float(t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values))))
-
-
 def paired_difference(values: Sequence[float], reference: Sequence[float]) -> Interval:
     """Return the interval of value - reference, paired by seed. Raises ValueError for unequal lengths."""
-    return interval([value - other for value, other in zip(values, reference, strict=True)])
+    return Interval.of(value - other for value, other in zip(values, reference, strict=True))

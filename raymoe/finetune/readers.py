@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ class TaskData:
     skipped: list[str]
     """A line for each file with skipped rows."""
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """Hash of all examples in their order; it does not depend on the source."""
         content = json.dumps([self.train, list(self.dev.items())], ensure_ascii=False)

@@ -53,7 +53,7 @@ class SeedResult:
 
 
 class Results:
-    """The results of one model with one first weights on one task, a file for each seed."""
+    """The results of one model with one kind of initial weights on one task, a file for each seed."""
 
     def __init__(self, root: str, stored: StoredModel, task: Task, data_fingerprint: str, settings: Settings) -> None:
         self.task = task

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -119,7 +119,7 @@ def run_seed(
     """Fine-tune `transformer` in place and evaluate it on the dev sets once, after the last epoch.
 
     The dev sets decide nothing: no epoch, learning rate or seed is chosen by them. The seed draws the head, the order
-    of the examples and, with random first weights, all weights. `progress` receives steps done and in total.
+    of the examples and, with random initial weights, all weights. `progress` receives steps done and in total.
     Raises FloatingPointError if the loss or an output is not finite, ValueError for a regression with equal scores.
     """
     started = time.perf_counter()
@@ -193,17 +193,13 @@ def _loss(outputs_BO: Tensor, target_B: Tensor) -> Tensor:
 def predict(classifier: Classifier, encoded: Encoded, settings: Settings) -> np.ndarray:
     """Return the label or the standardized score of each example, [N]. Raises FloatingPointError for other outputs."""
     found_N = np.empty(len(encoded.sequences))
-    for indices, outputs_BO in _evaluated(classifier, encoded, settings):
+    for indices in by_length(np.array([len(row) for row in encoded.sequences]), settings.batch):
+        with _autocast(settings):
+            outputs_BO = classifier(*pad(encoded, indices))
         if not outputs_BO.isfinite().all():
             raise FloatingPointError("an output of the model is not finite: give a lower --lr")
         found_N[indices] = (outputs_BO.argmax(-1) if outputs_BO.shape[1] > 1 else outputs_BO[:, 0]).numpy()
     return found_N
-
-
-def _evaluated(classifier: Classifier, encoded: Encoded, settings: Settings) -> Iterator[tuple[np.ndarray, Tensor]]:
-    for indices in by_length(np.array([len(row) for row in encoded.sequences]), settings.batch):
-        with _autocast(settings):
-            yield indices, classifier(*pad(encoded, indices))
 
 
 def _autocast(settings: Settings) -> torch.autocast:

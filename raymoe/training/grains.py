@@ -35,10 +35,9 @@ class Grains:
 
     def read(self, step: int, rows: range) -> Batch:
         """Return sequences `rows` of the global batch of a step."""
-        mixed = {"mixture": self._mixture} if self._mixture else {}
         return self.corpus.batch(
             seed=self.config.run.seed, step=step, global_batch=self.config.train.global_batch,
-            context=self.config.model.context, rows=rows, **mixed,
+            context=self.config.model.context, rows=rows, mixture=self._mixture,
         )  # fmt: skip
 
     def epochs(self, step: int) -> dict[str, float]:
