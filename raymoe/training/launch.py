@@ -134,15 +134,16 @@ def start_folder(config: Config, run: Path, corpus: Corpus, weights: StoredWeigh
     """
     folder = RunFolder(run)
     run.mkdir(parents=True, exist_ok=True)
-    if weights:
-        try:
+    try:
+        if weights:
             config = copy_initial_files(config, weights, run, corpus)
-        except BaseException:
+        if corpus.chat_template:
+            replace_file(folder.chat_template, corpus.chat_template)
+        save_config(config, run, corpus, weights.about() if weights else None)
+    except BaseException:
+        if not config.train.resume:
             shutil.rmtree(run, ignore_errors=True)  # it holds no step
-            raise
-    if corpus.chat_template:
-        replace_file(folder.chat_template, corpus.chat_template)
-    save_config(config, run, corpus, weights.about() if weights else None)
+        raise
     for stale in (folder.stop_request, folder.checkpoint_request, folder.failures):
         stale.unlink(missing_ok=True)
     nonce = uuid.uuid4().hex

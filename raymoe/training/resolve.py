@@ -126,7 +126,8 @@ def _resume(config: Config, assignments: list[str]) -> Config:
         for reason in skipped:
             print(f"skipped: {reason}", file=sys.stderr)
     if not saved.is_file():
-        raise FileNotFoundError(f"no run to resume at {folder}: it has no config.json; check run.root and the name")
+        remedy = "remove the folder and start the run again" if folder.exists() else "check run.root and the name"
+        raise FileNotFoundError(f"no run to resume at {folder}: it has no config.json; {remedy}")
     base = _with_own_files(from_dict(read_json(saved).get("config")), RunFolder(folder))
     resumed = override(base, [*assignments, f"run.name={name}"])
     for section in ("model", "data"):

@@ -182,7 +182,13 @@ def test_text_given_as_conversations_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("template", "error"),
-    [("{% for %}", "is not a valid Jinja template"), (None, "cannot be read .No such file"), (b"\xff", "is not UTF-8")],
+    [
+        ("{% for %}", "is not a valid Jinja template"),
+        ("{% for a in messages %}" * 25 + "{% endfor %}" * 25, "too many statically nested blocks"),
+        ("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "maximum recursion depth"),
+        (None, "cannot be read .No such file"),
+        (b"\xff", "is not UTF-8"),
+    ],
 )
 def test_a_bad_template_is_refused_at_once(template: Any, error: str, tmp_path: Path) -> None:
     path = tmp_path / "template.jinja"

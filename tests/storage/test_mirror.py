@@ -33,6 +33,8 @@ def a_run(folder: Path, *steps: int) -> Path:
     run.mkdir(parents=True)
     (run / "config.json").write_text(json.dumps({"config": preset("tiny").to_dict()}))
     (run / "metrics.jsonl").write_text("{}\n")
+    for name in ("tokenizer.json", "chat_template.jinja"):  # without them, a run from initial weights cannot resume
+        (run / name).write_text(name)
     for step in steps:
         checkpoint(run, step)
     return run
@@ -52,6 +54,7 @@ def goes_there_and_comes_back(uri: str, folder: Path) -> None:
     assert found and found.step == 30 and not skipped
     assert torch.equal(found.read(["1"])["1"], torch.full((3,), 30.0))
     assert (back / "metrics.jsonl").read_text() == "{}\n"
+    assert all((back / name).read_text() == name for name in ("tokenizer.json", "chat_template.jinja"))
 
     shard = "rank_0001_of_0002.safetensors"
     with mirror.files.open_output_stream(f"{mirror.base}/checkpoints/step_00000030/{shard}") as stream:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from raymoe.data.corpus import Batch
@@ -28,7 +30,10 @@ class Synthetic:
             tokens[i] = (generator.integers(self.vocabulary) + stride.cumsum()) % self.vocabulary
         return Batch(tokens, domain, np.ones((len(seeds), context), dtype=bool))
 
-    def batch(self, *, seed: int, step: int, global_batch: int, context: int, rows: range) -> Batch:
+    def batch(
+        self, *, seed: int, step: int, global_batch: int, context: int, rows: range, mixture: Mapping[str, float]
+    ) -> Batch:
+        assert not mixture
         return self._rows([(seed, step * global_batch + row) for row in rows], context)
 
     def validation_windows(self, context: int, limit: int | None) -> int:

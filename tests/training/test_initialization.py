@@ -16,11 +16,13 @@ from torch import Tensor
 
 from raymoe.commands.train import main
 from raymoe.config import Config, override, preset
+from raymoe.data.chat import CHAT_TEMPLATE
 from raymoe.data.corpus import Corpus
 from raymoe.export.export import export
 from raymoe.export.open import open_any, open_run
 from raymoe.metrics import TrainingMetrics
 from raymoe.model.transformer import Transformer
+from raymoe.storage.artifact import Artifact
 from raymoe.storage.checkpoint import step_folder, write_manifest, write_shard
 from raymoe.storage.run_folder import RunFolder, read_records
 from raymoe.training.failures import Unrecoverable
@@ -29,6 +31,7 @@ from raymoe.training.launch import check_inputs, start_folder
 from raymoe.training.loop import Trainer
 from raymoe.training.resolve import resolve
 from raymoe.training.run_report import write_report
+from tests.data.test_chat import CHATML, conversation, write
 from tests.export.test_export import write_run
 from tests.support import processes
 
@@ -279,13 +282,61 @@ def test_another_tokenizer_is_refused_and_an_equal_one_accepted(tmp_path: Path) 
         started(resolved(tmp_path, f"data.tokenizer={equal}", "run.name=third"))
 
 
-def test_a_full_disk_leaves_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_chat_template_is_that_of_the_weights_and_a_text_keeps_it(tmp_path: Path) -> None:
+    write_source(tmp_path)
+    RunFolder(tmp_path / "first").chat_template.write_text(CHATML)
+    chat = write(tmp_path / "chat.jsonl", [conversation(i) for i in range(60)])
+    config, run, corpus = started(resolved(tmp_path, f"data.path={chat}", "data.format=chat"))
+    assert corpus.chat_template == CHATML and config.data.chat_template == str(RunFolder(run).chat_template)
+    other = tmp_path / "other.jinja"
+    other.write_text(CHAT_TEMPLATE)
+    options = (f"data.path={chat}", "data.format=chat", f"data.chat_template={other}", "run.name=third")
+    assert started(resolved(tmp_path, *options))[2].chat_template == CHAT_TEMPLATE
+    assert RunFolder(tmp_path / "third").chat_template.read_text() == CHAT_TEMPLATE
+    config, run, corpus = started(resolved(tmp_path, "run.name=fourth"))
+    train(0, 1, config, run, corpus.folder)
+    exported = export(str(tmp_path), "fourth", tokens=200).target
+    assert Artifact.open(exported).chat_template() == CHATML
+
+
+def test_a_run_that_was_moved_uses_its_own_files(tmp_path: Path) -> None:
+    old, new = tmp_path / "old", tmp_path / "new"
+    old.mkdir()
+    write_source(old)
+    chat = write(tmp_path / "chat.jsonl", [conversation(i) for i in range(60)])
+    template = tmp_path / "other.jinja"
+    template.write_text(CHATML)
+    options = (f"data.path={chat}", "data.format=chat", f"data.chat_template={template}")
+    config, run, corpus = started(resolved(old, *options))
+    train(0, 1, config, run, corpus.folder)
+    template.unlink()
+    old.rename(new)  # with the cache, so that the corpus is prepared again
+    moved = RunFolder(new / "second")
+    stored = open_run(str(new), "second")[0]
+    assert stored.tokenizer.read_bytes() == moved.tokenizer.read_bytes()
+    again = resolve(preset("tiny"), [f"run.root={new}", "train.resume=second", "train.steps=5"])
+    assert again.data.tokenizer == str(moved.tokenizer) and again.data.chat_template == str(moved.chat_template)
+    assert check_inputs(again, moved.path)[0].fingerprint == corpus.fingerprint
+
+
+def test_the_space_of_the_initial_weights_does_not_count_as_that_of_a_checkpoint(tmp_path: Path) -> None:
+    write_source(tmp_path)
+    config, run, corpus = started(resolved(tmp_path, "checkpoint.keep=2"))
+    metrics = TrainingMetrics(CollectorRegistry(), run="test", worker="0")
+    trainer = Trainer(config, corpus, run, metrics, torch.device("cpu"))
+    trainer.checkpoints.free_bytes = lambda _: 0
+    with pytest.raises(Unrecoverable, match="for 3 checkpoints"):
+        trainer.checkpoints.check_space()
+
+
+@pytest.mark.parametrize("step", ["initialization.write_manifest", "launch.save_config"])
+def test_a_full_disk_leaves_no_run(step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_source(tmp_path)
 
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("raymoe.training.initialization.write_manifest", full)
+    monkeypatch.setattr(f"raymoe.training.{step}", full)
     with pytest.raises(OSError, match="No space left"):
         started(resolved(tmp_path))
     assert not (tmp_path / "second").exists()
