@@ -57,6 +57,10 @@ def run(*words: str, path: Path) -> subprocess.CompletedProcess[str]:
             "mine.yaml: --set: unknown key 'train.stepz': did you mean 'train.steps'?",
         ),
         (["FILE", "--cores", "0"], "--cores 0 is not allowed"),
+        (
+            ["FILE", "--json", "/no/such/folder/out.json"],
+            "--json: the folder /no/such/folder does not exist: create it",
+        ),
         (["FILE", "--name", "a/b"], "the name 'a/b' is not allowed"),
         (["FILE", "--set", "data.path=/no/such/text"], "data.path=/no/such/text"),
     ],
