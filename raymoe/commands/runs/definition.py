@@ -140,7 +140,10 @@ def planned(experiment: Experiment, chosen: Mapping[str, Mapping[str, str]]) -> 
 
 
 def planned_sweep(experiment: Experiment) -> list[PlannedRun]:
-    """Return the runs of the sweep; none without a sweep. Raises ValueError for a bad config."""
+    """Return the runs of the sweep; none without a sweep. Raises ValueError for a bad config.
+
+    All runs are validated on a tuning split.
+    """
     sweep = experiment.sweep
     if sweep is None:
         return []
@@ -151,6 +154,8 @@ def planned_sweep(experiment: Experiment) -> list[PlannedRun]:
         for settings in sweep.grid.settings(name)
         if settings
     ]
+    if not all(run.config.data.tune_share for run in runs):
+        raise ValueError("data.tune_share=0 is not allowed in a sweep, which does not read the validation split")
     return _distinct(runs)
 
 

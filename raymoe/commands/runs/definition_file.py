@@ -158,8 +158,6 @@ def _sweep(node: yaml.Node, variants: Mapping[str, Variant]) -> Sweep:
         seed = _integer(scalar(nodes.pop("seed"), "seed"), "seed", 0) if "seed" in nodes else 0
         share = scalar(nodes.pop("tune_share"), "tune_share") if "tune_share" in nodes else "0.05"
         tune = override(preset("screen"), [f"data.tune_share={share}"]).data.tune_share
-        if not tune:
-            raise ValueError("tune_share=0 is not allowed: a sweep never reads the validation split")
         own = _sections(nodes, ("grid", "select", "seed", "tune_share"))
         return Sweep(grid, select, seed, tune, tuple(own))
 
