@@ -134,7 +134,7 @@ def _summary(name: str, label: str, results: Sequence[Record], base: Mapping[int
 
 HEAD = (
     "model", "parameters, M", "active, M", "lr", "1/4", "2/4", "3/4", "perplexity", "bits/byte", "ratio", "load CV",
-    "time, s", "tokens/s", "peak, MB", "runs",
+    "time, s", "tokens/s", "peak, MiB", "runs",
 )  # fmt: skip
 
 
@@ -154,8 +154,8 @@ def table_rows(summaries: Sequence[Summary]) -> list[tuple[str, ...]]:
 def note(reference: str) -> str:
     """Return the conditions of the table."""
     return (
-        "perplexity: per token, whole validation set; 1/4 to 3/4: on its evenly spread windows, at that share of the "
-        f"steps; ±: half of the {CONFIDENCE:.0%} interval over seeds (Student t); ratio: of perplexities to {reference}, "
+        "perplexity: per token, whole validation set; 1/4 to 3/4: on train.validate_windows windows, at that share of the "
+        f"steps; ±: half of the {CONFIDENCE:.0%} interval over seeds (Student t); ratio: perplexity / that of {reference}, "
         "paired by seed; active: parameters that process a token; time: of training steps; load CV: of experts (else "
         "clusters), 0 is even"
     )

@@ -25,9 +25,9 @@ from raymoe.training.regroup.clusterer import Clusterer
 def train_here(config: Config, run: Path, corpus: Corpus, stop: Path | None = None) -> dict[str, Any]:
     """Train on the CPU of this process, from the run's newest checkpoint or from step 0, and write its report.
 
-    Returns, and writes to `outcome.json`, the step reached, whether a stop was requested (`RunFolder.stop_request`,
-    which then holds a checkpoint, or a file `stop` that exists before the first step) and the peak memory in MiB. The
-    clusterer runs in this process, so the time of a step contains its work.
+    The file `RunFolder.stop_request` stops the run with a checkpoint at the next step; a file `stop` stops it before the
+    first step. Returns the step reached, whether the run was stopped, and the peak memory in MiB; `outcome.json` has
+    the same, except for a run that `stop` stopped. The clusterer runs in this process, so the time of a step contains its work.
     Raises RunInUse, ValueError for a run that starts from stored weights, the errors of `Trainer`, and
     FloatingPointError if the last validation loss is not finite.
     """

@@ -77,7 +77,7 @@ def run_all(
 
 
 def _submit(run: PlannedRun, corpus: Path, stop: Path) -> Any:
-    # One call per process: peak memory and compiled products of a run do not depend on the run before it. A task whose
+    # One call per process: peak memory and compiled code of a run do not depend on the run before it. A task whose
     # process dies is repeated, and resumes from the newest checkpoint.
     task = ray.remote(max_calls=1, num_cpus=run.cores, max_retries=run.config.train.max_failures)(train_logged)
     return task.options(name=run.name).remote(run.config.to_dict(), str(run.folder), str(corpus), str(stop))
