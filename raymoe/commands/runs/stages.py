@@ -41,7 +41,6 @@ class Session:
 
     def __enter__(self) -> Session:
         self._stack.enter_context(own_run(self.folder))
-        self.folder.mkdir(parents=True, exist_ok=True)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -82,6 +81,7 @@ class Session:
             return 0
         self._connect()
         cores = self._capacity(unfinished)
+        self.folder.mkdir(exist_ok=True)
         corpora = [self._corpus(run) for run in unfinished]
         print(
             f"{kind + 's':<9} {len(unfinished)} of {len(runs)} to train, on {cores:g} cores, in {self.folder}",
