@@ -74,7 +74,7 @@ def test_a_refusal_leaves_nothing(
     assert not (tmp_path / "experiments").exists()
 
 
-@pytest.mark.ray
+@pytest.mark.soak
 def test_an_experiment_with_a_sweep_and_a_failing_run(tmp_path: Path) -> None:
     """The run that fails is reported with its log; the others finish, and are not trained again."""
     path = write(
