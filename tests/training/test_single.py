@@ -28,7 +28,7 @@ def config(root: Path, *changes: str) -> Config:
         f"data.path={root / 'text.txt'}",
         "train.steps=12",
     ]
-    every = ["checkpoint.every=4", "train.validate_every=4", "regroup.mode=off", "train.workers=1"]
+    every = ["checkpoint.every=4", "train.validate_every=4", "regroup.mode=off", "train.workers=1", "train.threads=1"]
     return override(preset("tiny"), [*SMALL, *own, *every, *changes])
 
 
