@@ -17,7 +17,7 @@ from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
 
-from raymoe.commands.entry import new_parser, refuse
+from raymoe.commands.entry import check_folder, new_parser, refuse
 from raymoe.config import default_root, expand
 
 
@@ -44,6 +44,7 @@ def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
     parse = parser(program)
     arguments = parse.parse_args(words)
     try:
+        check_folder("--out", arguments.out)
         folders = list(dict.fromkeys(find_run(name, arguments.root) for name in arguments.runs))
         from raymoe.commands.runs.comparison import compared, grouped, result_table, write_page
 

@@ -19,7 +19,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from raymoe.commands.entry import new_parser
+from raymoe.commands.entry import check_folder, new_parser, refuse
 from raymoe.config import default_root, override, preset
 
 
@@ -33,14 +33,11 @@ def parser(program: str | None = None) -> argparse.ArgumentParser:
 def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
     parse = parser(program)
     arguments = parse.parse_args(words)
-    if arguments.json and not arguments.json.absolute().parent.is_dir():
-        print(f"{parse.prog}: --json: the folder {arguments.json.absolute().parent} does not exist", file=sys.stderr)
-        return 2
     try:
+        check_folder("--json", arguments.json)
         override(preset("tiny"), [f"run.root={arguments.root}"])
-    except ValueError as error:
-        print(f"{parse.prog}: {error}", file=sys.stderr)
-        return 2
+    except (ValueError, OSError) as error:
+        return refuse(parse.prog, error)
     from raymoe.ops.ray_connection import connect, find_ray
 
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
@@ -49,8 +46,7 @@ def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
         print(f"ray         {target}", flush=True)
         print(f"ray         {connect(target, cpus=2, name='doctor')}", flush=True)
     except (ValueError, ConnectionError) as error:
-        print(f"{parse.prog}: {error}", file=sys.stderr)
-        return 2
+        return refuse(parse.prog, error)
     from raymoe.ops.doctor import examine
     from raymoe.ops.doctor_checks import exit_status
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
 REFUSED = 2
 """Exit status of a command that refuses its arguments or input before it starts to work."""
@@ -20,6 +21,12 @@ def refuse(program: str, error: object) -> int:
     """Print `program: error` on stderr, and return the exit status REFUSED."""
     print(f"{program}: {error}", file=sys.stderr)
     return REFUSED
+
+
+def check_folder(option: str, file: Path | None) -> None:
+    """Raise FileNotFoundError if an option names a file to write in a folder that does not exist."""
+    if file is not None and not (folder := file.absolute().parent).is_dir():
+        raise FileNotFoundError(f"{option}: the folder {folder} does not exist: create it")
 
 
 def sibling(program: str, command: str) -> str:

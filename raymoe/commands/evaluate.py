@@ -18,13 +18,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from raymoe.commands.entry import new_parser
+from raymoe.commands.entry import check_folder, new_parser, refuse
 from raymoe.commands.routing import most_forced
 from raymoe.config import default_root
 
@@ -74,6 +73,7 @@ def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
     torch.set_num_threads(arguments.threads)
     progress, done = StageLines(), 0
     try:
+        check_folder("--json", arguments.json)
         progress("read model and text", 0, 1)
         stored, skipped = open_any(arguments.root, arguments.name, arguments.step)
         for reason in skipped:
@@ -94,8 +94,7 @@ def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
             batch=arguments.batch, precision=arguments.precision, progress=advance,
         )  # fmt: skip
     except (ValueError, OSError) as error:
-        print(f"{parse.prog}: {error}", file=sys.stderr)
-        return 2
+        return refuse(parse.prog, error)
     parameters = sum(p.numel() for p in model.parameters())
     result = summarize(stored, judged, parameters, arguments.data or "validation", arguments.precision)
     print(summary(result) if arguments.quiet else table(result))
@@ -108,12 +107,12 @@ def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
 def summarize(stored: StoredModel, judged: Judgement, parameters: int, data: str, precision: str) -> dict[str, Any]:
     """Return the result of an evaluation as JSON. Losses are in nats per token, memory in MiB."""
     from raymoe.export.judge import load_measures
+    from raymoe.ops.memory import peak_rss_mb
     from raymoe.parallel.groups import loads_by_rank, placements
 
     whole, workers = judged.whole, stored.config.train.workers
     loads = judged.clusters if judged.clusters.size else judged.experts
     placed = placements(stored.config.model, stored.assignment, workers)
-    per_mib = 2**20 if sys.platform == "darwin" else 2**10
     return {
         "model": str(stored.folder),
         "version": stored.version,
@@ -132,7 +131,7 @@ def summarize(stored: StoredModel, judged: Judgement, parameters: int, data: str
         "routing": judged.routing,
         "parameters": parameters,
         "tokens_per_s": whole.tokens / judged.seconds,
-        "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / per_mib,
+        "peak_memory_mb": peak_rss_mb(),
     }
 
 

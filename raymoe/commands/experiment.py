@@ -21,7 +21,7 @@ from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
 
-from raymoe.commands.entry import new_parser, refuse
+from raymoe.commands.entry import check_folder, new_parser, refuse
 from raymoe.commands.runs.definition_file import find_file, read_experiment
 
 
@@ -45,6 +45,7 @@ def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
     try:
         if arguments.cores is not None and arguments.cores < 1:
             raise ValueError(f"--cores {arguments.cores} is not allowed: 1 or more")
+        check_folder("--json", arguments.json)
         experiment = read_experiment(find_file(arguments.experiment), arguments.overrides, arguments.name)
         from raymoe.training.resolve import check_root
 

@@ -1,7 +1,7 @@
 """Sums over rows that measure routing: choices forced by the selection bias, probability of the choices, entropy.
 
 A choice is forced if its group is not among the k groups of the highest probability: without the selection bias,
-the router would not have chosen it. Sums of batches and of ranks add up.
+the router would not have chosen it. The sums are additive over batches and ranks.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from raymoe.config.fields import result_fields
 from raymoe.report.comparison_plots import grid_plot, legend_labels, pareto_plot
 from raymoe.report.elements import details, paragraph, section, table, terms
 from raymoe.report.intervals import HEAD, QUARTERS, Summary, at_quarter, note, paired_ratio, summarize, table_rows
@@ -61,7 +62,7 @@ def _commit(run: Record) -> str:
 
 
 def _machine(run: Record) -> str:
-    machine = run.get("machine") or {}
+    machine = run["machine"]
     return f"{machine.get('processor', 'unknown')}, {machine.get('cores', '–')} cores"
 
 
@@ -120,7 +121,7 @@ def _ratio_line(results: Sequence[Record], reference: Sequence[Record]) -> Line:
 
 def _pareto(summaries: Sequence[Summary], short: Mapping[str, str]) -> str:
     lead = (
-        "Lower left is better. The line connects the variants that no other variant is better than in both respects. A "
+        "Lower left is better. The line is the Pareto frontier. A "
         "training step takes about 6 floating-point operations per token and active parameter, without attention scores."
     )
     figures = [
@@ -153,19 +154,15 @@ def _sweep(results: Record) -> str:
 
 def _variants(runs: Sequence[Record], labels: Mapping[str, str]) -> str:
     """Return a table of the fields in which the variants differ."""
-    fields = {name: flat(next((r["config"] for r in runs if r["variant"] == name), {})) for name in labels}
+    configs = {name: next((r["config"] for r in runs if r["variant"] == name), {}) for name in labels}
+    fields = {name: result_fields(config) for name, config in configs.items()}
     fields = {name: found for name, found in fields.items() if found}
     keys = [
         key for key in next(iter(fields.values()), {})
-        if key not in ("run.name", "run.seed") and len({str(found.get(key)) for found in fields.values()}) > 1
+        if key != "run.seed" and len({str(found.get(key)) for found in fields.values()}) > 1
     ]  # fmt: skip
     rows = [(labels[name], *(str(found.get(key)) for key in keys)) for name, found in fields.items()]
     return details("Fields in which the variants differ", table(("model", *keys), rows), wide=True) if keys else ""
-
-
-def flat(config: Record) -> Record:
-    """Return the fields of a config by `section.field`."""
-    return {f"{s}.{k}": v for s, fields in config.items() if isinstance(fields, dict) for k, v in fields.items()}
 
 
 def _runs(runs: Sequence[Record], labels: Mapping[str, str]) -> str:

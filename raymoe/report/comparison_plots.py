@@ -62,7 +62,7 @@ def pareto_plot(
 
 
 def frontier(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Return the points (cost, score) that no other point is better than in both, by cost. Lower is better."""
+    """Return the Pareto frontier of points (cost, score), by cost. Lower is better in both."""
     best, found = math.inf, []
     for x, y in sorted(points):
         if y < best:

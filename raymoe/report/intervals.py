@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy import stats
@@ -44,8 +45,7 @@ class Interval:
         return format(self.mean, form) + (f" ±{format(self.half, form)}" if math.isfinite(self.half) else "")
 
     def to_dict(self) -> Record:
-        values = {"mean": self.mean, "half_width": self.half}
-        return {name: v if math.isfinite(v) else None for name, v in values.items()} | {"n": self.n}
+        return {"mean": _json(self.mean), "half_width": _json(self.half), "n": self.n}
 
 
 def paired_ratio(values: Mapping[int, float], reference: Mapping[int, float]) -> Interval:
@@ -92,12 +92,15 @@ class Summary:
 
     def to_dict(self) -> Record:
         """Return JSON values."""
-        return {
-            name: value.to_dict() if isinstance(value, Interval)
-            else [item.to_dict() if isinstance(item, Interval) else item for item in value] if isinstance(value, tuple)
-            else None if isinstance(value, float) and not math.isfinite(value) else value
-            for name, value in vars(self).items()
-        }  # fmt: skip
+        return {name: _json(value) for name, value in vars(self).items()}
+
+
+def _json(value: Any) -> Any:
+    if isinstance(value, Interval):
+        return value.to_dict()
+    if isinstance(value, tuple):
+        return [_json(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def summarize(results: Sequence[Record], labels: Mapping[str, str], reference: str) -> list[Summary]:
@@ -131,7 +134,7 @@ def _summary(name: str, label: str, results: Sequence[Record], base: Mapping[int
 
 HEAD = (
     "model", "parameters, M", "active, M", "lr", "1/4", "2/4", "3/4", "perplexity", "bits/byte", "ratio", "load CV",
-    "time, s", "tokens/s", "peak, MB", "runs",
+    "time, s", "tokens/s", "peak, MiB", "runs",
 )  # fmt: skip
 
 
@@ -151,8 +154,8 @@ def table_rows(summaries: Sequence[Summary]) -> list[tuple[str, ...]]:
 def note(reference: str) -> str:
     """Return the conditions of the table."""
     return (
-        "perplexity: per token, whole validation set; 1/4 to 3/4: on its evenly spread windows, at that share of the "
-        f"steps; ±: half of the {CONFIDENCE:.0%} interval over seeds (Student t); ratio: of perplexities to {reference}, "
+        "perplexity: per token, whole validation set; 1/4 to 3/4: on train.validate_windows windows, at that share of the "
+        f"steps; ±: half of the {CONFIDENCE:.0%} interval over seeds (Student t); ratio: perplexity / that of {reference}, "
         "paired by seed; active: parameters that process a token; time: of training steps; load CV: of experts (else "
         "clusters), 0 is even"
     )

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import resource
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ from prometheus_client import CollectorRegistry
 from raymoe.config import Config
 from raymoe.data.corpus import Corpus
 from raymoe.metrics import TrainingMetrics
+from raymoe.ops.memory import peak_rss_mb
 from raymoe.storage.files import write_json
 from raymoe.storage.run_folder import RunFolder
 from raymoe.storage.run_lock import own_run
@@ -26,9 +25,9 @@ from raymoe.training.regroup.clusterer import Clusterer
 def train_here(config: Config, run: Path, corpus: Corpus, stop: Path | None = None) -> dict[str, Any]:
     """Train on the CPU of this process, from the run's newest checkpoint or from step 0, and write its report.
 
-    Returns, and writes to `outcome.json`, the step reached, whether a stop was requested (`RunFolder.stop_request`,
-    which then holds a checkpoint, or a file `stop` that exists before the first step) and the peak memory in MiB. The
-    clusterer runs in this process, so the time of a step contains its work.
+    The file `RunFolder.stop_request` stops the run with a checkpoint at the next step; a file `stop` stops it before the
+    first step. Returns the step reached, whether the run was stopped, and the peak memory in MiB; `outcome.json` has
+    the same, except for a run that `stop` stopped. The clusterer runs in this process, so the time of a step contains its work.
     Raises RunInUse, ValueError for a run that starts from stored weights, the errors of `Trainer`, and
     FloatingPointError if the last validation loss is not finite.
     """
@@ -57,20 +56,6 @@ def train_here(config: Config, run: Path, corpus: Corpus, stop: Path | None = No
 def _client(config: Config) -> ClustererClient | None:
     if not config.regroups:
         return None
-    return (
-        ReplayClient(Path(config.regroup.replay))
-        if config.regroup.replay
-        else DirectClient(Clusterer(config.to_dict()))
-    )
-
-
-def peak_rss_mb() -> float:
-    """Return the largest resident memory of this process so far, in MiB."""
-    try:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):  # ru_maxrss of a started program includes its parent's memory at the fork
-                return int(line.split()[1]) / 1024
-    except OSError:
-        pass
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (1 << 20 if sys.platform == "darwin" else 1 << 10)
+    if config.regroup.replay:
+        return ReplayClient(Path(config.regroup.replay))
+    return DirectClient(Clusterer(config.to_dict()))

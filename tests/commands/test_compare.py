@@ -31,7 +31,12 @@ def test_runs_are_found_by_name_or_folder(tmp_path: Path, capsys: pytest.Capture
 def test_an_unknown_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["nothing", "--root", str(tmp_path)]) == 2
     assert "run 'nothing': neither a folder with a config.json nor a run under" in capsys.readouterr().err
+    assert main(["nothing", "--out", str(tmp_path / "no" / "page.html")]) == 2
+    assert f"--out: the folder {tmp_path / 'no'} does not exist" in capsys.readouterr().err
     (tmp_path / "damaged").mkdir()
     (tmp_path / "damaged" / "config.json").write_text("{")
     assert main(["damaged", "--root", str(tmp_path)]) == 2
     assert "is not valid JSON" in capsys.readouterr().err
+    (tmp_path / "damaged" / "config.json").write_text("{}")
+    assert main(["damaged", "--root", str(tmp_path)]) == 2
+    assert f"{tmp_path / 'damaged' / 'config.json'}: a config must be a JSON object" in capsys.readouterr().err

@@ -57,6 +57,10 @@ def run(*words: str, path: Path) -> subprocess.CompletedProcess[str]:
             "mine.yaml: --set: unknown key 'train.stepz': did you mean 'train.steps'?",
         ),
         (["FILE", "--cores", "0"], "--cores 0 is not allowed"),
+        (
+            ["FILE", "--json", "/no/such/folder/out.json"],
+            "--json: the folder /no/such/folder does not exist: create it",
+        ),
         (["FILE", "--name", "a/b"], "the name 'a/b' is not allowed"),
         (["FILE", "--set", "data.path=/no/such/text"], "data.path=/no/such/text"),
     ],
@@ -70,7 +74,7 @@ def test_a_refusal_leaves_nothing(
     assert not (tmp_path / "experiments").exists()
 
 
-@pytest.mark.ray
+@pytest.mark.soak
 def test_an_experiment_with_a_sweep_and_a_failing_run(tmp_path: Path) -> None:
     """The run that fails is reported with its log; the others finish, and are not trained again."""
     path = write(

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -15,6 +15,7 @@ from raymoe.report.intervals import Interval, at_quarter, markdown, paired_ratio
 VALUES = st.lists(st.floats(1, 1e4), min_size=2, max_size=8)
 
 
+@settings(deadline=None)
 @given(VALUES)
 def test_the_interval_is_that_of_a_t_test(values: list[float]) -> None:
     found = Interval.of(values)

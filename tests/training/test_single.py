@@ -12,9 +12,8 @@ from raymoe.data.corpus import Corpus
 from raymoe.data.prepare import prepare
 from raymoe.storage.run_folder import RunFolder, read_records
 from raymoe.storage.run_lock import RunInUse, own_run
-from raymoe.training import single
 from raymoe.training.loop import Trainer
-from raymoe.training.single import peak_rss_mb, train_here
+from raymoe.training.single import train_here
 from tests.training.test_loop import SMALL
 
 TEXT = "".join(f"{i} sheep and {i * i % 97} goats graze on hill {i % 13}.\n" for i in range(1500))
@@ -29,7 +28,7 @@ def config(root: Path, *changes: str) -> Config:
         f"data.path={root / 'text.txt'}",
         "train.steps=12",
     ]
-    every = ["checkpoint.every=4", "train.validate_every=4", "regroup.mode=off", "train.workers=1"]
+    every = ["checkpoint.every=4", "train.validate_every=4", "regroup.mode=off", "train.workers=1", "train.threads=1"]
     return override(preset("tiny"), [*SMALL, *own, *every, *changes])
 
 
@@ -99,9 +98,3 @@ def test_experts_regroup_without_an_actor(tmp_path: Path) -> None:
     settings = config(tmp_path, *(f"regroup.{item}" for item in regroup), "train.steps=16")
     train_here(settings, tmp_path / "first", corpus(settings))
     assert "applied" in [r["name"] for r in read_records(RunFolder(tmp_path / "first").plans)]
-
-
-def test_the_peak_falls_back_to_resource_usage(monkeypatch: pytest.MonkeyPatch) -> None:
-    peak = peak_rss_mb()
-    monkeypatch.setattr(single, "Path", lambda _: Path("/no/such/file"))
-    assert peak_rss_mb() == pytest.approx(peak, rel=0.5)

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from raymoe.commands.runs.results import flat_fields, run_result
-from raymoe.config import Config, from_dict
+from raymoe.commands.runs.results import run_result
+from raymoe.config.fields import result_fields
 from raymoe.report.comparison_page import render_comparison
 from raymoe.report.intervals import HEAD, markdown, note, summarize, table_rows
 from raymoe.report.plots import Record
@@ -69,7 +69,7 @@ def warnings(results: Mapping[str, Any]) -> list[str]:
     for what, of in (
         ("commits", lambda r: r["commit"] or "unknown"),
         ("corpora", lambda r: r["corpus"] or "unknown"),
-        ("processors", lambda r: (r["machine"] or {}).get("processor") or "unknown"),
+        ("processors", lambda r: r["machine"].get("processor") or "unknown"),
         ("numbers of tokens", lambda r: f"{r['steps'] * r['tokens_per_step']:,}"),
     ):
         values = sorted({str(of(run)) for run in results["runs"]})
@@ -91,7 +91,7 @@ def grouped(runs: Sequence[Path]) -> tuple[list[Record], dict[str, str]]:
     results = [run_result(run) for run in runs]
     groups: dict[str, list[Record]] = {}
     for result in results:
-        groups.setdefault(_identity(from_dict(result["config"])), []).append(result)
+        groups.setdefault(_identity(result["config"]), []).append(result)
     labels: dict[str, str] = {}
     for n, found in enumerate(groups.values(), 1):
         seeds = [r["seed"] for r in found]
@@ -106,5 +106,5 @@ def grouped(runs: Sequence[Path]) -> tuple[list[Record], dict[str, str]]:
     return results, labels
 
 
-def _identity(config: Config) -> str:
-    return repr(sorted((key, value) for key, value in flat_fields(config).items() if key != "run.seed"))
+def _identity(config: Mapping[str, Any]) -> str:
+    return repr(sorted((key, value) for key, value in result_fields(config).items() if key != "run.seed"))

@@ -71,13 +71,11 @@ class Experiment:
     name: str
     base: Config
     variants: Mapping[str, Variant]
+    reference: str
+    """Name of the variant that others are compared with."""
     title: str = ""
     seeds: tuple[int, ...] = (0,)
     cores: int = 1
-    reference: str = ""
-    """Name of the variant that others are compared with. Empty: the first one."""
-    grid: Grid | None = None
-    """Every combination becomes a variant of its own."""
     sweep: Sweep | None = None
     base_overrides: tuple[str, ...] = ()
     """Overrides that `base` contains, to know which fields are set."""
@@ -115,20 +113,17 @@ class PlannedRun:
         return Path(self.config.run.root) / self.name
 
 
-def expanded(experiment: Experiment) -> Experiment:
-    """Return the experiment with each combination of its grid as a variant."""
-    grid = experiment.grid
-    if grid is None:
-        return experiment
+def expanded(given: Mapping[str, Variant], grid: Grid) -> dict[str, Variant]:
+    """Return the variants with each combination of a grid as a variant of its own. Raises ValueError for equal names."""
     variants: dict[str, Variant] = {}
-    for name, variant in experiment.variants.items():
+    for name, variant in given.items():
         for settings in grid.settings(name):
             own = f"{name}-{short(settings)}" if settings else name
             label = ", ".join([variant.label, *(f"{key.partition('.')[2]}={value}" for key, value in settings.items())])
             if own in variants:
                 raise ValueError(f"grid: two variants are named {own}: rename a variant or remove a repeated value")
             variants[own] = replace(variant, label=label, overrides=(*variant.overrides, *assign(settings)))
-    return replace(experiment, variants=variants, grid=None)
+    return variants
 
 
 def planned(experiment: Experiment, chosen: Mapping[str, Mapping[str, str]]) -> list[PlannedRun]:
@@ -145,7 +140,10 @@ def planned(experiment: Experiment, chosen: Mapping[str, Mapping[str, str]]) -> 
 
 
 def planned_sweep(experiment: Experiment) -> list[PlannedRun]:
-    """Return the runs of the sweep; none without a sweep. Raises ValueError for a bad config."""
+    """Return the runs of the sweep; none without a sweep. Raises ValueError for a bad config.
+
+    All runs are validated on a tuning split.
+    """
     sweep = experiment.sweep
     if sweep is None:
         return []
@@ -156,6 +154,8 @@ def planned_sweep(experiment: Experiment) -> list[PlannedRun]:
         for settings in sweep.grid.settings(name)
         if settings
     ]
+    if not all(run.config.data.tune_share for run in runs):
+        raise ValueError("data.tune_share=0 is not allowed in a sweep, which does not read the validation split")
     return _distinct(runs)
 
 

@@ -20,7 +20,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import yaml
@@ -103,36 +102,36 @@ def parse_experiment(text: str, name: str, overrides: Sequence[str] = ()) -> Exp
     variants = {key: _variant(key, node) for key, node in pairs(top["variants"], "variants")}
     if not variants:
         raise ValueError("variants: give at least one")
+    grid = _grid(top["grid"], "grid", variants) if "grid" in top else None
+    if grid:
+        variants = expanded(variants, grid)
     experiment = Experiment(
         name=name, title=scalar(top["title"], "title") if "title" in top else "", base=base, variants=variants,
         seeds=tuple(_integer(v, "seeds", 0) for v in _list(top["seeds"], "seeds")) if "seeds" in top else (0,),
         cores=_integer(scalar(top["cores"], "cores"), "cores", 1) if "cores" in top else 1,
-        grid=_grid(top["grid"], "grid", variants) if "grid" in top else None,
+        sweep=_sweep(top["sweep"], variants) if "sweep" in top else None,
+        reference=scalar(top["reference"], "reference") if "reference" in top else next(iter(variants)),
         base_overrides=tuple(base_overrides), overrides=tuple(overrides), text=text,
     )  # fmt: skip
+    _check(experiment, grid)
+    return experiment
+
+
+def _check(experiment: Experiment, grid: Grid | None) -> None:
+    """Raise ValueError for parts of an experiment that contradict each other. `grid`: that of its variants."""
     if len(set(experiment.seeds)) < len(experiment.seeds):
         raise ValueError("seeds: a seed occurs twice: remove one")
-    return _finish(experiment, top)
-
-
-def _finish(experiment: Experiment, top: Mapping[str, yaml.Node]) -> Experiment:
-    """Return the experiment with its grid expanded, its sweep and its reference."""
-    before = experiment.grid
-    experiment = expanded(experiment)
     labels = [variant.label for variant in experiment.variants.values()]
     for label in labels:
         if labels.count(label) > 1:
             raise ValueError(f"variants: two have the label {label!r}: rename one")
-    if "sweep" in top:
-        experiment = replace(experiment, sweep=_sweep(top["sweep"], experiment.variants))
-    reference = scalar(top["reference"], "reference") if "reference" in top else next(iter(experiment.variants))
+    reference = experiment.reference
     if reference not in experiment.variants:
         raise ValueError(f"reference: unknown variant {reference!r}" + _one_of(reference, experiment.variants))
-    for grid, field in ((before, "grid"), (experiment.sweep and experiment.sweep.grid, "sweep.grid")):
-        for key in grid.values if grid else ():
+    for of, field in ((grid, "grid"), (experiment.sweep and experiment.sweep.grid, "sweep.grid")):
+        for key in of.values if of else ():
             if any(item.startswith(f"{key}=") for item in experiment.overrides):
                 raise ValueError(f"{key} is in {field}: an override of it would give all its runs one value")
-    return replace(experiment, reference=reference)
 
 
 def _variant(name: str, node: yaml.Node) -> Variant:
@@ -159,8 +158,6 @@ def _sweep(node: yaml.Node, variants: Mapping[str, Variant]) -> Sweep:
         seed = _integer(scalar(nodes.pop("seed"), "seed"), "seed", 0) if "seed" in nodes else 0
         share = scalar(nodes.pop("tune_share"), "tune_share") if "tune_share" in nodes else "0.05"
         tune = override(preset("screen"), [f"data.tune_share={share}"]).data.tune_share
-        if not tune:
-            raise ValueError("tune_share=0 is not allowed: a sweep never reads the validation split")
         own = _sections(nodes, ("grid", "select", "seed", "tune_share"))
         return Sweep(grid, select, seed, tune, tuple(own))
 

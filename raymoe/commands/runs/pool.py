@@ -46,18 +46,17 @@ class Ended:
 
 def run_all(
     runs: Sequence[PlannedRun], corpora: Sequence[Path], cores: float, stop: Path,
-    ended: Callable[[Ended], None] = lambda _: None, status: Callable[[str], None] = lambda _: None,
-) -> tuple[list[Ended], int]:  # fmt: skip
+    ended: Callable[[Ended], None],
+) -> int:  # fmt: skip
     """Train `runs`, each on the corpus in its folder of `corpora`, with at most `cores` cores at a time.
 
-    Ray must be connected. `stop`: path of a file that requests a stop. `ended` is called after each run, `status` with
-    a line on the running ones. Returns the ends in order, and the signal that stopped the runs, or 0. Runs that did
-    not start have no end.
+    Ray must be connected. `stop`: path of a file that requests a stop. `ended` is called after each run that started.
+    Prints a line on the running ones every STATUS_S. Returns the signal that stopped the runs, or 0.
     """
     from raymoe.training.stop_signals import stop_on_signal
 
     stop.unlink(missing_ok=True)
-    waiting, ends = list(zip(runs, corpora, strict=True)), []
+    waiting = list(zip(runs, corpora, strict=True))
     active: dict[Any, PlannedRun] = {}
     shown = time.monotonic()
     with stop_on_signal(stop) as received:
@@ -70,17 +69,15 @@ def run_all(
                 active[_submit(run, corpus, stop)] = run
             done, _ = ray.wait(list(active), timeout=POLL_S) if active else ([], [])
             for future in done:
-                end = _end(active.pop(future), future)
-                ends.append(end)
-                ended(end)
+                ended(_end(active.pop(future), future))
             if active and time.monotonic() - shown > STATUS_S:
                 shown = time.monotonic()
-                status(describe(list(active.values()), len(waiting)))
-    return ends, received[0] if received else 0
+                print(describe(list(active.values()), len(waiting)), flush=True)
+    return received[0] if received else 0
 
 
 def _submit(run: PlannedRun, corpus: Path, stop: Path) -> Any:
-    # One call per process: peak memory and compiled products of a run do not depend on the run before it. A task whose
+    # One call per process: peak memory and compiled code of a run do not depend on the run before it. A task whose
     # process dies is repeated, and resumes from the newest checkpoint.
     task = ray.remote(max_calls=1, num_cpus=run.cores, max_retries=run.config.train.max_failures)(train_logged)
     return task.options(name=run.name).remote(run.config.to_dict(), str(run.folder), str(corpus), str(stop))

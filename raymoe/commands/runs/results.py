@@ -3,38 +3,31 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from raymoe.config import Config, from_dict
+from raymoe.config.fields import result_fields
 from raymoe.report.facts import bits_per_byte, training_seconds
-from raymoe.report.plots import Record, column, find, last
+from raymoe.report.plots import Record, column, find, last, number
 from raymoe.storage.files import CorruptFile, read_json
 from raymoe.storage.run_folder import RunFolder, read_records
 
-PLACE = ("run.name", "run.root", "data.cache", "train.resume", "train.metrics_host", "train.tracker")
-"""Fields that do not change the result of a run."""
-
 
 def saved_config(run: Path) -> Config:
-    """Return the config of a run's folder. Raises ValueError if it cannot be read."""
-    return from_dict(read_json(RunFolder(run).config).get("config"))
-
-
-def flat_fields(config: Config) -> dict[str, Any]:
-    """Return the fields that change the result of a run, by `section.field`."""
-    sections: Mapping[str, Any] = asdict(config)
-    fields = {f"{s}.{name}": value for s, of in sections.items() if isinstance(of, dict) for name, value in of.items()}
-    return {key: value for key, value in fields.items() if key not in PLACE}
+    """Return the config of a run's folder. Raises ValueError with the file if it cannot be read."""
+    path = RunFolder(run).config
+    about = read_json(path)
+    try:
+        return from_dict(about.get("config"))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def differences(one: Config, other: Config) -> list[str]:
     """Return the fields that differ, as `section.field: one -> other`."""
-    a, b = flat_fields(one), flat_fields(other)
+    a, b = result_fields(one.to_dict()), result_fields(other.to_dict())
     return [f"{key}: {a[key]} -> {b[key]}" for key in a if a[key] != b[key]]
 
 
@@ -81,7 +74,7 @@ def run_result(run: Path) -> Record:
     trains = [r for r in records if r.get("kind") == "train"]
     final = _last_validation(records)
     tokens = config.train.global_batch * config.model.context
-    peaks = [sum(r["rss_mb"]) for r in trains if r.get("rss_mb")]
+    peaks = [sum(map(number, r["rss_mb"])) for r in trains if isinstance(r.get("rss_mb"), list)]
     speeds = column(trains, "tokens_per_s")
     return {
         "folder": str(run),
@@ -104,7 +97,7 @@ def run_result(run: Path) -> Record:
         "tune_share": config.data.tune_share,
         "corpus": about.get("corpus_fingerprint"),
         "commit": about.get("commit"),
-        "machine": about.get("machine"),
+        "machine": about.get("machine") if isinstance(about.get("machine"), dict) else {},
         "started": about.get("started"),
         "config": config.to_dict(),
     }

@@ -13,17 +13,14 @@ from raymoe.report.plots import find
 def choose(experiment: Experiment, runs: Sequence[PlannedRun]) -> dict[str, Mapping[str, str]]:
     """Return the settings with the lowest score by variant, over the finished runs of a sweep.
 
-    A variant without a finished run has no entry. Raises ValueError if a run was not validated on the tuning split.
+    A variant without a finished run has no entry.
     """
     assert experiment.sweep is not None
     best: dict[str, tuple[float, Mapping[str, str]]] = {}
     for run in runs:
         if not is_finished(run.folder, run.config):
             continue
-        result = run_result(run.folder)
-        if not result["tune_share"]:
-            raise ValueError(f"{run.folder} was not validated on a tuning split: a sweep needs data.tune_share above 0")
-        score = find(result, experiment.sweep.select)
+        score = find(run_result(run.folder), experiment.sweep.select)
         if math.isfinite(score) and score < best.get(run.variant, (math.inf, {}))[0]:
             best[run.variant] = score, run.settings
     return {variant: settings for variant, (_, settings) in best.items()}

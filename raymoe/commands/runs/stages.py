@@ -11,7 +11,7 @@ from pathlib import Path
 import ray
 
 from raymoe.commands.runs.comparison import compared, result_table, write_page
-from raymoe.commands.runs.definition import Experiment, PlannedRun, planned, planned_sweep
+from raymoe.commands.runs.definition import Experiment, PlannedRun, assign, planned, planned_sweep
 from raymoe.commands.runs.pool import Ended, State, run_all
 from raymoe.commands.runs.results import is_finished, run_result
 from raymoe.commands.runs.selection import at_edge, choose
@@ -41,7 +41,6 @@ class Session:
 
     def __enter__(self) -> Session:
         self._stack.enter_context(own_run(self.folder))
-        self.folder.mkdir(parents=True, exist_ok=True)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -53,23 +52,14 @@ class Session:
         Raises ValueError or OSError before the first run starts.
         """
         self.sweep = planned_sweep(self.experiment)
-        unfinished = [run for run in self.sweep if not is_finished(run.folder, run.config)]
-        if not self.sweep:
-            self.final = planned(self.experiment, {})
-        ready = [run for run in self.final if not is_finished(run.folder, run.config)]
-        if unfinished or ready:
-            self._connect()
-        if received := self._train("sweep", self.sweep, unfinished):
+        if received := self._train("sweep", self.sweep):
             return received
         if self.sweep:
             self.chosen = choose(self.experiment, self.sweep)
-            for name, settings in self.chosen.items():
-                print(f"chosen    {name}: {', '.join(f'{k}={v}' for k, v in settings.items())}", flush=True)
-            self.final = [run for run in planned(self.experiment, self.chosen) if self._has_choice(run.variant)]
-            ready = [run for run in self.final if not is_finished(run.folder, run.config)]
-            if ready:
-                self._connect()
-        return self._train("run", self.final, ready)
+        for name, settings in self.chosen.items():
+            print(f"chosen    {name}: {', '.join(assign(settings))}", flush=True)
+        self.final = [run for run in planned(self.experiment, self.chosen) if self._has_choice(run.variant)]
+        return self._train("run", self.final)
 
     def _has_choice(self, variant: str) -> bool:
         """Return whether the variant needs no choice, or the sweep has made it."""
@@ -84,11 +74,14 @@ class Session:
         needed = max(v.cores or self.experiment.cores for v in self.experiment.variants.values())
         print(f"ray       {connect(target, needed, self.experiment.name)}", flush=True)
 
-    def _train(self, kind: str, runs: Sequence[PlannedRun], unfinished: Sequence[PlannedRun]) -> int:
+    def _train(self, kind: str, runs: Sequence[PlannedRun]) -> int:
         """Train the unfinished runs, and write the results after each one; return the signal received, or 0."""
+        unfinished = [run for run in runs if not is_finished(run.folder, run.config)]
         if not unfinished:
             return 0
+        self._connect()
         cores = self._capacity(unfinished)
+        self.folder.mkdir(exist_ok=True)
         corpora = [self._corpus(run) for run in unfinished]
         print(
             f"{kind + 's':<9} {len(unfinished)} of {len(runs)} to train, on {cores:g} cores, in {self.folder}",
@@ -105,10 +98,7 @@ class Session:
             print(f"{line} ({time.monotonic() - started:,.0f} s)", flush=True)
             self.write()
 
-        _, received = run_all(
-            unfinished, corpora, cores, self.folder / "stop", ended, lambda line: print(line, flush=True)
-        )
-        return received
+        return run_all(unfinished, corpora, cores, self.folder / "stop", ended)
 
     def _capacity(self, runs: Sequence[PlannedRun]) -> float:
         """Return the cores to use. Raises ValueError for a run that needs more than that."""

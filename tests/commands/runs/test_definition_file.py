@@ -35,7 +35,7 @@ def test_variants_seeds_grid_and_overrides_become_runs(tmp_path: Path) -> None:
     assert (first.config.model.experts, first.config.run.seed, first.config.train.warmup) == ("flat", 3, 2)
     assert (live.config.regroup.alpha, live.config.regroup.similarity) == (0.1, "paper")
     assert (wide.cores, wide.config.train.threads, first.config.train.threads) == (2, 2, 1)
-    assert {run.config.train.workers for run in runs} == {1}
+    assert {(run.config.train.workers, run.config.train.gpu) for run in runs} == {(1, "no")}
     assert {run.config.train.validate_every for run in runs} == {3}, "each quarter of 10 steps, rounded up"
     assert {run.config.data.cache for run in runs} == {str(tmp_path / "cache")}, "runs share the tokenized text"
     assert experiment.variants["flat"].label == "flat one" and experiment.reference == "flat"
@@ -93,7 +93,7 @@ def test_a_sweep_tries_each_setting_on_the_tuning_split_only(tmp_path: Path) -> 
         ("variants: {a: }\ngrid: {variants: [a]}", "grid: give a list of values"),
         ("variants: {a: }\nsweep: {grid: {train.lr: [1, 2]}}", "sweep: `select` is missing"),
         ("variants: {a: }\nsweep: {grid: {train.lr: [1]}, select: loss}", "sweep: select='loss' is not allowed: one of perplexity, bits_per_byte"),
-        ("variants: {a: }\nsweep: {grid: {train.lr: [1]}, select: perplexity, tune_share: 0}", "sweep: tune_share=0 is not allowed"),
+        ("variants: {a: }\nsweep: {grid: {train.lr: [1]}, select: perplexity, tune_share: 0}", r"data\.tune_share=0 is not allowed in a sweep"),
         ("variants: {a: }\nsweep: {grid: {train.lr: [1]}, select: perplexity, tune_share: 0.7}", r"sweep: data\.tune_share=0\.7 is not allowed"),
         ("variants: {a: }\nsweep: {grid: {train.lr: [1]}, select: perplexity, model: {layers: x}}", r"model\.layers='x'"),
         ("variants: {a: }\nsweep: {grid: {model.n_clusters: [2, 99]}, select: perplexity}", r"variants\.a: model\.n_clusters=99"),
@@ -120,6 +120,12 @@ def test_a_bad_override_is_refused(override: str, message: str, tmp_path: Path) 
     path = write(tmp_path, BASE + "variants: {a: }\ngrid: {train.lr: [1e-3, 2e-3]}\n")
     with pytest.raises(ValueError, match=message):
         read_experiment(path, [override])
+
+
+def test_an_override_does_not_move_a_sweep_to_the_validation_split(tmp_path: Path) -> None:
+    path = write(tmp_path, BASE + "variants: {a: }\nsweep: {grid: {train.lr: [1e-3]}, select: perplexity}\n")
+    with pytest.raises(ValueError, match=r"data\.tune_share=0 is not allowed in a sweep"):
+        read_experiment(path, ["data.tune_share=0"])
 
 
 def test_an_experiment_is_found_by_name_or_path(tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ def test_a_config_of_an_earlier_version_is_equal_if_its_new_fields_have_their_de
 def swept(root: Path) -> tuple[Experiment, list[PlannedRun]]:
     base = override(preset("tiny"), [f"run.root={root}", "train.steps=8"])
     sweep = Sweep(Grid({"train.lr": ("1e-3", "2e-3", "4e-3")}, ("a", "b")))
-    experiment = Experiment(name="e", base=base, variants={"a": Variant("A"), "b": Variant("B"), "c": Variant("C")}, sweep=sweep)  # fmt: skip
+    experiment = Experiment(name="e", base=base, variants={"a": Variant("A"), "b": Variant("B"), "c": Variant("C")}, reference="a", sweep=sweep)  # fmt: skip
     return experiment, planned_sweep(experiment)
 
 
