@@ -164,7 +164,7 @@ def remap(
                     tensors[built.prefix + name] = torch.zeros_like(p)
 
         def source(unit: str, layer: int = layer) -> dict[str, Tensor]:
-            return arrived.get((layer, unit)) or stacks[layer].unit(unit)
+            return arrived[layer, unit] if (layer, unit) in arrived else stacks[layer].unit(unit)
 
         _fill(built, change, source, keep_bases=same_clusters)
         if refit != "keep":
