@@ -99,18 +99,19 @@ SIDES = {
     "dense start": Side((LIVE, "regroup.start=dense")),
 }
 """`static` has random clusters: experts start from independent random weights, so which ones share a cluster is random
-until experts move. `random` also exchanges random experts in every period. `dense start` needs residual experts."""
+until experts move. `random` also exchanges random experts in every period. `dense start` needs residual experts and the softmax gate."""
 CONTROLS = ("static", "dense start")
 """Sides that also run without a change of domains."""
 
 
 def side_configs(changes: Sequence[str], steps: int) -> dict[str, Config]:
-    """Return the config of each side, without `dense start` for private experts. ValueError for a bad change.
+    """Return the config of each side that the model allows. ValueError for a bad change.
 
     `changes`: overrides of all sides, for example `model.expert_kind=private`.
     """
     common = override(preset("tiny"), [*SHIFT_CHANGES, *changes, f"train.steps={steps}"])
-    names = [name for name in SIDES if name != "dense start" or common.model.expert_kind == "residual"]
+    folds = common.model.expert_kind == "residual" and common.model.gate == "softmax"
+    names = [name for name in SIDES if name != "dense start" or folds]
     return {name: override(common, SIDES[name].changes) for name in names}
 
 
