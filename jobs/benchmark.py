@@ -60,19 +60,18 @@ def served(arguments: argparse.Namespace, parts: list[str]) -> dict[str, Any]:
 def regrouping(arguments: argparse.Namespace, parts: list[str]) -> dict[str, Any]:
     """Measure regrouping: its share of the training time, and its effect when the domains of the text change."""
     result: dict[str, Any] = {}
+    if "shift" in parts:
+        from benchmarks.domain_shift import shift, side_configs  # imports Ray
+
+        try:
+            configs = side_configs(arguments.set, arguments.steps or 1000)
+        except ValueError as error:
+            parser().error(str(error))
+        result["shift"] = shift(arguments.data, arguments.seeds, configs)
     if "overhead" in parts:
         from benchmarks.overhead import overhead  # imports Ray
 
         result["overhead"] = overhead(arguments.preset or "small", arguments.data, arguments.periods)
-    if "shift" in parts:
-        from benchmarks.domain_shift import shift, shift_config  # imports Ray
-
-        steps = arguments.steps or 1000
-        try:
-            shift_config(arguments.set, steps)
-        except ValueError as error:
-            parser().error(str(error))
-        result["shift"] = shift(arguments.data, arguments.seeds, steps, arguments.set)
     return result
 
 
@@ -130,6 +129,8 @@ def main() -> int:
     arguments = parse.parse_args()
     if arguments.part and arguments.part not in PARTS.get(arguments.name, []):
         parse.error(f"--part {arguments.part} is not a part of {arguments.name}")
+    if arguments.set and (arguments.name != "regroup" or arguments.part == "overhead"):
+        parse.error("--set has an effect on regroup, part shift, alone: leave it out")
     if arguments.name == "layer":
         from benchmarks.layer import layer
 

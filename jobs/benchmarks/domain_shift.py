@@ -99,23 +99,28 @@ SIDES = {
     "dense start": Side((LIVE, "regroup.start=dense")),
 }
 """`static` has random clusters: experts start from independent random weights, so which ones share a cluster is random
-until experts move. `random` also exchanges random experts in every period. `dense start` needs residual experts."""
+until experts move. `random` also exchanges random experts in every period. `dense start` needs residual experts and the softmax gate."""
 CONTROLS = ("static", "dense start")
 """Sides that also run without a change of domains."""
 
 
-def shift_config(changes: Sequence[str], steps: int) -> Config:
-    """Return the config that all runs have in common. ValueError for a bad change."""
-    return override(preset("tiny"), [*SHIFT_CHANGES, *changes, f"train.steps={steps}"])
+def side_configs(changes: Sequence[str], steps: int) -> dict[str, Config]:
+    """Return the config of each side that the model allows. ValueError for a bad change.
+
+    `changes`: overrides of all sides, for example `model.expert_kind=private`.
+    """
+    common = override(preset("tiny"), [*SHIFT_CHANGES, *changes, f"train.steps={steps}"])
+    folds = common.model.expert_kind == "residual" and common.model.gate == "softmax"
+    names = [name for name in SIDES if name != "dense start" or folds]
+    return {name: override(common, SIDES[name].changes) for name in names}
 
 
-def shift_run(side: Side, changes: Sequence[str], corpus: str, at: int) -> dict[str, Any]:
+def shift_run(config: Config, clusterer: type[Clusterer], corpus: str, at: int) -> dict[str, Any]:
     """Train in one process to the end; return the records of plans, and losses on the domains of the second half."""
     torch.set_num_threads(1)
-    config = override(preset("tiny"), [*SHIFT_CHANGES, *changes, *side.changes])
     text = Shift(Corpus.open(corpus), at)
     with tempfile.TemporaryDirectory() as folder:
-        client = DirectClient(side.clusterer(config.to_dict())) if config.regroups else None
+        client = DirectClient(clusterer(config.to_dict())) if config.regroups else None
         trainer(config, text, Path(folder), client).train()
         validations = records(Path(folder, "metrics.jsonl"), "validation", key="kind")
         plans = records(Path(folder, "plans.jsonl"), "made", "applied", "refused", "no_plan", "gain_measured")
@@ -159,20 +164,21 @@ def losses(run: dict[str, Any], at: int, steps: int) -> dict[str, float]:
     }
 
 
-def shift(data: str, seeds: int, steps: int, changes: Sequence[str] = ()) -> dict[str, Any]:
+def shift(data: str, seeds: int, configs: dict[str, Config]) -> dict[str, Any]:
     """Measure plans, gains and perplexity when the domains change half-way, and in controls without a change.
 
     All runs have the same model, tokens and order of tokens; those of one seed have the same initial weights.
-    `changes`: overrides of the config of all runs, for example `model.expert_kind=private`.
+    configs: from `side_configs`.
     """
-    config = shift_config(changes, steps)
-    tasks: dict[tuple[str, str, int], tuple[Side, list[str], int]] = {}
-    for seed in range(seeds):
-        for mix, at in (("shift", steps // 2), ("control", 0)):
-            for name, side in SIDES.items():
-                can_start = name != "dense start" or config.model.expert_kind == "residual"
-                if can_start and (mix == "shift" or name in CONTROLS):
-                    tasks[mix, name, seed] = side, [*changes, f"run.seed={seed}", f"train.steps={steps}"], at
+    config = configs["static"]
+    steps = config.train.steps
+    tasks = {
+        (mix, name, seed): (override(own, [f"run.seed={seed}"]), SIDES[name].clusterer)
+        for seed in range(seeds)
+        for mix in ("shift", "control")
+        for name, own in configs.items()
+        if mix == "shift" or name in CONTROLS
+    }
     tokens = steps * config.train.global_batch * config.model.context
     report(f"regroup  {config.model.expert_kind} experts, {len(tasks)} runs of {steps} steps, {tokens:,} tokens each")
     result: dict[str, Any] = {}
@@ -180,7 +186,10 @@ def shift(data: str, seeds: int, steps: int, changes: Sequence[str] = ()) -> dic
     with tempfile.TemporaryDirectory(prefix="raymoe-shift-") as folder:
         corpus = corpus_for(config, data, folder)
         with ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
-            futures = {task: pool.submit(shift_run, side, own, corpus, at) for task, (side, own, at) in tasks.items()}
+            futures = {
+                task: pool.submit(shift_run, *run, corpus, steps // 2 if task[0] == "shift" else 0)
+                for task, run in tasks.items()
+            }
             for task, future in futures.items():
                 mix, name, seed = task
                 run = future.result()

@@ -301,7 +301,7 @@ def show(label: str, both: dict[str, Any], ours: dict[str, Any]) -> None:
     for name, row in both["tokens/s"].items():
         if name != "ours":
             products, pairs = both[f"{name}, expert products"]["used"], both[f"ours / {name}, pairs"]
-            line += f"; transformers, {name}: {range_of(row)} ({products}), ours {range_of(pairs, '.2f')} of pairs"
+            line += f"; transformers, {name}: {range_of(row)} ({products}), ratio of pairs {range_of(pairs, '.2f')}"
     report(line)
     for n, row in ours.items():
         report(

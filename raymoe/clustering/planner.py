@@ -58,7 +58,8 @@ def make_plan(
     for layer, (S_EE, load_E, before_E) in enumerate(zip(S_LEE, stats.count_LE, assignment, strict=True)):
         if force and regroup.force_kind == "random":
             generator = np.random.default_rng([seed, stats.version, layer])
-            after_E, gain = _swap_randomly(S_EE, load_E, before_E, regroup, n_clusters, generator)
+            after_E = random_swaps(before_E, regroup.max_moves, generator)
+            gain = _gain(S_EE, load_E, before_E, after_E, regroup, n_clusters)
         else:
             mildest = force and regroup.force_kind == "mildest"
             after_E, gain = _improve_layer(S_EE, load_E, before_E, regroup, n_clusters, seed, mildest)
@@ -98,19 +99,16 @@ def _improve_layer(
     )  # fmt: skip
 
 
-def _swap_randomly(
+def _gain(
     S_EE: np.ndarray,
     load_E: np.ndarray,
-    assignment_E: Clusters,
+    before_E: Clusters,
+    after_E: Clusters,
     regroup: RegroupSection,
     n_clusters: int,
-    generator: np.random.Generator,
-) -> tuple[np.ndarray, float]:
-    after_E = random_swaps(assignment_E, regroup.max_moves, generator)
-    was, now = (
-        objective(S_EE, clusters, load_E, regroup.load_weight, n_clusters) for clusters in (assignment_E, after_E)
-    )
-    return after_E, now - was
+) -> float:
+    was, now = (objective(S_EE, clusters, load_E, regroup.load_weight, n_clusters) for clusters in (before_E, after_E))
+    return now - was
 
 
 def measured_gain(
@@ -121,11 +119,8 @@ def measured_gain(
     0 if no layer changed. Raises NotSampled.
     """
     S_LEE = similarity(stats, regroup.similarity, regroup.alpha)
-    rises: list[float] = []
-    for layer in sorted({move.layer for move in moves(before, after)}):
-        was, now = (
-            objective(S_LEE[layer], clusters[layer], stats.count_LE[layer], regroup.load_weight, n_clusters)
-            for clusters in (before, after)
-        )
-        rises.append(now - was)
-    return float(np.mean(rises)) if rises else 0.0
+    gains = [
+        _gain(S_LEE[layer], stats.count_LE[layer], before[layer], after[layer], regroup, n_clusters)
+        for layer in sorted({move.layer for move in moves(before, after)})
+    ]
+    return float(np.mean(gains)) if gains else 0.0

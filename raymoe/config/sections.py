@@ -197,7 +197,7 @@ class RegroupSection:
     start: Literal["factored", "dense"] = "factored"
     """First weights. `factored`: bases and residuals from step 0. `dense`: independent experts from one common initialization; at the end of the burn-in they are clustered by similarity and factored (mean base, truncated SVD), as in the paper."""
     similarity: Literal["counterfactual", "paper", "coactivation"] = "counterfactual"
-    """Similarity of two experts. `counterfactual`: of their residuals, and of their outputs on the same sampled tokens. `paper`: of whole weights and of mean routed inputs (equation 1); with factored experts it favors the current clusters. `coactivation`: how often a token would take both if it could choose among all experts of the layer, less the frequency by chance."""
+    """Similarity of two experts. `counterfactual`: of their residuals, and of their outputs on the same sampled tokens. `paper`: of whole weights and of mean routed inputs (equation 1); with factored experts it favors the current clusters. `coactivation`: how often a token would take both if it could choose among all experts of the layer, less the frequency by chance. The expected gain of its plans is larger than the gain measured later: a plan is the best of many on one sample."""
     alpha: float = 0.7
     """Weight of the parameter term in the similarity, 0 to 1 [alpha]. The activation term has the weight 1 - alpha. Not used by `coactivation`."""
     beta: float = 0.05

@@ -97,7 +97,8 @@ class Stacks:
 
     def __init__(self, ffn: ClusteredExperts, prefix: str, moments: Moments) -> None:
         self.ffn, self.prefix, self.moments = ffn, prefix, moments
-        self.slices: dict[str, list[Slice]] = {}
+        # A cluster without a base is a unit without tensors.
+        self.slices: dict[str, list[Slice]] = {f"clusters.{c}": [] for c in ffn.dispatch.local_groups}
         for item in ffn.logical():
             if item.index is not None:
                 self.slices.setdefault(".".join(item.key.split(".")[:2]), []).append(item)
@@ -106,7 +107,7 @@ class Stacks:
         """Return views of all tensors of a unit: `base_gate`, `m.base_gate`, …"""
         weights_only = unit.startswith("bases.")
         out: dict[str, Tensor] = {}
-        for item in self.slices.get(unit.replace("bases", "clusters"), ()):
+        for item in self.slices[unit.replace("bases", "clusters")]:
             leaf = item.key.rsplit(".", 1)[-1]
             out[leaf] = getattr(self.ffn, item.name).detach()[item.index]
             for kind, stacks in self.moments.items():
@@ -119,15 +120,12 @@ def shapes(ffn: ClusteredExperts, unit: str, kinds: Sequence[str]) -> dict[str, 
     """Return the shapes of `Stacks.unit`, also for a unit of another rank."""
     is_base = unit.startswith(("bases", "clusters"))
     leaves = base_leaves(ffn.model) if is_base else member_leaves(ffn.model)
-    own: dict[str, tuple[int, ...]] = {name: leaf.shape for name, leaf in leaves.items()}
-    if unit.startswith("bases"):
-        kinds = []
-    if not is_base:
-        own["router"] = (ffn.model.d_model,)
-    learnt = list(own)
-    if not is_base:
-        own["bias"] = ()
-    return own | {f"{kind}.{leaf}": own[leaf] for leaf in learnt for kind in kinds}
+    learned: dict[str, tuple[int, ...]] = {name: leaf.shape for name, leaf in leaves.items()}
+    if is_base:
+        kinds, others = [] if unit.startswith("bases") else kinds, {}
+    else:
+        learned["router"], others = (ffn.model.d_model,), {"bias": ()}
+    return learned | others | {f"{kind}.{leaf}": shape for leaf, shape in learned.items() for kind in kinds}
 
 
 def remap(
@@ -166,7 +164,7 @@ def remap(
                     tensors[built.prefix + name] = torch.zeros_like(p)
 
         def source(unit: str, layer: int = layer) -> dict[str, Tensor]:
-            return arrived.get((layer, unit)) or stacks[layer].unit(unit)
+            return arrived[layer, unit] if (layer, unit) in arrived else stacks[layer].unit(unit)
 
         _fill(built, change, source, keep_bases=same_clusters)
         if refit != "keep":

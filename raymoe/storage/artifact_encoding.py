@@ -48,7 +48,7 @@ def decode_tensors(
 ) -> dict[str, Tensor]:
     """Return the logical tensors of `places` in float32. `read` maps stored keys to tensors; zeroed ones are not read.
 
-    Raises ValueError for `zero` if nothing would remain: private experts without a base.
+    Raises ValueError for `zero` if no place is that of a base: nothing would remain of private experts.
     """
     if residuals == "zero" and not any(place.part == "bases" for place in places):
         raise ValueError("residuals=zero needs a model with bases, and this model has none: use residuals=int4")

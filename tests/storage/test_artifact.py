@@ -546,10 +546,6 @@ def test_the_first_format_is_still_read() -> None:
     assert logits(loaded(artifact)).isfinite().all()
 
 
-if __name__ == "__main__":
-    make_golden()
-
-
 def test_the_chat_template_is_stored_and_verified(tmp_path: Path) -> None:
     assert Artifact.open(export(tmp_path)).chat_template() is None
     template = tmp_path / "own.jinja"
@@ -558,3 +554,7 @@ def test_the_chat_template_is_stored_and_verified(tmp_path: Path) -> None:
     assert Artifact.open(folder).chat_template() == "{{ messages }}"
     (folder / "chat_template.jinja").write_text("{{ message }}")
     refused(folder, "chat_template.jinja", "bytes|sha256")
+
+
+if __name__ == "__main__":
+    make_golden()

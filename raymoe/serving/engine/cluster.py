@@ -88,7 +88,7 @@ class Cluster:
             return torch.stack([tensors[f"{prefix}{e}.{name}"] for e in ids])
 
         base = {name: tensors[f"layers.{layer}.clusters.{c}.{name}"] for name in base_leaves(model)}
-        names = ("router", "bias", *member_leaves(model)) if model.has_members and self.e else ()
+        names = ("router", "bias", *member_leaves(model)) if self.e else ()
         members = {name: stack(name) for name in names}
         self.native = None
         if native.library():
@@ -153,6 +153,7 @@ def compute_clusters(clusters: Sequence[Cluster], rows: Sequence[Tensor]) -> lis
 
     With few rows, small operations take more time than products. Only products run cluster by cluster; the operations
     between them run once for the rows of all clusters. A cluster with fewer experts than another leaves columns unused.
+    Without native kernels, clusters of private experts are computed one by one.
     """
     if clusters[0].native:
         return native.compute_clusters([c.native for c in clusters if c.native], rows)

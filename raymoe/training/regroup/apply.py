@@ -253,8 +253,10 @@ class Regrouping:
         if self.config.regroup.mode == "replay" and plan.version <= self.position.version:
             return  # applied before the checkpoint from which this run resumed
         regroup = self.config.regroup
-        by: dict[str, str] = {} if regroup.mode == "replay" else {"similarity_kind": regroup.similarity}
-        if plan.forced and regroup.mode != "replay":
-            by["force_kind"] = regroup.force_kind
+        by: dict[str, str] = {}
+        if regroup.mode != "replay":
+            by["similarity_kind"] = regroup.similarity
+            if plan.forced:
+                by["force_kind"] = regroup.force_kind
         self.log("made", plan=plan.to_dict(), seconds=made.seconds, similarity=made.similarity, **by)
         self._offers.append(plan)

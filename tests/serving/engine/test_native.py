@@ -75,7 +75,7 @@ def test_cluster_outputs_equal_those_of_torch(monkeypatch, tmp_path, changes: di
 @pytest.mark.parametrize("compiled", [pytest.param(True, marks=needs_compiler), False])
 @pytest.mark.parametrize("changes", [{}, PRIVATE, WITH_BASE])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_row_does_not_feel_its_neighbours(
+def test_the_output_of_a_row_does_not_depend_on_the_other_rows(
     monkeypatch, tmp_path, dtype: torch.dtype, changes: dict, compiled: bool
 ) -> None:
     monkeypatch.setenv("RAYMOE_NATIVE", str(int(compiled)))
