@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from raymoe.commands.entry import new_parser, refuse
+from raymoe.commands.entry import check_folder, new_parser, refuse
 from raymoe.config import default_root
 from raymoe.finetune.tasks import TASKS
 
@@ -59,6 +59,7 @@ def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
     parse = parser(program)
     arguments = parse.parse_args(words)
     try:
+        check_folder("--json", arguments.json)
         return _run(arguments)
     except (ValueError, OSError) as error:
         return refuse(parse.prog, error)

@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from raymoe.commands.entry import new_parser, refuse
+from raymoe.commands.entry import check_folder, new_parser, refuse
 from raymoe.commands.stages import StageLines
 
 PROGRESS_EVERY_S = 0.5
@@ -270,6 +270,7 @@ def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
     arguments = parse.parse_args(words)
     url, api_key = arguments.url.rstrip("/"), os.environ.get("RAYMOE_API_KEY") or None
     try:
+        check_folder("--json", arguments.json)
         for name in ("streams", "seconds", "max_tokens", "words"):
             if getattr(arguments, name) <= 0:
                 flag = "--" + name.replace("_", "-")

@@ -167,11 +167,11 @@ class ClusteredExperts(nn.Module):
     def member_outputs(self, rows_ND: Tensor) -> Tensor:
         """Return what each local member adds to its base's output, [e, N, D] float32, regardless of routing."""
         rows_ND = rows_ND.float()
-        out_eND = rows_ND.new_empty(len(self.local_members), *rows_ND.shape)
         weights = {name: getattr(self, name).float() for name in (*self.base_names, *self.member_names)}
         if self.model.expert_kind == "private":
             gate_eWD, up_eWD, down_eWD = (weights[name] for name in self.member_names)
             return (F.silu(rows_ND @ gate_eWD.mT) * (rows_ND @ up_eWD.mT)) @ down_eWD
+        out_eND = rows_ND.new_empty(len(self.local_members), *rows_ND.shape)
         for c, (start, stop) in enumerate(self.expert_parts):
             base_gate_DF, base_up_DF, base_down_FD = (weights[name][c] for name in BASES)
             a_NF, b_NF = rows_ND @ base_gate_DF, rows_ND @ base_up_DF

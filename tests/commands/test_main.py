@@ -128,3 +128,19 @@ def test_importing_raymoe_is_light_and_its_api_is_found() -> None:
     assert done.stdout.startswith("[] ") and "'train'" in done.stdout and "'load'" in done.stdout
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         raymoe.nothing  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("finetune", "x", "--task", "sst2", "--json"), ("load", "--json"), ("evaluate", "x", "--json"),
+        ("compare", "x", "--out"), ("experiment", "opponents", "--json"), ("doctor", "--json"),
+    ],
+    ids=lambda words: words[0],
+)  # fmt: skip
+def test_an_output_file_in_a_missing_folder_is_refused_before_the_work(
+    words: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*words, str(tmp_path / "missing/file")]) == 2
+    message = f"raymoe {words[0]}: {words[-1]}: the folder {tmp_path}/missing does not exist: create it\n"
+    assert capsys.readouterr().err == message
