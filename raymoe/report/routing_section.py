@@ -38,7 +38,7 @@ def routing_section(trains: Sequence[Record], validations: Sequence[Record]) -> 
     ]
     measured = [record for record in validations if _routers([record])]
     content = _table(measured[-1]) if measured else ""
-    return section("Routing", figures, "Lines are the last step before each record.", content)
+    return section("Routing", figures, "Each point is the last step before a record.", content)
 
 
 def _routers(records: Sequence[Record]) -> list[tuple[str, int]]:
