@@ -175,7 +175,7 @@ def test_a_killed_worker_a_stop_and_a_resume_lose_nothing(ray: Head, text: Path,
     assert [r["step"] for r in records(run, "event") if r["name"] == "resumed"][-1] == last
 
 
-@pytest.mark.ray
+@pytest.mark.soak
 def test_regrouping_survives_its_clusterer_and_training_does_not_wait(ray: Head, text: Path, tmp_path: Path) -> None:
     """Plans are applied; a killed clusterer restarts; a stopped clusterer delays no step."""
     run = tmp_path / "regrouped"

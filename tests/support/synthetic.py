@@ -31,8 +31,9 @@ class Synthetic:
         return Batch(tokens, domain, np.ones((len(seeds), context), dtype=bool))
 
     def batch(
-        self, *, seed: int, step: int, global_batch: int, context: int, rows: range, mixture: Mapping[str, float]
-    ) -> Batch:
+        self, *, seed: int, step: int, global_batch: int, context: int, rows: range,
+        mixture: Mapping[str, float] | None = None,
+    ) -> Batch:  # fmt: skip
         assert not mixture
         return self._rows([(seed, step * global_batch + row) for row in rows], context)
 

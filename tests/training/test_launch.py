@@ -329,9 +329,13 @@ def test_a_closed_terminal_ends_neither_the_stop_nor_the_progress(
     path.write_text('{"kind": "event", "step": 1, "name": "stopped"}\n')
     monkeypatch.setattr(sys, "stdout", Closed())
     monkeypatch.setattr(sys, "stderr", Closed())
-    with stop_on_signal(tmp_path / "stop") as received:
-        os.kill(os.getpid(), signal.SIGHUP)
-        progress.update()
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # `nohup pytest` ignores the signal
+    try:
+        with stop_on_signal(tmp_path / "stop") as received:
+            os.kill(os.getpid(), signal.SIGHUP)
+            progress.update()
+    finally:
+        signal.signal(signal.SIGHUP, before)
     progress.close()
     assert received == [signal.SIGHUP] and (tmp_path / "stop").exists()
 
