@@ -31,13 +31,13 @@ class StoredModel(StoredWeights):
         if isinstance(self.source, Artifact):
             if residuals == "full":
                 raise ValueError(
-                    f"artifact {self.folder} has no full residuals or private experts: evaluate the run instead"
+                    f"artifact {self.folder} does not hold the experts in full precision: evaluate the run instead"
                 )
             transformer.load_logical(self.source.tensors(residuals or "int4"))
         else:
             if residuals not in (None, "full"):
                 raise ValueError(
-                    f"run {self.name!r} has full residuals or private experts: export it to evaluate {residuals} ones"
+                    f"residuals={residuals} needs an artifact, and run {self.name!r} holds its experts as trained: export it first"
                 )
             transformer.load_logical(self.source.read(list(transformer.logical())))
         return transformer.eval()
