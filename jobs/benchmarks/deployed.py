@@ -8,6 +8,7 @@ so that idle processes do not affect the others. `planes`: round trips of rows b
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import random
 import statistics
@@ -147,7 +148,7 @@ class Echo:
         self.server = RowServer(lambda layer, rows: rows, identity, width, torch.float32, ("127.0.0.1", 0))
         self.zmq_port = 0
         try:
-            import zmq
+            import zmq  # pyright: ignore
         except ImportError:
             return
         import threading
@@ -205,7 +206,7 @@ class Caller:
             "Serve handle, by reference": reference,
         }  # fmt: skip
         if zmq_port:
-            import zmq
+            import zmq  # pyright: ignore
 
             socket = zmq.Context.instance().socket(zmq.REQ)
             socket.connect(f"tcp://127.0.0.1:{zmq_port}")
@@ -238,7 +239,7 @@ def planes(rounds: int, width: int = 256) -> dict[str, Any]:
         os.environ |= {key: running.environment[key] for key in ("RAY_ADDRESS", "RAY_AUTH_MODE")}
         ray.init(
             log_to_driver=False,
-            logging_level="ERROR",
+            logging_level=logging.ERROR,
             runtime_env={"env_vars": {"PYTHONPATH": str(REPO_ROOT / "jobs")}},
         )
         try:

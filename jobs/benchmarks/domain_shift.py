@@ -7,7 +7,7 @@ import multiprocessing
 import os
 import statistics
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache
@@ -64,7 +64,11 @@ class Shift:
     def _order(self, seed: int, late: bool, epoch: int, windows: int) -> np.ndarray:
         return np.random.default_rng([seed, late, epoch]).permutation(windows)
 
-    def batch(self, *, seed: int, step: int, global_batch: int, context: int, rows: range) -> Batch:
+    def batch(
+        self, *, seed: int, step: int, global_batch: int, context: int, rows: range,
+        mixture: Mapping[str, float] | None = None,
+    ) -> Batch:  # fmt: skip
+        assert not mixture, "the order of windows is that of the shift"
         late = bool(self.at) and step >= self.at
         windows = self._windows(late, context)
         tokens = np.empty((len(rows), context + 1), dtype=np.int64)

@@ -159,7 +159,7 @@ class Peer:
 
 def run_peer() -> None:
     """Build the model of the first input line; generate for each following line."""
-    import transformers
+    import transformers  # pyright: ignore
     from transformers import MixtralConfig, MixtralForCausalLM  # pyright: ignore
 
     transformers.logging.set_verbosity_error()

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from raymoe.data.corpus import Corpus
 from tests.support.paths import REPO_ROOT
 
 SHORT = (
@@ -30,15 +31,43 @@ def test_a_bad_change_is_refused_with_exit_status_2() -> None:
     assert done.returncode == 2 and "did you mean 'model.layers'" in done.stderr
 
 
+def domains(folder: Path) -> Path:
+    """Write four domains of text, two of them of the first half of a shift."""
+    for domain, word in (("legal", "law"), ("novel", "sea"), ("drama", "king"), ("speech", "people")):
+        lines = (f"The {word} of {n} and the {word}s of {n * n % 97} meet at {n % 13}." for n in range(1500))
+        (folder / f"{domain}.txt").write_text("\n".join(lines))
+    return folder
+
+
+def test_domains_change_at_the_step_of_the_shift(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(REPO_ROOT / "jobs"))
+    from benchmarks.domain_shift import RandomPlans, Shift, shift_run, side_configs
+    from benchmarks.workers import corpus_for
+
+    quick = [
+        *SHORT,
+        "regroup.burn_in=4",
+        "regroup.period=4",
+        "regroup.plan_lag=1",
+        "regroup.overlap=1",
+        "regroup.stats_every=2",
+    ]
+    config = side_configs(quick, steps=10)["random"]
+    corpus = corpus_for(config, str(domains(tmp_path)), str(tmp_path))
+    text = Shift(Corpus.open(corpus), 4)
+    for step in range(10):
+        batch = text.batch(seed=0, step=step, global_batch=4, context=32, rows=range(4))
+        assert {text.domains[i] for i in batch.domain} <= ({"legal", "novel"} if step < 4 else {"drama", "speech"})
+    run = shift_run(config, RandomPlans, corpus, 4)
+    assert max(run["validation"]) == 10 and any(record["name"] == "applied" for record in run["plans"])
+
+
 @pytest.mark.soak
 @pytest.mark.parametrize("kind", ["private", "residual"])
 def test_the_benchmark_compares_live_static_and_random_clusters(kind: str, tmp_path: Path) -> None:
-    for domain, word in (("legal", "law"), ("novel", "sea"), ("drama", "king"), ("speech", "people")):
-        lines = (f"The {word} of {n} and the {word}s of {n * n % 97} meet at {n % 13}." for n in range(1500))
-        (tmp_path / f"{domain}.txt").write_text("\n".join(lines))
     changes = [part for change in (*SHORT, f"model.expert_kind={kind}") for part in ("--set", change)]
     output = tmp_path / "output.json"
-    done = benchmark("--data", str(tmp_path), "--seeds", "1", "--steps", "40", "--json", str(output), *changes)
+    done = benchmark("--data", str(domains(tmp_path)), "--seeds", "1", "--steps", "40", "--json", str(output), *changes)
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads(output.read_text())["result"]["shift"]
     sides = {"static", "random", "counterfactual", "paper", "coactivation"}
