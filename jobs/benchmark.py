@@ -3,6 +3,8 @@
     python jobs/benchmark.py layer     one MoE layer, forward + backward: clustered against flat, dense, torch's grouped_mm
     python jobs/benchmark.py step      a training step on 1 and 2 workers: clustered, flat, bases alone; all-to-all bytes
     python jobs/benchmark.py memory    parameters and bytes at rest of a preset; all-to-all payload per token
+    python jobs/benchmark.py stored --runs RUN_ROOT/experiments/NAME
+                                       perplexity over bytes at rest of an experiment's runs, in FP16, INT4 and INT3
     python jobs/benchmark.py remap     a forced plan on 2 workers: pause, bytes moved, validation loss against a branch without it
     python jobs/benchmark.py regroup   regrouping on 2 workers: its share of the training time, and its gain when the
                                        domains of the training text change half-way: live plans of each similarity,
@@ -31,6 +33,7 @@ from typing import Any
 import torch
 
 from raymoe.config import default_root
+from raymoe.storage.checkpoint import CorruptCheckpoint
 
 
 def served(arguments: argparse.Namespace, parts: list[str]) -> dict[str, Any]:
@@ -80,7 +83,8 @@ PARTS = {"regroup": ["overhead", "shift"], "serve": ["engine", "planes", "scalin
 
 def parser() -> argparse.ArgumentParser:
     parse = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parse.add_argument("name", choices=["layer", "step", "memory", "remap", "regroup", "serve"])
+    parse.add_argument("name", choices=["layer", "step", "memory", "stored", "remap", "regroup", "serve"])
+    parse.add_argument("--runs", type=Path, metavar="FOLDER", help="stored: the folder of an experiment's runs")
     parse.add_argument("--preset", choices=["tiny", "small", "paper"], help="default: paper for memory, else small")
     parse.add_argument("--rounds", type=int, default=15, help="measured rounds (default: %(default)s)")
     parse.add_argument(
@@ -151,6 +155,15 @@ def main() -> int:
         if {"http", "scaling"} & set(parts) and not arguments.artifact:
             parse.error("serve, parts scaling and http need --artifact NAME: the export of a run")
         result = served(arguments, parts)
+    elif arguments.name == "stored":
+        from benchmarks.stored import stored
+
+        if not arguments.runs:
+            parse.error("stored needs --runs FOLDER: the folder of an experiment's runs")
+        try:
+            result = stored(arguments.runs)
+        except (FileNotFoundError, CorruptCheckpoint, ValueError) as error:
+            parse.error(str(error))
     else:
         from benchmarks.memory import memory
 

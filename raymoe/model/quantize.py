@@ -18,7 +18,7 @@ from torch import Tensor
 
 GROUP = 32
 """Values that share a scale and a minimum."""
-_LEVELS = 15
+_BITS = 4
 _FLOAT16_MAX = 65504.0
 _CLIPS = (0.0, 1 / 90, 2 / 90, 3 / 90)
 """Shares of a group's range that may be cut off at either end; at most half a step of the uncut grid (1/30)."""
@@ -79,12 +79,8 @@ def quantize(x: Tensor, axis: int, group: int = GROUP) -> Int4:
         raise ValueError(
             f"cannot quantize values beyond ±{_FLOAT16_MAX:.0f}: a group's minimum is a float16; check the weights for overflow"
         )
-    x_XY = x.detach().float().movedim(axis, -1)
-    padding = -x_XY.shape[-1] % group
-    if padding:  # repeats a value of the last group, so that its range is unchanged
-        x_XY = torch.cat((x_XY, x_XY[..., -1:].expand(*x_XY.shape[:-1], padding)), -1)
-    x_XQG = x_XY.unflatten(-1, (-1, group))
-    minimum_XQ1, scale_XQ1, codes_XQG = _best_grid(x_XQG)
+    x_XQG = _grouped(x, axis, group)
+    minimum_XQ1, scale_XQ1, codes_XQG = _best_grid(x_XQG, _BITS)
     pairs_XZ2 = codes_XQG.to(torch.uint8).flatten(-2).unflatten(-1, (-1, 2))
     packed_XZ = pairs_XZ2[..., 0] | (pairs_XZ2[..., 1] << 4)
     return Int4(packed_XZ, scale_XQ1.squeeze(-1).half(), minimum_XQ1.squeeze(-1).half(), tuple(x.shape), axis, group)
@@ -97,14 +93,33 @@ def dequantize(q: Int4, dtype: torch.dtype = torch.float32) -> Tensor:
     return x_XQG.flatten(-2)[..., : q.shape[q.axis]].movedim(-1, q.axis).to(dtype).contiguous()
 
 
-def _best_grid(x_XQG: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def rounded(x: Tensor, axis: int, bits: int, group: int = GROUP) -> Tensor:
+    """Return x as a grid of `bits` bits represents it, rounded with the same care as by `quantize`.
+
+    For comparisons of what fewer bits cost: an artifact stores four.
+    """
+    minimum_XQ1, scale_XQ1, codes_XQG = _best_grid(_grouped(x, axis, group), bits)
+    x_XY = (minimum_XQ1 + codes_XQG * scale_XQ1).flatten(-2)[..., : x.shape[axis]]
+    return x_XY.movedim(-1, axis).to(x.dtype).contiguous()
+
+
+def _grouped(x: Tensor, axis: int, group: int) -> Tensor:
+    """Return x as [X, Q, G], with the quantized axis last and its last group padded."""
+    x_XY = x.detach().float().movedim(axis, -1)
+    padding = -x_XY.shape[-1] % group
+    if padding:  # repeats a value of the last group, so that its range is unchanged
+        x_XY = torch.cat((x_XY, x_XY[..., -1:].expand(*x_XY.shape[:-1], padding)), -1)
+    return x_XY.unflatten(-1, (-1, group))
+
+
+def _best_grid(x_XQG: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return (minimum, scale, codes) of least squared error in each group, among grids that clip the ends."""
     low_XQ1, high_XQ1 = x_XQG.amin(-1, keepdim=True), x_XQG.amax(-1, keepdim=True)
     range_XQ1 = high_XQ1 - low_XQ1
-    best = _grid(x_XQG, low_XQ1, high_XQ1)
+    best = _grid(x_XQG, low_XQ1, high_XQ1, bits)
     error_XQ1 = _squared_error(x_XQG, *best)
     for below, above in product(_CLIPS, _CLIPS):
-        candidate = _grid(x_XQG, low_XQ1 + below * range_XQ1, high_XQ1 - above * range_XQ1)
+        candidate = _grid(x_XQG, low_XQ1 + below * range_XQ1, high_XQ1 - above * range_XQ1, bits)
         candidate_error_XQ1 = _squared_error(x_XQG, *candidate)
         better_XQ1 = candidate_error_XQ1 < error_XQ1
         minimum_XQ1, scale_XQ1, codes_XQG = (
@@ -115,11 +130,12 @@ def _best_grid(x_XQG: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return best
 
 
-def _grid(x_XQG: Tensor, low_XQ1: Tensor, high_XQ1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _grid(x_XQG: Tensor, low_XQ1: Tensor, high_XQ1: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return (minimum, scale, codes) for the ends of the grid; minimum and scale are rounded to float16."""
     minimum_XQ1 = low_XQ1.half().float()
-    scale_XQ1 = ((high_XQ1 - minimum_XQ1).clamp(min=0) / _LEVELS).half().float()
-    codes_XQG = ((x_XQG - minimum_XQ1) / torch.where(scale_XQ1 > 0, scale_XQ1, torch.inf)).round().clamp(0, _LEVELS)
+    levels = 2**bits - 1
+    scale_XQ1 = ((high_XQ1 - minimum_XQ1).clamp(min=0) / levels).half().float()
+    codes_XQG = ((x_XQG - minimum_XQ1) / torch.where(scale_XQ1 > 0, scale_XQ1, torch.inf)).round().clamp(0, levels)
     return minimum_XQ1, scale_XQ1, codes_XQG
 
 
