@@ -42,6 +42,8 @@ class ModelSection:
     """Weight of a chosen group, a cluster or a flat expert. `softmax`: over all clusters, or over the chosen flat experts. `biased`: softmax over all groups of logits plus selection biases, so that a group that its bias selects is not weighted down. `sigmoid`: of its logit, normalized over several chosen groups."""
     gate_scale: float = 1.0
     """Factor on the output of a clustered layer. Its outputs are weighted with the probability of their cluster, and are small at first."""
+    router_std: float = 0.02
+    """Standard deviation of the initial weights of routers. Small logits at the start leave the first choices to the selection biases."""
     heads: int = 4
     """Query heads of the attention."""
     kv_heads: int = 2
@@ -58,7 +60,7 @@ class ModelSection:
     def __post_init__(self) -> None:
         check_positive(
             self, "model", "layers", "d_model", "d_expert", "n_experts", "n_clusters", "experts_per_token",
-            "clusters_per_token", "gate_scale", "heads", "kv_heads", "vocabulary", "context", "rope_theta",
+            "clusters_per_token", "gate_scale", "router_std", "heads", "kv_heads", "vocabulary", "context", "rope_theta",
         )  # fmt: skip
         require(self.context <= 1 << 20, "model.context", self.context, "at most 2^20")
         for name in ("residual_width", "expert_width"):

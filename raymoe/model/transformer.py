@@ -235,7 +235,7 @@ class Transformer(nn.Module):
         common: all experts of a layer start with the same matrices; their router rows differ.
 
         Matrices are normal with std 1/√fan-in, times 1/√(2·layers) if they write to the residual stream, times
-        `RESIDUAL_START` for the outer factors. Norms are one, biases zero, embeddings and routers have std 0.02.
+        `RESIDUAL_START` for the outer factors. Norms are one, biases zero, embeddings have std 0.02 and routers `router_std`.
         """
         output_scale = (2 * self.model.layers) ** -0.5
         views = self.logical()
@@ -244,7 +244,11 @@ class Transformer(nn.Module):
             if fan_in == 0:
                 views[key].fill_(1.0 if leaf.endswith("norm") else 0.0)
                 continue
-            std = 0.02 if key in ("embedding", "head") or "router" in key else fan_in**-0.5
+            std = fan_in**-0.5
+            if "router" in key:
+                std = self.model.router_std
+            elif key in ("embedding", "head"):
+                std = 0.02
             if leaf in ("output", "base_down", "down", "down_out", "private_down"):
                 std *= output_scale
             if leaf in RESIDUALS and leaf.endswith("out"):

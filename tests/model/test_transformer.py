@@ -92,14 +92,14 @@ def test_initial_activations_and_loss_are_in_range() -> None:
 
 def test_initialization_law() -> None:
     """Standard deviations are 1/√fan-in, less for matrices that write to the residual stream, times 0.3 for outer factors."""
-    model = replace(MODEL, d_model=64, d_expert=96, heads=4, residual_width=8, vocabulary=400)
+    model = replace(MODEL, d_model=64, d_expert=96, heads=4, residual_width=8, vocabulary=400, router_std=0.07)
     quieter = (2 * model.layers) ** -0.5
     d, f, w = 64**-0.5, 96**-0.5, 8**-0.5
     laws = {
         "embedding": 0.02, "query": d, "key": d, "value": d, "output": d * quieter,
         "base_gate": d, "base_up": d, "base_down": f * quieter,
         "gate_in": d, "up_in": d, "down_in": f, "gate_out": 0.3 * w, "up_out": 0.3 * w, "down_out": 0.3 * w * quieter,
-        "router": 0.02, "weight": 0.02,
+        "router": 0.07, "weight": 0.07,
     }  # fmt: skip
     found: dict[str, list[torch.Tensor]] = {}
     for key, view in build(model).logical().items():
