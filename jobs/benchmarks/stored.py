@@ -100,7 +100,7 @@ def run_forms(stored: StoredModel) -> list[dict[str, Any]]:
 
 
 def front(rows: list[dict[str, Any]]) -> set[str]:
-    """Return the names of the rows that no other row beats in bytes and in perplexity."""
+    """Return the names of the rows that no other row dominates: fewer bytes at no more perplexity, or the reverse."""
     better = lambda a, b: (  # noqa: E731
         a["bytes"] <= b["bytes"] and a["perplexity"] <= b["perplexity"]
         and (a["bytes"], a["perplexity"]) != (b["bytes"], b["perplexity"])

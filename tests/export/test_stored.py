@@ -51,7 +51,7 @@ def test_flat_experts_in_four_and_three_bits(stored: Any) -> None:
     assert error["FP16"] == 0 < 3 * error["INT4 all"] < error["INT3 all"]
 
 
-def test_the_front_has_the_rows_that_no_other_beats(stored: Any) -> None:
+def test_the_front_has_the_rows_that_no_other_dominates(stored: Any) -> None:
     rows = [
         {"name": name, "bytes": size, "perplexity": perplexity}
         for name, size, perplexity in (("a", 1, 9.0), ("b", 2, 9.0), ("c", 2, 7.0), ("d", 3, 7.5), ("e", 4, 5.0))
