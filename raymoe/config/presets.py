@@ -10,8 +10,8 @@ def tiny() -> Config:
     return Config(
         preset="tiny",
         model=ModelSection(
-            layers=2, d_model=128, d_expert=256, n_experts=16, n_clusters=4, experts_per_token=2,
-            residual_width=8, heads=4, kv_heads=2, vocabulary=2048, context=128,
+            layers=2, d_model=128, d_expert=256, expert_kind="private", n_experts=22, n_clusters=2,
+            experts_per_token=8, gate="biased", heads=4, kv_heads=2, vocabulary=2048, context=128,
         ),
         train=TrainSection(steps=160, global_batch=16, grain=8, lr=4e-3, warmup=20, validate_every=80),
         checkpoint=CheckpointSection(every=80),
@@ -24,8 +24,8 @@ def screen() -> Config:
     return Config(
         preset="screen",
         model=ModelSection(
-            layers=2, d_model=128, d_expert=256, n_experts=32, n_clusters=4, experts_per_token=2,
-            residual_width=8, heads=4, kv_heads=2, vocabulary=4096, context=128,
+            layers=2, d_model=128, d_expert=256, expert_kind="private", n_experts=24, n_clusters=2,
+            experts_per_token=8, gate="biased", heads=4, kv_heads=2, vocabulary=4096, context=128,
         ),
         train=TrainSection(
             workers=1, threads=1, steps=732, global_batch=32, grain=32, lr=4e-3, warmup=50, validate_every=183,
@@ -41,8 +41,8 @@ def small() -> Config:
     return Config(
         preset="small",
         model=ModelSection(
-            layers=4, d_model=256, d_expert=512, n_experts=32, n_clusters=4, experts_per_token=2,
-            residual_width=16, heads=4, kv_heads=2, vocabulary=8192, context=256,
+            layers=4, d_model=256, d_expert=512, expert_kind="private", n_experts=24, n_clusters=2,
+            experts_per_token=8, gate="biased", heads=4, kv_heads=2, vocabulary=8192, context=256,
         ),
         train=TrainSection(steps=1500, global_batch=16, grain=8, lr=3e-3, warmup=100, validate_every=250),
         checkpoint=CheckpointSection(every=250),
