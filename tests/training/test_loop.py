@@ -21,7 +21,7 @@ from tests.support.synthetic import Synthetic
 
 SMALL = [
     "model.layers=2", "model.d_model=16", "model.d_expert=12", "model.n_experts=10", "model.n_clusters=4",
-    "model.residual_width=3", "model.heads=2", "model.kv_heads=1", "model.vocabulary=31", "model.context=8",
+    "model.experts_per_token=2", "model.residual_width=3", "model.heads=2", "model.kv_heads=1", "model.vocabulary=31", "model.context=8",
     "train.global_batch=8", "train.grain=2", "train.precision=float32", "train.warmup=5", "train.steps=40",
     "train.log_every=1", "train.validate_every=10", "train.validate_windows=6", "checkpoint.every=10",
     "train.bias_rate=0.1", "train.lr=2e-2",
