@@ -6,7 +6,7 @@ from raymoe.config.sections import CheckpointSection, Config, ModelSection, Regr
 
 
 def tiny() -> Config:
-    """2 layers, D=128: the demo and the tests."""
+    """2 layers, D=128, private experts: the demo and the tests."""
     return Config(
         preset="tiny",
         model=ModelSection(
@@ -20,7 +20,7 @@ def tiny() -> Config:
 
 
 def screen() -> Config:
-    """2 layers, D=128, vocabulary 4,096: runs of 3 million tokens on one core, to compare models."""
+    """As tiny, vocabulary 4,096: runs of 3 million tokens on one core, to compare models."""
     return Config(
         preset="screen",
         model=ModelSection(
@@ -37,7 +37,7 @@ def screen() -> Config:
 
 
 def small() -> Config:
-    """4 layers, D=256: measurements on a small machine."""
+    """4 layers, D=256, private experts: measurements on a small machine."""
     return Config(
         preset="small",
         model=ModelSection(
@@ -50,7 +50,7 @@ def small() -> Config:
 
 
 def paper() -> Config:
-    """12 layers, D=768: the paper's size, 0.95 billion parameters with flat experts."""
+    """12 layers, D=768, bases and residuals: the paper's form and size, 0.95 billion parameters with flat experts."""
     return Config(
         preset="paper",
         model=ModelSection(
