@@ -36,6 +36,19 @@ def test_presets_are_valid_and_survive_json(name: str) -> None:
     assert from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
+@pytest.mark.parametrize("name", ["tiny", "screen", "small"])
+def test_presets_have_private_experts_with_the_active_width_of_two_flat_experts(name: str) -> None:
+    model = preset(name).model
+    assert (model.expert_kind, model.gate, model.n_clusters, model.clusters_per_token) == ("private", "biased", 2, 1)
+    assert model.experts_per_token * model.private_width == 2 * model.d_expert
+
+
+def test_the_preset_paper_has_the_papers_form() -> None:
+    model = preset("paper").model
+    assert (model.expert_kind, model.gate, model.residual_width) == ("residual", "softmax", 16)
+    assert (model.n_experts, model.n_clusters, model.experts_per_token, model.clusters_per_token) == (32, 4, 2, 1)
+
+
 def test_overrides_apply_and_leave_the_rest() -> None:
     config = override(preset("tiny"), ["train.steps=7", "model.tied_head=false", "train.lr=1e-4", "data.path=a=b"])
     assert (config.train.steps, config.model.tied_head, config.train.lr, config.data.path) == (7, False, 1e-4, "a=b")
