@@ -1,8 +1,8 @@
 """Measure speeds and sizes. Each name regenerates one group of figures; --json writes them to a file.
 
-    python jobs/benchmark.py layer     one MoE layer, forward + backward: clustered against flat, dense, torch's grouped_mm
-    python jobs/benchmark.py step      a training step on 1 and 2 workers: clustered, flat, bases alone; all-to-all bytes
-    python jobs/benchmark.py memory    parameters and bytes at rest of a preset; all-to-all payload per token
+    python jobs/benchmark.py layer     one MoE layer, forward + backward: paper's form, private, flat, dense, torch's grouped_mm
+    python jobs/benchmark.py step      a training step on 1 and 2 workers: paper's form, private, flat, others; all-to-all bytes
+    python jobs/benchmark.py memory    parameters and bytes at rest of the paper's form; all-to-all payload per token
     python jobs/benchmark.py stored --runs RUN_ROOT/experiments/NAME
                                        perplexity over bytes at rest of an experiment's runs, in FP16, INT4 and INT3
     python jobs/benchmark.py remap     a forced plan on 2 workers: pause, bytes moved, validation loss against a branch without it
@@ -18,6 +18,9 @@
 
 A speed is a ratio within one run: the sides alternate (A B A B ...) after warm-up, with the same threads
 and types. The figures are medians with minimum and maximum. A benchmark is not a test.
+
+The models do not follow the defaults of the presets: `paper`, and all of memory, remap, regroup and serve's part
+engine, have bases and residuals in 4 clusters (--set changes that for part shift). `flat` has the experts of that form.
 """
 
 from __future__ import annotations

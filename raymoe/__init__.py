@@ -1,12 +1,12 @@
-"""raymoe: train Mixture-of-Experts language models whose experts share weights in clusters.
+"""raymoe: train Mixture-of-Experts language models whose experts form clusters.
 
     raymoe.train(config, *overrides)    train a model on Ray
     raymoe.load(name)                   load an exported model, for .generate(prompt)
 
 Glossary
     expert      one of the E experts of a layer, numbered 0 to E-1; its number never changes
-    cluster     a group of experts of a layer that share a base (a machine is a node)
-    base        the weights that the experts of a cluster share
+    cluster     a group of experts of a layer, chosen as one in stage 1 of the routing (a machine is a node)
+    base        weights that all experts of a cluster share; private experts may have none
     residual    the low-rank difference of an expert from its base
     private     of an expert: a narrow feed-forward network of its own instead of a residual
     width       the rank of a residual, or the hidden size of a private expert (a rank alone is a process)

@@ -26,6 +26,7 @@ from raymoe.config import (
     repeatable_yaml,
 )
 from raymoe.config.overrides import KEYS, hints
+from tests.support.presets import residual_tiny
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -33,6 +34,19 @@ def test_presets_are_valid_and_survive_json(name: str) -> None:
     config = preset(name)
     assert config.preset == name
     assert from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+@pytest.mark.parametrize("name", ["tiny", "screen", "small"])
+def test_presets_have_private_experts_with_the_active_width_of_two_flat_experts(name: str) -> None:
+    model = preset(name).model
+    assert (model.expert_kind, model.gate, model.n_clusters, model.clusters_per_token) == ("private", "biased", 2, 1)
+    assert model.experts_per_token * model.private_width == 2 * model.d_expert
+
+
+def test_the_preset_paper_has_the_papers_form() -> None:
+    model = preset("paper").model
+    assert (model.expert_kind, model.gate, model.residual_width) == ("residual", "softmax", 16)
+    assert (model.n_experts, model.n_clusters, model.experts_per_token, model.clusters_per_token) == (32, 4, 2, 1)
 
 
 def test_overrides_apply_and_leave_the_rest() -> None:
@@ -56,7 +70,7 @@ def test_overrides_apply_and_leave_the_rest() -> None:
         ("model.tied_head=maybe", "true or false"),
         ("model.heads=3", "multiple of 2 x heads"),
         ("model.n_clusters=99", "at most n_experts"),
-        ("model.experts_per_token=9", "smallest cluster"),
+        ("model.experts_per_token=12", "smallest cluster"),
         ("train.grain=5", "multiple of train.grain"),
         ("train.workers=8,2", "MIN at most MAX"),
         ("train.workers=2,", "expected int"),
@@ -85,7 +99,8 @@ def test_a_saved_config_is_checked_as_strictly(change: dict) -> None:
 
 
 def test_private_experts_are_not_refitted_or_folded() -> None:
-    private = override(preset("tiny"), ["model.expert_kind=private", "model.base_width=0"])
+    private = preset("tiny")
+    assert private.model.expert_kind == "private" and private.model.cluster_base_width == 0
     for refit in ("svd", "weighted"):
         with pytest.raises(ValueError, match=f"regroup.refit='{refit}' is not allowed: private experts do not depend"):
             override(private, [f"regroup.refit={refit}"])
@@ -94,8 +109,15 @@ def test_private_experts_are_not_refitted_or_folded() -> None:
     ):
         override(private, ["regroup.start=dense"])
     with pytest.raises(ValueError, match="needs clustered experts with residuals, model.gate=softmax"):
-        override(preset("tiny"), ["regroup.start=dense", "model.gate=sigmoid"])
+        residual_tiny("regroup.start=dense", "model.gate=sigmoid")
     assert override(private, ["regroup.force=3", "regroup.force_kind=random"]).regroup.force_kind == "random"
+
+
+def test_a_config_without_the_kind_of_its_experts_has_residuals() -> None:
+    old = residual_tiny().to_dict()
+    for field in ("expert_kind", "expert_width", "base_width", "gate"):  # version 0.1 had none of them
+        del old["model"][field]
+    assert from_dict(old) == residual_tiny()
 
 
 def test_a_config_without_the_kind_of_a_forced_plan_forces_the_mildest() -> None:
@@ -106,9 +128,9 @@ def test_a_config_without_the_kind_of_a_forced_plan_forces_the_mildest() -> None
 
 def test_overrides_are_checked_together() -> None:
     """Two values that are only right with each other may come in any order."""
-    config = override(preset("tiny"), ["model.n_experts=64", "model.n_clusters=32"])
-    assert (config.model.n_experts, config.model.n_clusters) == (64, 32)
-    assert override(preset("tiny"), ["model.n_clusters=32", "model.n_experts=64"]).model == config.model
+    config = override(preset("tiny"), ["model.n_experts=256", "model.n_clusters=32"])
+    assert (config.model.n_experts, config.model.n_clusters) == (256, 32)
+    assert override(preset("tiny"), ["model.n_clusters=32", "model.n_experts=256"]).model == config.model
 
 
 def test_default_assignment_is_even_for_any_sizes() -> None:

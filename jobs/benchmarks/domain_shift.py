@@ -18,9 +18,10 @@ import numpy as np
 import torch
 
 from benchmarks.engine import report
+from benchmarks.models import paper_form
 from benchmarks.workers import corpus_for, records, trainer
 from raymoe.clustering.similarity import NEEDED
-from raymoe.config import Config, override, preset
+from raymoe.config import Config, override
 from raymoe.data.corpus import Batch, Corpus
 from raymoe.training.regroup.clients import DirectClient
 from raymoe.training.regroup.clusterer import Clusterer, Message
@@ -32,7 +33,7 @@ SHIFT_CHANGES = (
     "checkpoint.every=100000", "train.log_every=50", "regroup.period=100", "regroup.burn_in=200",
     "regroup.stats_every=10", "regroup.plan_lag=20", "regroup.overlap=32",
 )  # fmt: skip
-"""Changes to the preset `tiny`."""
+"""Changes to the paper's form of the preset `tiny`."""
 
 
 class Shift:
@@ -113,7 +114,7 @@ def side_configs(changes: Sequence[str], steps: int) -> dict[str, Config]:
 
     `changes`: overrides of all sides, for example `model.expert_kind=private`.
     """
-    common = override(preset("tiny"), [*SHIFT_CHANGES, *changes, f"train.steps={steps}"])
+    common = paper_form("tiny", [*SHIFT_CHANGES, *changes, f"train.steps={steps}"])
     folds = common.model.expert_kind == "residual" and common.model.gate == "softmax"
     names = [name for name in SIDES if name != "dense start" or folds]
     return {name: override(common, SIDES[name].changes) for name in names}

@@ -49,15 +49,16 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def make_artifact(name: str, data: str, folder: Path) -> tuple[Any, Any, Prompts]:
-    """Return an artifact of the preset with random weights, its tokenizer, and prompts from the tokenizer's text."""
-    from raymoe.config import DataSection, preset
+    """Return an artifact of the paper's form with random weights, its tokenizer, and prompts from the tokenizer's text."""
+    from benchmarks.models import paper_form
+    from raymoe.config import DataSection
     from raymoe.data.sources import documents
     from raymoe.data.tokens import train_tokenizer
     from raymoe.model.transformer import Transformer
     from raymoe.storage.artifact import Artifact
     from raymoe.storage.artifact_writing import write_artifact
 
-    config = preset(name)
+    config = paper_form(name)
     texts = [document.text for document in islice(documents(DataSection(path=data)), 400)]
     tokenizer = train_tokenizer(texts, config.model.vocabulary)
     tokenizer.save(str(folder / "tokenizer.json"))
@@ -260,7 +261,7 @@ def percentile(values: Sequence[float], percent: int) -> float:
 
 
 def engine(name: str, data: str, rounds: int, with_peers: bool) -> dict[str, Any]:
-    """Measure the engine on a preset with random weights, greedy, with prompts and completions of 64 tokens."""
+    """Measure the engine on the paper's form of a preset, with random weights, greedy, with prompts and completions of 64 tokens."""
     result: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         installed = Path(folder, "peers")

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.models import paper_form, private_model
 from benchmarks.timing import interleaved
-from raymoe.config import ModelSection, preset
+from raymoe.config import ModelSection
 from raymoe.model import private_math
 from raymoe.model.dispatch import LocalDispatch
 from raymoe.model.experts import ClusteredExperts, DenseFFN, FlatExperts
@@ -38,11 +39,6 @@ class GroupedMM(nn.Module):
         return torch.zeros_like(x_TD).index_add(0, order // k, weighted.float())
 
 
-def private_model(model: ModelSection) -> ModelSection:
-    """Return 24 private experts of F/4 in 2 clusters, 8 active: the active width of two flat experts."""
-    return replace(model, expert_kind="private", n_experts=24, n_clusters=2, experts_per_token=8)
-
-
 def private_layer(model: ModelSection) -> ClusteredExperts:
     return ClusteredExperts(model, model.default_assignment()[0], LocalDispatch(model.n_clusters))
 
@@ -52,15 +48,15 @@ def layer(rounds: int) -> dict[str, Any]:
     torch.set_num_threads(1)
     result: dict[str, Any] = {"private": arithmetic(rounds)}
     shapes = {
-        "tiny": (2048, preset("tiny").model),
-        "small": (2048, preset("small").model),
-        "D=256 F=1024 E=32": (4096, replace(preset("small").model, d_expert=1024)),
-        "D=256 F=1024 E=32 K=4": (4096, replace(preset("small").model, d_expert=1024, experts_per_token=4)),
+        "tiny": (2048, paper_form("tiny").model),
+        "small": (2048, paper_form("small").model),
+        "D=256 F=1024 E=32": (4096, replace(paper_form("small").model, d_expert=1024)),
+        "D=256 F=1024 E=32 K=4": (4096, replace(paper_form("small").model, d_expert=1024, experts_per_token=4)),
     }
     for name, (tokens, model) in shapes.items():
         flat = FlatExperts(replace(model, experts="flat"), LocalDispatch(model.n_experts))
         modules: dict[str, nn.Module] = {
-            "clustered": ClusteredExperts(model, model.default_assignment()[0], LocalDispatch(model.n_clusters)),
+            "paper": ClusteredExperts(model, model.default_assignment()[0], LocalDispatch(model.n_clusters)),
             "bases alone": ClusteredExperts(
                 replace(model, residual_width=0), model.default_assignment()[0], LocalDispatch(model.n_clusters)
             ),
@@ -97,7 +93,7 @@ def arithmetic(rounds: int) -> dict[str, Any]:
     """Measure both forms of the private experts' arithmetic by the ratio of experts to active experts (`WIDEST`)."""
     result: dict[str, Any] = {}
     for k in (12, 10, 8, 6):
-        module = private_layer(replace(private_model(preset("small").model), experts_per_token=k))
+        module = private_layer(replace(private_model(paper_form("small").model), experts_per_token=k))
         torch.manual_seed(0)
         for p in module.parameters():
             nn.init.normal_(p, std=0.05)

@@ -1,10 +1,11 @@
-"""Parameters and bytes at rest of a preset, and its all-to-all payload: the name `memory` of `jobs/benchmark.py`."""
+"""Sizes of the paper's form of a preset, and its all-to-all payload: the name `memory` of `jobs/benchmark.py`."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from raymoe.config import ModelSection, preset
+from benchmarks.models import paper_form
+from raymoe.config import ModelSection
 from raymoe.storage.artifact_layout import sizes
 
 
@@ -27,8 +28,8 @@ def payload(model: ModelSection, world: int) -> dict[str, float]:
 
 
 def memory(name: str) -> dict[str, Any]:
-    """Print the sizes of a preset's weights and its all-to-all payload."""
-    model = preset(name).model
+    """Print the sizes of the weights and the all-to-all payload of the paper's form of a preset."""
+    model = paper_form(name).model
     table = sizes(model)
     flat, factored, packed = table["flat_float16"], table["clustered_float16"], table["clustered_int4"]
     for label, row in table.items():

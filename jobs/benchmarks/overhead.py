@@ -1,4 +1,4 @@
-"""Share of regrouping in the training time: part `overhead` of `jobs/benchmark.py regroup`."""
+"""Share of regrouping in the training time of the paper's form: part `overhead` of `jobs/benchmark.py regroup`."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ import numpy as np
 import torch
 
 from benchmarks.engine import report
+from benchmarks.models import paper_form
 from benchmarks.workers import corpus_for, in_processes, timed, trainer
-from raymoe.config import override, preset
+from raymoe.config import override
 from raymoe.data.corpus import Corpus
 from raymoe.parallel.local import total
 from raymoe.training.loop import Trainer
@@ -74,7 +75,7 @@ def overhead(name: str, data: str, periods: int) -> dict[str, Any]:
         "regroup.mode=async", "regroup.min_gain=0", f"regroup.period={period}", f"regroup.burn_in={period}",
         "regroup.plan_lag=20", "regroup.overlap=32", "regroup.stats_every=10", f"train.steps={period * (periods + 2)}",
     ]  # fmt: skip
-    config = override(preset(name), changes)
+    config = paper_form(name, changes)
     context = multiprocessing.get_context("spawn")
     inbox, statuses, taken = context.Queue(), context.Queue(), context.Array("q", 2)
     clusterer = context.Process(target=_clusterer, args=(config.to_dict(), inbox, statuses, taken))
@@ -116,7 +117,7 @@ def _alternate(
     rank: int, name: str, changes: list[str], folder: str, corpus: str, periods: int, mail: Any
 ) -> list[dict[str, Any]]:
     """Return the milliseconds of each step with and without regrouping, and the kind of the step."""
-    config = override(preset(name), changes)
+    config = paper_form(name, changes)
     period, regroup = config.period, config.regroup
     sides: dict[str, Trainer] = {}
     for side, extra, client in (("on", [], Piped(rank, *mail)), ("off", ["regroup.mode=off"], None)):

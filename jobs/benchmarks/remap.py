@@ -1,4 +1,4 @@
-"""Cost of a forced plan: the benchmark `remap` of `jobs/benchmark.py`."""
+"""Cost of a forced plan in the paper's form of a preset: the benchmark `remap` of `jobs/benchmark.py`."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from typing import Any
 import torch
 
 from benchmarks.engine import report
+from benchmarks.models import paper_form
 from benchmarks.workers import corpus_for, in_processes, records, timed, trainer
 from raymoe.clustering.plan import RemapPlan
 from raymoe.clustering.planner import make_plan
 from raymoe.clustering.statistics import Statistics
-from raymoe.config import Config, override, preset
+from raymoe.config import Config, override
 from raymoe.data.corpus import Corpus
 from raymoe.parallel.local import total
 from raymoe.parallel.remap import Membership, moved
@@ -34,13 +35,13 @@ def remap(name: str, data: str, seeds: int, warmup: int, steps: int = 200) -> di
     with tempfile.TemporaryDirectory(prefix="raymoe-remap-") as folder:
         nothing = Path(folder, "none.jsonl")
         nothing.write_text("")
-        corpus = corpus_for(preset(name), data, folder)
+        corpus = corpus_for(paper_form(name), data, folder)
         for seed in range(seeds):
             base = Path(folder, f"warm{seed}")
             changes = [
                 f"run.seed={seed}", "train.validate_windows=64", f"regroup.burn_in={warmup}",
                 f"regroup.period={warmup}", "regroup.plan_lag=2", "regroup.overlap=32", "regroup.stats_every=10",
-                f"train.steps={max(preset(name).train.steps, warmup + steps)}",
+                f"train.steps={max(paper_form(name).train.steps, warmup + steps)}",
             ]  # fmt: skip
             report(f"remap  seed {seed}: {warmup} steps to warm up, then 2 branches of {steps}")
             record = [*changes, "regroup.mode=replay", f"regroup.replay={nothing}"]
@@ -48,7 +49,7 @@ def remap(name: str, data: str, seeds: int, warmup: int, steps: int = 200) -> di
             branches = {"without": Path(folder, f"without{seed}"), "with": Path(folder, f"with{seed}")}
             for branch in branches.values():
                 shutil.copytree(base / "checkpoints", branch / "checkpoints")
-            plan = forced(override(preset(name), changes), base)
+            plan = forced(paper_form(name, changes), base)
             plans = Path(folder, f"plan{seed}.jsonl")
             plans.write_text(
                 json.dumps({"kind": "plan", "step": warmup, "name": "applied", "plan": plan.to_dict()}) + "\n"
@@ -60,7 +61,7 @@ def remap(name: str, data: str, seeds: int, warmup: int, steps: int = 200) -> di
             }
             row = _cost(branches, statistics.median(times["with"]), warmup)
             if seed == 0:
-                row["float32"] = _exact(override(preset(name), [*changes, "train.precision=float32"]), corpus, base, plan)  # fmt: skip
+                row["float32"] = _exact(paper_form(name, [*changes, "train.precision=float32"]), corpus, base, plan)  # fmt: skip
                 report(f"remap  float32, one process: logits differ by {row['float32']['logits_max_relative']:.1e} of the largest at apply "
                     f"(loss {row['float32']['loss_relative']:+.1e}; {row['float32']['loss_relative_at_once']:+.1e} without an overlap)")  # fmt: skip
             report(f"remap  seed {seed}: {row['moves']} moves, {row['bytes'] / 1e6:.1f} MB; apply {row['apply_ms']:.0f} ms = {row['apply_steps']:.2f} steps, "
@@ -75,7 +76,7 @@ def remap(name: str, data: str, seeds: int, warmup: int, steps: int = 200) -> di
 
 def _branch(rank: int, name: str, changes: list[str], run: str, corpus: str, until: int) -> list[float]:
     """Train from the checkpoint in `run` to step `until`, with probes; return the milliseconds of each step."""
-    config = override(preset(name), changes)
+    config = paper_form(name, changes)
     client = ReplayClient(Path(config.regroup.replay)) if config.regroup.replay else None
     Path(run).mkdir(exist_ok=True)
     total(0.0)

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.layer import private_model
+from benchmarks.models import paper_form, private_model
 from benchmarks.timing import interleaved
-from raymoe.config import Config, preset
+from raymoe.config import Config
 from raymoe.model.loss import linear_cross_entropy
 from raymoe.parallel.gradients import Gradients
 from raymoe.parallel.local import gloo, total
@@ -32,7 +32,7 @@ def _step_times(rank: int, world: int, config: Config, rounds: int) -> dict[str,
     sides, meters = {}, {}
     model, train = config.model, config.train
     variants = {
-        "clustered": model,
+        "paper": model,
         "private": private_model(model),
         "flat": replace(model, experts="flat"),
         "bases alone": replace(model, residual_width=0),
@@ -71,7 +71,7 @@ def _step_times(rank: int, world: int, config: Config, rounds: int) -> dict[str,
 
 def step(rounds: int, name: str) -> dict[str, Any]:
     """Measure a training step on random tokens, on 1 and 2 gloo processes with one thread each."""
-    config = preset(name)
+    config = paper_form(name)
     context = multiprocessing.get_context("spawn")
     result: dict[str, Any] = {}
     for world in (1, 2):

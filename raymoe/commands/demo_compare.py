@@ -2,8 +2,8 @@
 
     python -m raymoe.commands.demo_compare FOLDER STEPS
 
-All four use the preset `tiny`, the same data order, learning rate and balancing (selection biases, no auxiliary
-loss). The results are in `results_file(FOLDER)`, which is written after each run.
+All four start from the preset `tiny`, with the same data order, learning rate and balancing (selection biases, no
+auxiliary loss). The results are in `results_file(FOLDER)`, which is written after each run.
 """
 
 from __future__ import annotations
@@ -17,15 +17,27 @@ from raymoe.config import override, preset
 SEEDS = (0, 1)
 VARIANTS = {
     "clustered": Variant("clustered"),
-    "flat": Variant("flat", ("model.experts=flat",)),
+    "flat": Variant(
+        "flat", ("model.experts=flat", "model.n_experts=16", "model.experts_per_token=2", "model.gate=softmax")
+    ),
     "flat_same_size": Variant(
         "flat, same size",
-        ("model.experts=flat", "model.d_expert=64", "model.n_experts=22", "model.experts_per_token=8"),
+        (
+            "model.experts=flat", "model.d_expert=64", "model.n_experts=22", "model.experts_per_token=8",
+            "model.gate=softmax",
+        ),
     ),
-    "bases_alone": Variant("bases alone", ("model.residual_width=0",)),
-}
-"""`flat` has the same 16 experts, top 2. `flat_same_size` has 22 experts of a quarter of the width, top 8: the
-parameters of `clustered` and the active width of `flat`. `bases_alone` is `clustered` without residuals."""
+    "paper": Variant(
+        "paper's form",
+        (
+            "model.expert_kind=residual", "model.gate=softmax", "model.n_experts=16", "model.n_clusters=4",
+            "model.experts_per_token=2", "model.residual_width=8",
+        ),
+    ),
+}  # fmt: skip
+"""`clustered` is the preset: private experts. `flat` has 16 coarse experts, top 2. `flat_same_size` has the experts of
+`clustered` without clusters: its parameters, and the active width of `flat`. `paper` has bases and residuals, with
+the parameters of `clustered`."""
 
 
 def comparison(folder: Path, steps: int) -> Experiment:

@@ -180,7 +180,7 @@ def run_stages(root: str, steps: int) -> None:
         with progress(f"compare: {len(VARIANTS)} models on the same tokens, {len(SEEDS)} seeds each"):
             compared = compare(ray, logs, folder, steps, progress)
         artifact, evaluation = artifact_folder(root, name), folder / "evaluation.json"
-        with progress("export (FP16 bases, INT4 residuals) and evaluate the export"):
+        with progress("export (INT4 experts, the rest FP16) and evaluate the export"):
             for command in (
                 ["raymoe", "export", name, "--root", root, "--tokens", "50000"],
                 ["raymoe", "evaluate", str(artifact), "--json", str(evaluation), "--quiet"],

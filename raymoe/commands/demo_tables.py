@@ -66,7 +66,7 @@ def comparison(records: Sequence[Record], artifact: Path, evaluation: Path, step
     rows = []
     for name, found in by_model(records).items():
         of = found[0]
-        cv = of["load_cv"]["experts"] if of["load_cv"]["experts"] is not None else of["load_cv"]["clusters"]
+        cv = of["load_cv"]["experts"]
         rows.append((
             VARIANTS[name].label, f"{of['parameters'] / 1e6:.2f}", f"{2 * of['parameters'] / 1e6:.2f}",
             spread([r["perplexity"] for r in found]), spread([r["tokens_per_s"] for r in found], ",.0f"),
@@ -84,7 +84,7 @@ def comparison(records: Sequence[Record], artifact: Path, evaluation: Path, step
         ("model", "parameters, M", "at rest, MB", "perplexity", "tokens/s", "load CV"),
         (*rows, exported),
         f"perplexity: per token, whole validation set, mean ± half the range of {len(records) // len(VARIANTS)} seeds; at rest: float16, the export "
-        "FP16 + INT4;\ntokens/s: training, one thread, 2 models at a time; load CV: of experts (else clusters), 0 is even",
+        "FP16 + INT4;\ntokens/s: training, one thread, 2 models at a time; load CV: of experts, 0 is even",
     )  # fmt: skip
 
 

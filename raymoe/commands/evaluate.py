@@ -2,7 +2,7 @@
 
     raymoe evaluate first                                 the run's own validation set
     raymoe evaluate first --data wikitext-103 --json out.json
-    raymoe evaluate ~/raymoe/exports/first --residuals zero
+    raymoe evaluate ~/raymoe/exports/folded --residuals zero    the bases alone, of a model that has them
 
 Evaluates a run at its newest valid checkpoint, and an artifact with INT4 experts. Every token of the text is
 predicted once, in windows of --context tokens that start every --stride tokens; the last window may be partial.

@@ -1,4 +1,4 @@
-"""Export a run as an artifact: one folder with FP16 bases and INT4 experts, for evaluation and serving.
+"""Export a run as an artifact: one folder with INT4 experts and the rest in FP16, for evaluation and serving.
 
     raymoe export first
     raymoe export first --step 800 --to /models/first

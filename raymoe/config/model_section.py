@@ -15,7 +15,7 @@ class ModelSection:
     """Architecture."""
 
     experts: Experts = "clustered"
-    """Kind of feed-forward layer. `clustered`: experts share a base per cluster and add a low-rank residual; routing is in two stages. `flat`: independent experts with softmax top-K routing. `dense`: one feed-forward network with the active width of the experts."""
+    """Kind of feed-forward layer. `clustered`: experts in clusters (`model.expert_kind`); routing is in two stages, to a cluster and to its experts. `flat`: independent experts of the width `model.d_expert` with top-K routing. `dense`: one feed-forward network with the active width of the experts."""
     layers: int = 4
     """Transformer layers; each has a feed-forward layer of experts."""
     d_model: int = 256

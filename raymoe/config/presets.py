@@ -6,12 +6,12 @@ from raymoe.config.sections import CheckpointSection, Config, ModelSection, Regr
 
 
 def tiny() -> Config:
-    """2 layers, D=128: the demo and the tests."""
+    """2 layers, D=128, private experts: the demo and the tests."""
     return Config(
         preset="tiny",
         model=ModelSection(
-            layers=2, d_model=128, d_expert=256, n_experts=16, n_clusters=4, experts_per_token=2,
-            residual_width=8, heads=4, kv_heads=2, vocabulary=2048, context=128,
+            layers=2, d_model=128, d_expert=256, expert_kind="private", n_experts=22, n_clusters=2,
+            experts_per_token=8, gate="biased", heads=4, kv_heads=2, vocabulary=2048, context=128,
         ),
         train=TrainSection(steps=160, global_batch=16, grain=8, lr=4e-3, warmup=20, validate_every=80),
         checkpoint=CheckpointSection(every=80),
@@ -20,12 +20,12 @@ def tiny() -> Config:
 
 
 def screen() -> Config:
-    """2 layers, D=128, vocabulary 4,096: runs of 3 million tokens on one core, to compare models."""
+    """As tiny, vocabulary 4,096: runs of 3 million tokens on one core, to compare models."""
     return Config(
         preset="screen",
         model=ModelSection(
-            layers=2, d_model=128, d_expert=256, n_experts=32, n_clusters=4, experts_per_token=2,
-            residual_width=8, heads=4, kv_heads=2, vocabulary=4096, context=128,
+            layers=2, d_model=128, d_expert=256, expert_kind="private", n_experts=24, n_clusters=2,
+            experts_per_token=8, gate="biased", heads=4, kv_heads=2, vocabulary=4096, context=128,
         ),
         train=TrainSection(
             workers=1, threads=1, steps=732, global_batch=32, grain=32, lr=4e-3, warmup=50, validate_every=183,
@@ -37,12 +37,12 @@ def screen() -> Config:
 
 
 def small() -> Config:
-    """4 layers, D=256: measurements on a small machine."""
+    """4 layers, D=256, private experts: measurements on a small machine."""
     return Config(
         preset="small",
         model=ModelSection(
-            layers=4, d_model=256, d_expert=512, n_experts=32, n_clusters=4, experts_per_token=2,
-            residual_width=16, heads=4, kv_heads=2, vocabulary=8192, context=256,
+            layers=4, d_model=256, d_expert=512, expert_kind="private", n_experts=24, n_clusters=2,
+            experts_per_token=8, gate="biased", heads=4, kv_heads=2, vocabulary=8192, context=256,
         ),
         train=TrainSection(steps=1500, global_batch=16, grain=8, lr=3e-3, warmup=100, validate_every=250),
         checkpoint=CheckpointSection(every=250),
@@ -50,7 +50,7 @@ def small() -> Config:
 
 
 def paper() -> Config:
-    """12 layers, D=768: the paper's size, 0.95 billion parameters with flat experts."""
+    """12 layers, D=768, bases and residuals: the paper's form and size, 0.95 billion parameters with flat experts."""
     return Config(
         preset="paper",
         model=ModelSection(

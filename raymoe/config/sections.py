@@ -195,9 +195,9 @@ class RegroupSection:
     replay: str = ""
     """Path of a `plans.jsonl` whose applied plans are applied again at the same steps. Required by `regroup.mode=replay`."""
     start: Literal["factored", "dense"] = "factored"
-    """First weights. `factored`: bases and residuals from step 0. `dense`: independent experts from one common initialization; at the end of the burn-in they are clustered by similarity and factored (mean base, truncated SVD), as in the paper."""
+    """First weights. `factored`: experts in clusters from step 0. `dense`: independent experts from one common initialization; at the end of the burn-in they are clustered by similarity and factored (mean base, truncated SVD), as in the paper."""
     similarity: Literal["counterfactual", "paper", "coactivation"] = "counterfactual"
-    """Similarity of two experts. `counterfactual`: of their residuals, and of their outputs on the same sampled tokens. `paper`: of whole weights and of mean routed inputs (equation 1); with factored experts it favors the current clusters. `coactivation`: how often a token would take both if it could choose among all experts of the layer, less the frequency by chance. The expected gain of its plans is larger than the gain measured later: a plan is the best of many on one sample."""
+    """Similarity of two experts. `counterfactual`: of their residuals or private weights, and of their outputs on the same sampled tokens. `paper`: of whole weights and of mean routed inputs (equation 1); with factored experts it favors the current clusters. `coactivation`: how often a token would take both if it could choose among all experts of the layer, less the frequency by chance. The expected gain of its plans is larger than the gain measured later: a plan is the best of many on one sample."""
     alpha: float = 0.7
     """Weight of the parameter term in the similarity, 0 to 1 [alpha]. The activation term has the weight 1 - alpha. Not used by `coactivation`."""
     beta: float = 0.05
@@ -221,7 +221,7 @@ class RegroupSection:
     overlap: int = 32
     """Steps during which a moving expert is in both clusters: in the old one as a ghost that fades. 0: it moves at once, and the loss jumps."""
     refit: Literal["keep", "svd", "weighted"] = "keep"
-    """Residual of a moving expert. `keep`: unchanged. `svd`: the best approximation of the expert's old weights from the new base (truncated SVD). `weighted`: the same, weighted with the inputs of the new cluster."""
+    """Residual of a moving expert. `keep`: unchanged. `svd`: the best approximation of the expert's old weights from the new base (truncated SVD). `weighted`: the same, weighted with the inputs of the new cluster. Private experts: `keep`."""
     force: int = 0
     """Step from which one plan is applied even without a gain, to test the mechanism. 0: never."""
     force_kind: Literal["mildest", "best", "random"] = "mildest"

@@ -10,6 +10,7 @@ from raymoe.commands.demo_compare import VARIANTS, comparison
 from raymoe.commands.demo_tables import Table, reading, spread
 from raymoe.commands.runs.definition import planned
 from raymoe.config import Config
+from tests.support.presets import residual_tiny
 
 
 def records(**perplexity: tuple[float, float]) -> list[dict]:
@@ -52,7 +53,7 @@ def test_the_models_of_the_comparison_differ_in_the_model_only(name: str) -> Non
     assert ours.aux_loss == 0 and not ours.regroups
 
 
-def test_the_baseline_of_the_same_size_has_the_parameters_of_clustered_and_the_active_width_of_flat() -> None:
+def test_three_models_have_one_size_and_two_have_the_active_width_of_flat() -> None:
     import torch
 
     from raymoe.model.transformer import Transformer
@@ -61,6 +62,14 @@ def test_the_baseline_of_the_same_size_has_the_parameters_of_clustered_and_the_a
         with torch.device("meta"):
             return sum(p.numel() for p in Transformer(config(name).model).parameters())
 
-    assert parameters("flat_same_size") == pytest.approx(parameters("clustered"), rel=0.001)
-    same, flat = config("flat_same_size").model, config("flat").model
-    assert same.experts_per_token * same.d_expert == flat.experts_per_token * flat.d_expert
+    for name in ("flat_same_size", "paper"):
+        assert parameters(name) == pytest.approx(parameters("clustered"), rel=0.001), name
+    clustered, same, flat = (config(name).model for name in ("clustered", "flat_same_size", "flat"))
+    active = flat.experts_per_token * flat.d_expert
+    assert same.experts_per_token * same.d_expert == active
+    assert clustered.experts_per_token * clustered.private_width == active
+    assert (flat.n_experts, flat.d_expert, flat.gate, same.gate) == (16, 256, "softmax", "softmax")
+
+
+def test_the_paper_form_of_the_demo_has_bases_and_residuals() -> None:
+    assert config("paper").model == residual_tiny().model

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from raymoe.commands.stages import StageLines
-from raymoe.config import Config, override, preset
+from raymoe.config import Config
 from raymoe.data.corpus import Corpus
 from raymoe.data.prepare import prepare
 from raymoe.export import export as export_module
@@ -25,6 +25,7 @@ from raymoe.storage import artifact_encoding
 from raymoe.storage.artifact import Artifact
 from raymoe.storage.checkpoint import step_folder, write_manifest, write_shard
 from raymoe.storage.run_folder import RunFolder
+from tests.support.presets import residual_tiny
 
 SMALL = [
     "model.layers=2", "model.d_model=32", "model.d_expert=48", "model.n_experts=6", "model.n_clusters=3",
@@ -38,7 +39,7 @@ def write_run(root: Path, *more: str) -> Config:
     words = random.Random(0).choices(["the", "cat", "sat", "où", "mat"], k=8000)
     (root / "text.txt").write_text("".join(f"{word}\n" if i % 9 == 8 else f"{word} " for i, word in enumerate(words)))
     fields = [f"data.path={root / 'text.txt'}", f"run.root={root}", "run.name=first", *SMALL, *more]
-    config = override(preset("tiny"), fields)
+    config = residual_tiny(*fields)
     model = Transformer(config.model)
     model.initialize(0)
     run = RunFolder(root / "first")

@@ -10,16 +10,17 @@ from typing import Any
 import pytest
 import torch
 
-from raymoe.config import ModelSection, preset
+from raymoe.config import ModelSection
 from raymoe.model.experts import ClusteredExperts
 from raymoe.model.loss import linear_cross_entropy
 from raymoe.model.observation import Loads, Observation
 from raymoe.model.transformer import Transformer
+from tests.support.presets import residual_tiny
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "model_losses.json"
 """File written by `python -m tests.model.test_golden`. Regenerate it only for an intended change of the arithmetic."""
 
-CLUSTERED = replace(preset("tiny").model, context=32)
+CLUSTERED = replace(residual_tiny().model, context=32)
 MODELS: dict[str, ModelSection] = {
     "clustered": CLUSTERED,
     "two clusters per token": replace(CLUSTERED, clusters_per_token=2),

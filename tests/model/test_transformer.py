@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from raymoe.config import ModelSection, preset
+from raymoe.model.leaves import member_leaves
 from raymoe.model.transformer import KVCache, Transformer
+from tests.support.presets import residual_tiny
 
 MODEL = ModelSection(
     layers=2, d_model=32, d_expert=24, n_experts=8, n_clusters=2, experts_per_token=2, residual_width=4,
@@ -77,8 +79,9 @@ def test_logical_names_of_experts_do_not_depend_on_their_cluster() -> None:
         assert torch.equal(a[key], b[key]), key
 
 
-def test_initial_activations_and_loss_are_in_range() -> None:
-    transformer = build(preset("tiny").model)
+@pytest.mark.parametrize("model", [preset("tiny").model, residual_tiny().model], ids=["private", "residual"])
+def test_initial_activations_and_loss_are_in_range(model: ModelSection) -> None:
+    transformer = build(model)
     tokens = torch.randint(2048, (2, 64))
     with torch.no_grad():
         hidden = transformer.hidden(tokens)
@@ -87,7 +90,8 @@ def test_initial_activations_and_loss_are_in_range() -> None:
     loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
     assert abs(loss.item() - torch.tensor(2048.0).log().item()) < 0.3
     experts = transformer.logical()
-    assert not torch.equal(experts["layers.0.experts.0.gate_in"], experts["layers.0.experts.1.gate_in"])
+    for leaf in member_leaves(model):
+        assert not torch.equal(experts[f"layers.0.experts.0.{leaf}"], experts[f"layers.0.experts.1.{leaf}"]), leaf
 
 
 def test_initialization_law() -> None:

@@ -17,6 +17,7 @@ from raymoe.parallel.fold import fold
 from raymoe.parallel.sharded import shard
 from raymoe.training.optimizer import Optimizer
 from tests.support import processes
+from tests.support.presets import RESIDUAL
 from tests.training.test_loop import copy_at, losses, records
 from tests.training.test_regroup import fresh, plans, train
 
@@ -138,6 +139,6 @@ def test_a_dense_start_folds_once_and_resumes_before_or_after_the_fold(tmp_path:
 
 def test_a_dense_start_needs_a_burn_in_within_the_run() -> None:
     with pytest.raises(ValueError, match="regroup.burn_in=200 is not allowed"):
-        override(preset("small"), ["regroup.start=dense", "train.steps=200"])
+        override(preset("small"), [*RESIDUAL, "regroup.start=dense", "train.steps=200"])
     with pytest.raises(ValueError, match="regroup.start='dense' is not allowed"):
-        override(preset("small"), ["regroup.start=dense", "model.experts=flat"])
+        override(preset("small"), [*RESIDUAL, "regroup.start=dense", "model.experts=flat"])

@@ -27,6 +27,7 @@ Record = dict[str, Any]
 
 def config(experts: str = "clustered", name: str = "first") -> Config:
     pinned = ["train.steps=400", "train.validate_every=100", "checkpoint.every=100"]
+    pinned += ["model.n_experts=16", "model.n_clusters=4", "model.experts_per_token=2"]
     return override(preset("tiny"), [f"run.name={name}", f"model.experts={experts}", *pinned])
 
 

@@ -84,7 +84,7 @@ def test_a_run_is_submitted_exported_and_evaluated(ray: Head, text: Path, tmp_pa
 
     exported = job("export.py", "first")
     assert exported.returncode == 0, exported.stderr
-    assert "clustered, FP16 + INT4" in exported.stdout and "residuals set to zero" in exported.stdout
+    assert "clustered, FP16 + INT4" in exported.stdout and "INT4 private experts" in exported.stdout
     assert job("export.py", "first").returncode == 2
     results = {}
     for name in ("first", str(tmp_path / "exports" / "first")):

@@ -22,6 +22,7 @@ from raymoe.training import checkpointing
 from raymoe.training.checkpointing import MAX_RETRY_S, free_bytes
 from raymoe.training.failures import Unrecoverable
 from raymoe.training.loop import Trainer
+from tests.support.presets import RESIDUAL
 from tests.support.synthetic import Synthetic
 from tests.training.test_loop import config, losses, records, train
 
@@ -144,7 +145,12 @@ def test_one_object_owns_the_checkpoints_of_a_run_that_is_folded(
     monkeypatch.setattr(checkpointing.BackgroundWriter, "__init__", lambda self: (made.append(self), real(self))[0])
     settings = override(
         config(
-            "regroup.start=dense", "regroup.burn_in=10", "train.steps=20", "checkpoint.every=5", "checkpoint.keep=9"
+            *RESIDUAL,
+            "regroup.start=dense",
+            "regroup.burn_in=10",
+            "train.steps=20",
+            "checkpoint.every=5",
+            "checkpoint.keep=9",
         ),
         [f"checkpoint.storage=file://{tmp_path}/store", "run.name=run"],
     )

@@ -35,7 +35,7 @@ from tests.support.synthetic import Synthetic
 from tests.support.waiting import until
 
 QUICK = [
-    "model.layers=1", "model.d_model=16", "model.d_expert=12", "model.n_experts=8", "model.residual_width=2",
+    "model.layers=1", "model.d_model=16", "model.d_expert=12", "model.n_experts=8", "model.experts_per_token=2",
     "model.heads=2", "model.kv_heads=1", "model.vocabulary=31", "model.context=8", "train.global_batch=6",
     "train.grain=1", "train.steps=12", "train.log_every=1", "train.validate_every=99", "train.validate_windows=2",
     "checkpoint.every=99", "checkpoint.keep=99", "regroup.mode=off",

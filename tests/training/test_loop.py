@@ -17,11 +17,12 @@ from raymoe.training.loop import MAX_SKIPPED, Trainer
 from raymoe.training.optimizer import decays, learning_rate
 from raymoe.training.progress import describe
 from tests.support import processes
+from tests.support.presets import RESIDUAL
 from tests.support.synthetic import Synthetic
 
 SMALL = [
     "model.layers=2", "model.d_model=16", "model.d_expert=12", "model.n_experts=10", "model.n_clusters=4",
-    "model.residual_width=3", "model.heads=2", "model.kv_heads=1", "model.vocabulary=31", "model.context=8",
+    "model.experts_per_token=2", "model.residual_width=3", "model.heads=2", "model.kv_heads=1", "model.vocabulary=31", "model.context=8",
     "train.global_batch=8", "train.grain=2", "train.precision=float32", "train.warmup=5", "train.steps=40",
     "train.log_every=1", "train.validate_every=10", "train.validate_windows=6", "checkpoint.every=10",
     "train.bias_rate=0.1", "train.lr=2e-2",
@@ -62,12 +63,13 @@ def copy_at(run: Path, target: Path, step: int) -> Path:
 
 
 KEEP = ("checkpoint.keep=9",)
+KINDS = {"private": (), "residual": RESIDUAL, "flat": ("model.experts=flat", "model.gate=softmax")}
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("kind", ["clustered", "flat"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_saved_on_two_continued_on_one_and_three(kind: str, tmp_path: Path) -> None:
-    changes = (*KEEP, f"model.experts={kind}")
+    changes = (*KEEP, *KINDS[kind])
     two = tmp_path / "two"
     two.mkdir()
     results = processes.run(2, train, str(two), changes, folder=tmp_path)
@@ -75,7 +77,7 @@ def test_saved_on_two_continued_on_one_and_three(kind: str, tmp_path: Path) -> N
     reference = losses(two)
     sent = [r["a2a_bytes_per_token"] for r in records(two, "train")]
     # One row per chosen group out and back, forward and backward, float32, about half of them across; validation is not in it.
-    groups = 1 if kind == "clustered" else 2
+    groups = 2 if kind == "flat" else 1
     assert all(0.2 < b / (2 * groups * 4 * 16 * 4) < 0.9 for b in sent)
     assert len(reference) == 40 and reference[-1] < reference[0] - 0.3
     for world in (1, 3):
@@ -96,7 +98,8 @@ def test_saved_on_two_continued_on_one_and_three(kind: str, tmp_path: Path) -> N
 
 
 @pytest.mark.dist
-def test_every_expert_and_moment_survives_every_layout(tmp_path: Path) -> None:
+@pytest.mark.parametrize("changes", [KINDS["private"], KINDS["residual"]], ids=["private", "residual"])
+def test_every_expert_and_moment_survives_every_layout(changes: tuple[str, ...], tmp_path: Path) -> None:
     """Weights, biases and both moments of each logical tensor, bit for bit, through saves on 2, 3, 5 and 1."""
     run = tmp_path / "run"
     run.mkdir()
@@ -110,22 +113,22 @@ def test_every_expert_and_moment_survives_every_layout(tmp_path: Path) -> None:
                 assert torch.equal(stored[key], value), key
         # A run of zero further steps shows what this world restores.
         if checkpoint:
-            again = processes.run(world, restored, str(run), folder=tmp_path)
+            again = processes.run(world, restored, str(run), changes, folder=tmp_path)
             for result in again:
                 for key, value in result.items():
                     assert torch.equal(value, expected[key]), f"{key} on {world}"
             assert set().union(*again) == set(expected)
         results = processes.run(
-            world, train, str(run), (*KEEP, "checkpoint.every=5", f"train.steps={steps}"), folder=tmp_path
+            world, train, str(run), (*KEEP, *changes, "checkpoint.every=5", f"train.steps={steps}"), folder=tmp_path
         )
         expected = {key: value for result in results for key, value in result["held"].items()}
     moments = [k for k in expected if k.startswith("moments.")]
     assert len(moments) == 2 * len([k for k in expected if not k.startswith("moments.") and not k.endswith("bias")])
 
 
-def restored(rank: int, world: int, run: str) -> dict[str, torch.Tensor]:
+def restored(rank: int, world: int, run: str, changes: tuple[str, ...]) -> dict[str, torch.Tensor]:
     metrics = TrainingMetrics(CollectorRegistry(), run="test", worker=str(rank))
-    trainer = Trainer(config(*KEEP), Synthetic(31), Path(run), metrics, torch.device("cpu"))  # type: ignore[arg-type]
+    trainer = Trainer(config(*KEEP, *changes), Synthetic(31), Path(run), metrics, torch.device("cpu"))  # type: ignore[arg-type]
     held = trainer.model.logical() | trainer.optimizer.logical()
     return {k: v.clone() for k, v in held.items()}
 
@@ -279,7 +282,7 @@ def test_schedule_and_decay() -> None:
     )
     from raymoe.model.transformer import Transformer
 
-    named = dict(Transformer(config().model).named_parameters())
+    named = dict(Transformer(config(*RESIDUAL).model).named_parameters())
     spared = {name.rsplit(".", 1)[-1] for name, p in named.items() if not decays(name, p)}
     assert spared == {
         "final_norm",

@@ -19,7 +19,7 @@ from raymoe.clustering.plan import RemapPlan
 from raymoe.clustering.planner import NoPlan, NoPlanReason
 from raymoe.clustering.similarity import NEEDED
 from raymoe.clustering.statistics import Statistics
-from raymoe.config import Config, override, preset
+from raymoe.config import Config
 from raymoe.metrics import TrainingMetrics
 from raymoe.model.observation import Observation
 from raymoe.parallel.sharded import shard
@@ -36,6 +36,7 @@ from raymoe.training.regroup.clusterer import (
 )
 from raymoe.training.regroup.recorder import Recorder
 from tests.support import processes
+from tests.support.presets import residual_tiny
 from tests.support.synthetic import Synthetic
 from tests.training.test_loop import SMALL, copy_at, losses, records
 
@@ -47,7 +48,7 @@ REGROUP = (
 
 
 def config(*changes: str) -> Config:
-    return override(preset("tiny"), [*SMALL, *REGROUP, *changes])
+    return residual_tiny(*SMALL, *REGROUP, *changes)
 
 
 class Gathering(DirectClient):

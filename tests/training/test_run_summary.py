@@ -7,9 +7,13 @@ import pytest
 from raymoe.config import ModelSection, override, preset
 from raymoe.training.run_summary import active_parameters, parameters
 
+PAPER_FORM = (
+    "expert_kind=residual", "gate=softmax", "n_experts=32", "n_clusters=4", "experts_per_token=2", "residual_width=8",
+)  # fmt: skip
+
 
 def model(*changes: str) -> ModelSection:
-    return override(preset("screen"), [f"model.{item}" for item in changes]).model
+    return override(preset("screen"), [f"model.{item}" for item in (*PAPER_FORM, *changes)]).model
 
 
 D, F, W, LAYERS = 128, 256, 8, 2

@@ -18,7 +18,9 @@ from raymoe.training.step_report import StepReport
 from tests.support.synthetic import Synthetic
 from tests.training.test_loop import losses, records, train
 
-DENSE = ("regroup.start=dense", "train.steps=12", "checkpoint.every=4")
+DENSE = (
+    "model.expert_kind=residual", "model.gate=softmax", "regroup.start=dense", "train.steps=12", "checkpoint.every=4",
+)  # fmt: skip
 
 
 # Data

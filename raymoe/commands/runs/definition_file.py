@@ -3,8 +3,8 @@
     title: learning rate of two models
     base: {preset: screen, data: {path: wikitext-103}}
     variants:
-      flat: {label: "flat", model: {experts: flat}}
-      wide: {model: {experts: flat, d_expert: 512}, cores: 2}
+      flat: {label: "flat", model: {experts: flat, n_experts: 32, experts_per_token: 2, gate: softmax}}
+      wide: {model: {d_expert: 512}, cores: 2}
     seeds: [0, 1, 2]
     cores: 1
     reference: flat
