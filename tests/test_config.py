@@ -9,6 +9,7 @@ import typing
 from pathlib import Path
 
 import pytest
+import yaml
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
@@ -26,6 +27,7 @@ from raymoe.config import (
     repeatable_yaml,
 )
 from raymoe.config.overrides import KEYS, hints
+from raymoe.config.yaml_text import ADDED
 from tests.support.presets import residual_tiny
 
 
@@ -39,7 +41,7 @@ def test_presets_are_valid_and_survive_json(name: str) -> None:
 @pytest.mark.parametrize("name", ["tiny", "screen", "small"])
 def test_presets_have_private_experts_with_the_active_width_of_two_flat_experts(name: str) -> None:
     model = preset(name).model
-    assert (model.expert_kind, model.gate, model.n_clusters, model.clusters_per_token) == ("private", "biased", 2, 1)
+    assert (model.expert_kind, model.gate, model.n_clusters, model.clusters_per_token) == ("private", "sigmoid", 2, 1)
     assert model.experts_per_token * model.private_width == 2 * model.d_expert
 
 
@@ -211,6 +213,15 @@ def test_yaml_is_the_inverse_of_to_yaml(assignments: tuple[str, ...]) -> None:
     repeated = from_yaml(repeatable_yaml(config))
     assert (repeated.run.name, repeated.train.resume) == ("", "")
     assert (repeated.model, repeated.data, repeated.regroup) == (config.model, config.data, config.regroup)
+
+
+def test_yaml_of_a_run_of_version_0_1_keeps_its_model() -> None:
+    config = residual_tiny("model.layers=3")
+    old = yaml.safe_load(config.to_yaml())
+    for key in ADDED:
+        del old["model"][key.partition(".")[2]]
+    assert from_yaml(yaml.safe_dump(old)) == config
+    assert from_yaml("preset: tiny\nmodel: {layers: 3}") == override(preset("tiny"), ["model.layers=3"])
 
 
 @pytest.mark.parametrize(

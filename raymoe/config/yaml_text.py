@@ -18,6 +18,7 @@ from dataclasses import replace
 import yaml
 
 from raymoe.config.checks import hint
+from raymoe.config.model_section import ModelSection
 from raymoe.config.overrides import KEYS, check_key, override
 from raymoe.config.presets import preset
 from raymoe.config.sections import SECTIONS, Config
@@ -74,8 +75,25 @@ def assignments(sections: Mapping[str, yaml.Node], known: Iterable[str] = SECTIO
         for field, value in pairs(node, section):
             check_key(f"{section}.{field}")
             values[f"{section}.{field}"] = scalar(value, f"{section}.{field}")
+    values = earlier_defaults(values) | values
     # In the order of the fields: train.workers resets train.max_workers, so it comes first.
     return [f"{key}={values[key]}" for key in KEYS if key in values]
+
+
+ADDED = ("model.expert_kind", "model.expert_width", "model.base_width", "model.gate", "model.router_std")
+"""Fields that version 0.1 did not have, and that presets set."""
+
+
+def earlier_defaults(values: Mapping[str, str]) -> dict[str, str]:
+    """Return the values of `ADDED` that were in effect in version 0.1, if `values` is the whole model of such a config.
+
+    The config.yaml of a run lists all fields of its version. One that it lacks must not get the value of today's preset.
+    """
+    model = {key for key in KEYS if key.startswith("model.")}
+    if not model - set(ADDED) <= values.keys():
+        return {}
+    defaults = ModelSection()
+    return {key: str(getattr(defaults, key.partition(".")[2])).lower() for key in ADDED if key not in values}
 
 
 def compose(text: str) -> yaml.Node | None:

@@ -6,7 +6,7 @@ from raymoe.config import Config, override, preset
 
 RESIDUAL = (
     "model.expert_kind=residual", "model.gate=softmax", "model.n_experts=16", "model.n_clusters=4",
-    "model.experts_per_token=2", "model.residual_width=8",
+    "model.experts_per_token=2", "model.residual_width=8", "model.router_std=0.02",
 )  # fmt: skip
 """Overrides that change `tiny` to the paper's form."""
 
