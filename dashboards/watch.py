@@ -97,6 +97,7 @@ def main() -> int:
     parse.add_argument("--root", type=Path, default=Path(default_root()), help="run.root (default: $RAYMOE_HOME or ~/raymoe)")  # fmt: skip
     parse.add_argument("--port", type=int, default=9090, help="port of Prometheus (default: %(default)s)")
     parse.add_argument("--ray", type=Path, help=f"{RAY_TARGETS} of a Ray, in its --temp-dir (default: of all Rays on this machine)")  # fmt: skip
+    parse.add_argument("--interval", metavar="DURATION", help="scrape interval, for example 3s (default: that of prometheus.yml)")  # fmt: skip
     arguments = parse.parse_args()
     root = arguments.root.expanduser().resolve()
     try:
@@ -104,7 +105,7 @@ def main() -> int:
     except FileNotFoundError as error:
         sys.exit(f"watch.py: {error}")
     folder = root / ".prometheus"
-    config = configure(folder, root, arguments.ray)
+    config = configure(folder, root, arguments.ray, arguments.interval)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     process = start(prometheus, config, arguments.port)
     print(

@@ -17,13 +17,12 @@ import psutil
 from raymoe.commands.demo_compare import SEEDS, VARIANTS, results_file
 from raymoe.commands.demo_serve import Served, serve_and_load
 from raymoe.commands.demo_tables import comparison, plan_line, reading
-from raymoe.config import default_root, preset
+from raymoe.config import default_root
 from raymoe.ops.ray_head import Head, head
 from raymoe.storage.files import read_json, write_json
 from raymoe.storage.run_folder import RunFolder, artifact_folder, read_records, run_folder
 from raymoe.training.run_report import write_report
 
-TINY = preset("tiny")
 CHECKPOINT_EVERY = 40
 
 
@@ -134,10 +133,13 @@ class Victim:
 
 
 def train(ray: Head, logs: Path, root: str, name: str, steps: int, progress: Progress) -> Victim:
-    """Train with 2 workers and a forced plan, and kill a worker. Raises StageFailed."""
+    """Train with 2 workers and a forced plan, and kill a worker. Raises StageFailed.
+
+    The plan follows the restart by some seconds, so that monitoring sees the workers' counters before and after it.
+    """
     command = [
         "raymoe", "train", "tiny", f"run.name={name}", f"run.root={root}", f"train.steps={steps}", "train.workers=2",
-        f"checkpoint.every={CHECKPOINT_EVERY}", f"regroup.force={TINY.regroup.burn_in}", "train.aux_loss=0",
+        f"checkpoint.every={CHECKPOINT_EVERY}", f"regroup.force={steps * 9 // 16}", "train.aux_loss=0",
     ]  # fmt: skip
     log = logs / "train.log"
     victim = Victim(ray, run_folder(root, name), progress, steps)

@@ -28,6 +28,7 @@ def prometheus(tmp_path: Path) -> Iterator[int]:
         pytest.skip(str(error))
     (port,) = free_ports(1)
     command = [sys.executable, REPO_ROOT / "dashboards" / "watch.py", "--root", tmp_path, "--port", str(port)]
+    command += ["--interval", "3s"]  # a plan is applied seconds after a worker's start
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout and f"http://127.0.0.1:{port}" in process.stdout.readline()
