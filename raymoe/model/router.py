@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from raymoe.config import ModelSection
@@ -61,8 +62,9 @@ def _weights(logits_TG: Tensor, probability_TG: Tensor, bias_G: Tensor, index_TK
     if gate == "biased":
         return (logits_TG + bias_G).softmax(-1).gather(-1, index_TK)
     if gate == "sigmoid":
-        weight_TK = logits_TG.gather(-1, index_TK).sigmoid()
-        return weight_TK / weight_TK.sum(-1, keepdim=True) if index_TK.shape[-1] > 1 else weight_TK
+        chosen_TK = logits_TG.gather(-1, index_TK)
+        # The softmax of log sigmoid is sigmoid / sum, also where every sigmoid is 0 in float32.
+        return F.logsigmoid(chosen_TK).softmax(-1) if index_TK.shape[-1] > 1 else chosen_TK.sigmoid()
     if gate == "selected" and index_TK.shape[-1] > 1:
         return logits_TG.gather(-1, index_TK).softmax(-1)
     return probability_TG.gather(-1, index_TK)

@@ -46,6 +46,25 @@ def test_bias_changes_the_choice_but_not_the_weights() -> None:
     assert pushed.weight_TK.item() == pytest.approx(plain.probability_TG[0, 1].item())
 
 
+def test_sigmoid_weights_are_sigmoids_normalized_over_the_choices() -> None:
+    x = torch.randn(6, 16, generator=torch.Generator().manual_seed(0))
+    weight = torch.randn(5, 16, generator=torch.Generator().manual_seed(1))
+    logits = x @ weight.t()
+    one, two = (route(x, weight, torch.zeros(5), k, gate="sigmoid") for k in (1, 2))
+    torch.testing.assert_close(one.weight_TK, logits.amax(-1, keepdim=True).sigmoid())
+    chosen = logits.topk(2).values.sigmoid()
+    torch.testing.assert_close(two.weight_TK, chosen / chosen.sum(-1, keepdim=True))
+
+
+def test_sigmoid_weights_are_finite_where_every_sigmoid_underflows() -> None:
+    x = torch.tensor([[-200.0]], requires_grad=True)
+    weight = torch.tensor([[1.0], [1.0], [1.5]])
+    choice = route(x, weight, torch.zeros(3), 2, gate="sigmoid")
+    torch.testing.assert_close(choice.weight_TK, torch.tensor([[0.5, 0.5]]))
+    choice.weight_TK[0, 0].backward()
+    assert x.grad is not None and x.grad.isfinite().all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_scores_are_float32_even_under_autocast(dtype: torch.dtype) -> None:
     x, weight = torch.randn(4, 16).to(dtype), torch.randn(3, 16)

@@ -199,9 +199,18 @@ static void choose(const float *logits, const float *bias, int e, int k, enum ga
         index[i] = best;
     }
     float most = -INFINITY, sum = 0;
-    if (gate == SIGMOID) {
-        for (int i = 0; i < k; i++) sum += weight[i] = 1 / (1 + expf(-logits[index[i]]));
-        for (int i = 0; i < k && k > 1; i++) weight[i] /= sum;
+    if (gate == SIGMOID && k == 1) {
+        weight[0] = 1 / (1 + expf(-logits[index[0]]));
+        return;
+    }
+    if (gate == SIGMOID) { /* softmax of log sigmoid: sigmoid / sum, also where every sigmoid underflows */
+        for (int i = 0; i < k; i++) {
+            float logit = logits[index[i]];
+            weight[i] = fminf(logit, 0) - log1pf(expf(-fabsf(logit)));
+            most = fmaxf(most, weight[i]);
+        }
+        for (int i = 0; i < k; i++) sum += weight[i] = expf(weight[i] - most);
+        for (int i = 0; i < k; i++) weight[i] /= sum;
         return;
     }
     if (gate == BIASED) { /* the selected groups have the highest logit + bias: the first has the maximum */
