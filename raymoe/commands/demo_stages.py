@@ -137,9 +137,11 @@ def train(ray: Head, logs: Path, root: str, name: str, steps: int, progress: Pro
 
     The plan follows the restart by some seconds, so that monitoring sees the workers' counters before and after it.
     """
+    planned = steps * 9 // 16
     command = [
         "raymoe", "train", "tiny", f"run.name={name}", f"run.root={root}", f"train.steps={steps}", "train.workers=2",
-        f"checkpoint.every={CHECKPOINT_EVERY}", f"regroup.force={steps * 9 // 16}", "train.aux_loss=0",
+        f"checkpoint.every={CHECKPOINT_EVERY}", f"regroup.burn_in={planned}", f"regroup.force={planned}",
+        "train.aux_loss=0",
     ]  # fmt: skip
     log = logs / "train.log"
     victim = Victim(ray, run_folder(root, name), progress, steps)
