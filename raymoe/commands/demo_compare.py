@@ -18,7 +18,11 @@ SEEDS = (0, 1)
 VARIANTS = {
     "clustered": Variant("clustered"),
     "flat": Variant(
-        "flat", ("model.experts=flat", "model.n_experts=16", "model.experts_per_token=2", "model.gate=softmax")
+        "flat",
+        (
+            "model.experts=flat", "model.n_experts=16", "model.experts_per_token=2", "model.gate=softmax",
+            "model.router_std=0.088",
+        ),
     ),
     "flat_same_size": Variant(
         "flat, same size",
@@ -35,7 +39,8 @@ VARIANTS = {
         ),
     ),
 }  # fmt: skip
-"""`clustered` is the preset: private experts. `flat` has 16 coarse experts, top 2. `flat_same_size` has the experts of
+"""`clustered` is the preset: private experts. `flat` has 16 coarse experts, top 2, and the initial routers that are best
+for it. `flat_same_size` has the experts of
 `clustered` without clusters: its parameters, and the active width of `flat`. `paper` has bases and residuals, with
 the parameters of `clustered`."""
 

@@ -11,7 +11,7 @@ def tiny() -> Config:
         preset="tiny",
         model=ModelSection(
             layers=2, d_model=128, d_expert=256, expert_kind="private", n_experts=22, n_clusters=2,
-            experts_per_token=8, gate="sigmoid", router_std=0.088, heads=4, kv_heads=2, vocabulary=2048, context=128,
+            experts_per_token=8, gate="sigmoid", heads=4, kv_heads=2, vocabulary=2048, context=128,
         ),
         train=TrainSection(steps=160, global_batch=16, grain=8, lr=4e-3, warmup=20, validate_every=80),
         checkpoint=CheckpointSection(every=80),
@@ -25,7 +25,7 @@ def screen() -> Config:
         preset="screen",
         model=ModelSection(
             layers=2, d_model=128, d_expert=256, expert_kind="private", n_experts=24, n_clusters=2,
-            experts_per_token=8, gate="sigmoid", router_std=0.088, heads=4, kv_heads=2, vocabulary=4096, context=128,
+            experts_per_token=8, gate="sigmoid", heads=4, kv_heads=2, vocabulary=4096, context=128,
         ),
         train=TrainSection(
             workers=1, threads=1, steps=732, global_batch=32, grain=32, lr=4e-3, warmup=50, validate_every=183,
@@ -42,7 +42,7 @@ def small() -> Config:
         preset="small",
         model=ModelSection(
             layers=4, d_model=256, d_expert=512, expert_kind="private", n_experts=24, n_clusters=2,
-            experts_per_token=8, gate="sigmoid", router_std=0.0625, heads=4, kv_heads=2, vocabulary=8192, context=256,
+            experts_per_token=8, gate="sigmoid", heads=4, kv_heads=2, vocabulary=8192, context=256,
         ),
         train=TrainSection(steps=1500, global_batch=16, grain=8, lr=3e-3, warmup=100, validate_every=250),
         checkpoint=CheckpointSection(every=250),

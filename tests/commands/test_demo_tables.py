@@ -72,4 +72,4 @@ def test_three_models_have_one_size_and_two_have_the_active_width_of_flat() -> N
 
 
 def test_the_paper_form_of_the_demo_has_bases_and_residuals() -> None:
-    assert config("paper").model == residual_tiny(f"model.router_std={config('clustered').model.router_std}").model
+    assert config("paper").model == residual_tiny().model
