@@ -241,9 +241,14 @@ def test_a_stopped_plain_run_writes_a_checkpoint_and_names_the_way_on(
         env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
     )  # fmt: skip
     run = tmp_path / "plain"
-    until(lambda: len(steps(run)) >= 2 or process.poll() is not None, "two steps")
-    os.killpg(process.pid, number)
-    output, _ = process.communicate(timeout=120)
+    try:
+        until(lambda: len(steps(run)) >= 2 or process.poll() is not None, "two steps")
+        os.killpg(process.pid, number)
+        output, _ = process.communicate(timeout=120)
+    finally:
+        if process.poll() is None:  # a local Ray ends with its driver
+            process.kill()
+            process.communicate()
     assert process.returncode == 128 + number, output
     assert "train.resume=plain" in output
     last = steps(run)[-1]
