@@ -2,7 +2,7 @@
 
 All sides are rounded by the same quantizer: groups of 32 values with a FP16 scale and minimum, the ends of each group's
 range clipped where that lowers the squared error. `experts` rounds what an artifact stores in INT4 (residuals and
-private experts); `all` rounds every matrix of the feed-forward layers. Embedding, attention and norms stay FP16,
+private experts); `all` rounds every matrix of the feed-forward layers. Embedding and attention stay FP16, norms and
 routers float32, as in an artifact.
 """
 
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from raymoe.commands.runs.results import run_result
 from raymoe.config import ModelSection
 from raymoe.data.corpus import Corpus
 from raymoe.export.judge import judge
@@ -48,7 +49,7 @@ def stored_bytes(places: list[Place], parts: tuple[Part, ...], bits: int) -> int
             groups = math.prod(place.shape) // place.shape[place.axis] * -(-place.shape[place.axis] // GROUP)
             total += groups * (GROUP * bits // 8 + 4)
         else:
-            total += math.prod(place.shape) * (4 if place.part == "routers" or place.key.endswith("norm") else 2)
+            total += math.prod(place.shape) * (4 if place.encoding == "float32" else 2)
     return total
 
 
@@ -59,7 +60,7 @@ def rounded_tensors(
     out = {key: tensor.clone() for key, tensor in tensors.items()}
     for place in places:
         if not is_rounded(place, parts):
-            if place.part != "routers":
+            if place.encoding != "float32":
                 out[place.key] = out[place.key].half().float()
             continue
         stem, _, end = place.key.rpartition("_")
@@ -109,14 +110,14 @@ def front(rows: list[dict[str, Any]]) -> set[str]:
 
 
 def stored(folder: Path) -> dict[str, Any]:
-    """Print bytes and perplexity of each run in an experiment's folder, as means over the seeds of each variant.
+    """Print bytes and perplexity of the finished runs in an experiment's folder, as means over the seeds of each variant.
 
-    Raises FileNotFoundError if the folder has no run.
+    Raises FileNotFoundError if the folder has none.
     """
-    names = sorted(path.parent.name for path in folder.glob("*/config.json"))
+    names = sorted(path.parent.name for path in folder.glob("*/config.json") if run_result(path.parent)["finished"])
     if not names:
         raise FileNotFoundError(
-            f"{folder} has no runs: give the folder of an experiment's runs, RUN_ROOT/experiments/NAME"
+            f"{folder} has no finished runs: give the folder of an experiment's runs, RUN_ROOT/experiments/NAME"
         )
     runs = {name: run_forms(open_run(str(folder), name)[0]) for name in names}
     table = []

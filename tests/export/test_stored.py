@@ -32,6 +32,20 @@ def test_int4_experts_are_those_of_the_artifact(stored: Any, tmp_path: Path, kin
     assert stored.stored_bytes(places, parts, bits) == sizes(KINDS[kind])["clustered_int4"]["bytes"]
 
 
+def test_norms_and_routers_stay_float32(stored: Any) -> None:
+    places, tensors = layout(KINDS["flat"], UNEVEN), {k: t.clone() for k, t in build(KINDS["flat"]).logical().items()}
+    kept = [key for key in tensors if key.endswith("norm") or "router" in key]
+    for key in kept:
+        tensors[key].fill_(1.0001)  # not a float16
+    found = stored.rounded_tensors(tensors, places, *stored.FORMS["INT3 all"])
+    assert kept and all(torch.equal(found[key], tensors[key]) for key in kept)
+
+
+def test_a_folder_without_finished_runs_is_refused(stored: Any, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="has no finished runs"):
+        stored.stored(tmp_path)
+
+
 def test_flat_experts_in_four_and_three_bits(stored: Any) -> None:
     places, counted = layout(KINDS["flat"], UNEVEN), sizes(KINDS["flat"])
     bytes_of = {form: stored.stored_bytes(places, *stored.FORMS[form]) for form in stored.forms_of(KINDS["flat"])}
